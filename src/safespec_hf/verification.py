@@ -1,0 +1,94 @@
+"""Which drafted tokens stand, and what follows them. Pure: no model, no cache.
+
+Shapes: B rows, G drafts at most, V vocabulary. Rows with fewer drafts are aligned to the right, so that position G is
+always the one after a row's last draft. p = target, q = draft, after the same logits processors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Verification(NamedTuple):
+    """Outcome of a round, per row.
+
+    Attributes:
+        num_accepted_B (`torch.LongTensor` of shape `(B,)`): Drafts that stand, from a row's first one on.
+        next_token_B (`torch.LongTensor` of shape `(B,)`): The target's own token after them.
+    """
+
+    num_accepted_B: Tensor
+    next_token_B: Tensor
+
+
+def verify_greedy(scores_BTV: Tensor, drafts_BG: Tensor, num_drafts_B: Tensor) -> Verification:
+    """Greedy acceptance: a draft stands iff it is the target's argmax and every draft before it stands.
+
+    Args:
+        scores_BTV (`torch.FloatTensor` of shape `(B, G + 1, V)`): The target's processed scores.
+        drafts_BG (`torch.LongTensor` of shape `(B, G)`): Drafts, right-aligned.
+        num_drafts_B (`torch.LongTensor` of shape `(B,)`): How many of them each row has.
+
+    Example:
+
+        >>> import torch
+        >>> scores = torch.eye(4)[[1, 2, 3]][None]  # the target would say 1, 2, 3
+        >>> verify_greedy(scores, torch.tensor([[1, 0]]), torch.tensor([2]))
+        Verification(num_accepted_B=tensor([1]), next_token_B=tensor([2]))
+    """
+    choices_BT = scores_BTV.argmax(dim=-1)
+    stands_BG = choices_BT[:, :-1] == drafts_BG
+    position_B, num_accepted_B = _first_rejection(stands_BG, num_drafts_B)
+    return Verification(num_accepted_B, choices_BT.gather(1, position_B[:, None])[:, 0])
+
+
+def verify_sampled(
+    scores_BTV: Tensor,
+    drafts_BG: Tensor,
+    num_drafts_B: Tensor,
+    draft_probs_BGV: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Verification:
+    """Exact speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): tokens are distributed as p.
+
+    Args:
+        scores_BTV (`torch.FloatTensor` of shape `(B, G + 1, V)`): The target's processed scores.
+        drafts_BG (`torch.LongTensor` of shape `(B, G)`): Drafts, right-aligned.
+        num_drafts_B (`torch.LongTensor` of shape `(B,)`): How many of them each row has.
+        draft_probs_BGV (`torch.FloatTensor` of shape `(B, G, V)`, *optional*):
+            The distributions the drafts were really sampled from. `None` for a draft that does not sample: q is 1 at
+            the draft.
+        generator (`torch.Generator`, *optional*): Of the scores' device.
+    """
+    p_BTV = scores_BTV.softmax(dim=-1)
+    if draft_probs_BGV is None:
+        draft_probs_BGV = torch.zeros_like(p_BTV[:, :-1]).scatter_(2, drafts_BG[..., None], 1.0)
+    p_of_draft_BG = p_BTV[:, :-1].gather(2, drafts_BG[..., None])[..., 0]
+    q_of_draft_BG = draft_probs_BGV.gather(2, drafts_BG[..., None])[..., 0]
+    chance_BG = torch.rand(drafts_BG.shape, device=p_BTV.device, generator=generator)
+    stands_BG = chance_BG * q_of_draft_BG < p_of_draft_BG
+    position_B, num_accepted_B = _first_rejection(stands_BG, num_drafts_B)
+    p_BV = _at(p_BTV, position_B)
+    # past the last draft q is nothing, and the residual is p itself
+    q_BV = _at(torch.nn.functional.pad(draft_probs_BGV, (0, 0, 0, 1)), position_B)
+    residual_BV = (p_BV - q_BV).clamp(min=0)
+    # where p and q agree up to rounding a draft is all but surely accepted; p is then the residual's limit
+    is_empty_B1 = residual_BV.sum(dim=-1, keepdim=True) <= torch.finfo(residual_BV.dtype).tiny
+    weights_BV = torch.where(is_empty_B1, p_BV, residual_BV)
+    return Verification(num_accepted_B, torch.multinomial(weights_BV, 1, generator=generator)[:, 0])
+
+
+def _first_rejection(stands_BG: Tensor, num_drafts_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Position of the first draft that does not stand (G if all do), and the number of drafts before it."""
+    num_positions = stands_BG.shape[1]
+    num_padding_B = num_positions - num_drafts_B
+    is_padding_BG = torch.arange(num_positions, device=stands_BG.device) < num_padding_B[:, None]
+    position_B = (stands_BG | is_padding_BG).long().cumprod(dim=1).sum(dim=1)
+    return position_B, position_B - num_padding_B
+
+
+def _at(values_BTV: Tensor, position_B: Tensor) -> Tensor:
+    return values_BTV[torch.arange(values_BTV.shape[0], device=values_BTV.device), position_B]
