@@ -1,4 +1,4 @@
-"""The KV cache of a batch of rows that grow at different speeds. What differs between versions of transformers is here.
+"""The KV cache of a batch of rows that grow at different speeds. Differences between transformers versions stay here.
 
 A row's tokens lie in order in the columns of the cache, but not every column holds a token of every row: rows are
 padded on the left, blocks are aligned to the right, and rejected tokens leave holes. `used_BL` says which columns
@@ -31,7 +31,7 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         logits_BTV (`torch.Tensor` of shape `(B, T, V)`): Of the last positions asked for.
-        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): Tapped hidden states of all the block's positions.
+        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): Tapped hidden states of the whole block.
     """
 
     logits_BTV: Tensor
@@ -65,10 +65,12 @@ class CachedModel:
         self.layers = tuple(layers)
         # Without a config every layer keeps all its states: sliding windows are then a matter of the mask alone, and
         # any rollback is a crop.
-        self.cache = DynamicCache()
+        self.cache: Any = DynamicCache()
         self.used_BL = np.zeros((num_rows, 0), dtype=bool)
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
+        model_interface: Any = model
+        self._keeps_logits: bool = model_interface._supports_logits_to_keep()
         self._is_sliding = any(DynamicCache(config=model.config).is_sliding)
 
     def forward(self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int) -> BlockOutput:
@@ -109,7 +111,7 @@ class CachedModel:
         arguments["position_ids"] = torch.from_numpy(positions_BT).to(device, non_blocking=True)
         if not self.used_BL.all():
             arguments["attention_mask"] = torch.from_numpy(self.used_BL).to(device, non_blocking=True).long()
-        if self.model._supports_logits_to_keep():
+        if self._keeps_logits:
             arguments["logits_to_keep"] = num_logits
         return arguments | tap_arguments(self.layers)
 
@@ -145,7 +147,7 @@ class CachedModel:
         self.keep(self.lengths)
 
     def fork(self, row: int, num_copies: int) -> CachedModel:
-        """A new batch of `num_copies` rows that all continue row `row`. Its states are shared until the next forward."""
+        """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward."""
         fork = CachedModel(self.model, num_copies, self.layers, self.usage)
         columns = np.flatnonzero(self.used_BL[row])
         fork.used_BL = np.ones((num_copies, columns.size), dtype=bool)
@@ -234,7 +236,7 @@ def _columns(state_BHLD: Tensor, columns: np.ndarray) -> Tensor:
     return state_BHLD.index_select(2, torch.from_numpy(columns).to(state_BHLD.device))
 
 
-def _set_layer(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
+def _set_layer(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]

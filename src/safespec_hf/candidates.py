@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import CachedModel
@@ -69,8 +69,9 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         self.vocab_size = vocab_size
         self.logits_processor = logits_processor
         self.do_sample = do_sample
-        self._max_ngram = max_matching_ngram_size
-        self._ngrams = [NgramIndex(max_matching_ngram_size) for _ in range(num_rows)] if max_matching_ngram_size else []
+        self._ngrams = (
+            [NgramIndex(max_matching_ngram_size) for _ in range(num_rows)] if max_matching_ngram_size else []
+        )
         self._rows: list[Row] = []
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
@@ -134,15 +135,15 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
             self.assistant.select(rows)
         self._ngrams = [self._ngrams[row] for row in rows] if self._ngrams else []
 
-    def get_candidates(self, input_ids: LongTensor, **kwargs: object) -> tuple[LongTensor, Tensor | None]:
+    def get_candidates(self, input_ids: LongTensor, **kwargs: object) -> tuple[LongTensor, Any]:
         """transformers' `CandidateGenerator` contract.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Everything generated so far.
 
         Returns:
-            `tuple`: Token ids of shape `(batch_size, sequence_length + num_drafts)`, and the draft's processed scores of
-            shape `(batch_size, num_drafts, vocab_size)` (log-probabilities), or `None` where it does not sample.
+            `tuple`: Token ids of shape `(batch_size, sequence_length + num_drafts)`, and the log-probabilities
+            that the drafts came from, of shape `(batch_size, num_drafts, vocab_size)`, or `None` if they were not.
         """
         rows = [self._as_row(index, ids) for index, ids in enumerate(input_ids)]
         if self._rows:
@@ -150,18 +151,16 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
             self.keep([min(_common_prefix(old.prompt, new.prompt), len(new.prompt) - 1) for old, new in pairs])
         proposal = self.draft(rows, [self.num_draft_tokens] * len(rows))
         drafts = input_ids.new_tensor([tokens[: min(map(len, proposal.drafts))] for tokens in proposal.drafts]).long()
-        candidates = torch.cat([input_ids, drafts], dim=1)
+        candidates = cast("LongTensor", torch.cat([input_ids, drafts], dim=1))
         self._rows = [self._as_row(index, ids) for index, ids in enumerate(candidates)]
         return candidates, None if proposal.probs_BGV is None else proposal.probs_BGV.log()
 
     def _as_row(self, index: int, ids: Tensor) -> Row:
         is_real = torch.ones_like(ids, dtype=torch.bool)
-        return Row(
-            index, ids, is_real, max_new_tokens=0, policy=SafeSpecConfig(), processors=self.logits_processor
-        )
+        return Row(index, ids, is_real, max_new_tokens=0, policy=SafeSpecConfig(), processors=self.logits_processor)
 
     def update_candidate_strategy(self, input_ids: LongTensor, scores: Tensor, num_matches: int) -> None:
-        """transformers' `CandidateGenerator` contract. The number of drafts is constant, so there is nothing to adapt."""
+        """transformers' `CandidateGenerator` contract. The number of drafts is constant: nothing to adapt."""
 
 
 class NgramIndex:
@@ -181,7 +180,7 @@ class NgramIndex:
             if context is not None:
                 return context[start:end]
             split = len(prompt)
-            return prompt[start:min(end, split)] + tokens[max(start - split, 0) : max(end - split, 0)]
+            return prompt[start : min(end, split)] + tokens[max(start - split, 0) : max(end - split, 0)]
 
         # an n-gram that ends with the context has no continuation yet, so the last token is not indexed
         for end in range(min(self._num_indexed, total - 1) + 1, total):
@@ -190,14 +189,22 @@ class NgramIndex:
         self._num_indexed = total - 1
         for size in range(min(self.max_size, total - 1), 0, -1):
             ngram = part(total - size, total)
-            end = self._ends.get(tuple(ngram))
             # entries of tokens that were rolled back since may be stale
-            if end is not None and end < total and part(end - size, end) == ngram:
-                return part(end, end + num_tokens)
+            found = self._ends.get(tuple(ngram), total)
+            if found < total and part(found - size, found) == ngram:
+                return part(found, found + num_tokens)
         return []
 
 
-def sample_segments(sampler: CachedModel, row: Row, *, max_tokens: int, end_ids: frozenset[int], steer: LogitsProcessorList, generator: torch.Generator) -> list[list[int]]:
+def sample_segments(
+    sampler: CachedModel,
+    row: Row,
+    *,
+    max_tokens: int,
+    end_ids: frozenset[int],
+    steer: LogitsProcessor,
+    generator: torch.Generator,
+) -> list[list[int]]:
     """Samples one segment for every row of `sampler`, all of which continue the same context.
 
     Args:
@@ -205,7 +212,7 @@ def sample_segments(sampler: CachedModel, row: Row, *, max_tokens: int, end_ids:
         row ([`Row`]): The row.
         max_tokens (`int`): Longest segment, >= 1.
         end_ids (`frozenset[int]`): Tokens that end an answer.
-        steer ([`~transformers.LogitsProcessorList`]): Processors of Safety Mode, after the row's own.
+        steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
         generator (`torch.Generator`): Of the sampler's device.
 
     Returns:
@@ -219,7 +226,7 @@ def sample_segments(sampler: CachedModel, row: Row, *, max_tokens: int, end_ids:
     is_open = [True] * num
     for step in range(max_tokens):
         logits_KV = sampler.forward(blocks, 1).logits_BTV[:, -1].float()
-        scores_KV = steer(ids_KL, row.processors(ids_KL, logits_KV)) / policy.recovery_temperature
+        scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
         token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
         for k, token in enumerate(token_K1[:, 0].tolist()):
             if is_open[k]:

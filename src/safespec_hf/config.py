@@ -36,9 +36,9 @@ class SafetyHeadConfig(PreTrainedConfig):
         ewma_decay (`float`, defaults to 0.9): Weight of the past per token for `"ewma"`, in (0, 1).
         span (`"segment"` or `"answer"`, defaults to `"segment"`):
             Where pooling starts: at the segment's first token or at the answer's. Inserted text is never in it.
-        unsafe_label (`int`, defaults to 1): The class that the head's logit speaks for: 1 if it is P(unsafe), 0 if P(safe).
+        unsafe_label (`int`, defaults to 1): 1 if the head's logit speaks for P(unsafe), 0 if for P(safe).
         risk_threshold (`float`, defaults to 0.5): A token is unsafe iff its risk is >= this, in (0, 1].
-        target (`dict`, *optional*): The [`TargetBinding`][safespec_hf.head.target_binding] of the target it was trained on.
+        target (`dict`, *optional*): [`target_binding`] of the target it was trained on.
 
     Raises:
         ValueError: If a value is outside of its range.
@@ -100,7 +100,7 @@ class SafeSpecConfig:
             a streamer. Never reaches into the prompt, nor before what has become final.
         num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), >= 1.
         max_recoveries (`int`, defaults to 6):
-            Recovery attempts per answer, >= 0. When they are spent, the answer ends with `refusal`. 0 is a hard refusal.
+            Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
         keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
@@ -108,7 +108,7 @@ class SafeSpecConfig:
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
         flagged_token_penalty (`float`, defaults to 3.0):
-            Taken off the logits of first tokens of candidates that were already found unsafe here, >= 0 (`inf` bans them).
+            Taken off the logits of first tokens of candidates already found unsafe here, >= 0; `inf` bans them.
         seed (`int`, *optional*):
             Seed of candidate sampling. Default: 0 for greedy calls, which stay reproducible, and drawn from torch's
             generator for sampled ones.
@@ -147,8 +147,7 @@ class SafeSpecConfig:
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
         _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
-        shortest = self.min_segment_tokens
-        _check("min_segment_tokens", shortest, 1 <= shortest, ">= 1")
+        _check("min_segment_tokens", self.min_segment_tokens, self.min_segment_tokens >= 1, ">= 1")
         _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
         _check("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
         _check("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")

@@ -12,23 +12,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import CachedModel
 from .candidates import Proposal, SafeSpecCandidateGenerator, sample_segments
 from .config import SafeSpecConfig
-from .head import SafetyHead
 from .logits import SafeSpecLogitsProcessor, process_rows
+from .monitor import RiskMonitor
 from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics
 from .recovery import choose, next_step
-from .rows import Row
-from .scoring import pool, pooling_weights
-from .verification import Verification, verify_greedy, verify_sampled
+from .rows import Row, pad_rows
+from .verification import Verification, mean_log_prob, verify_greedy, verify_sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +36,7 @@ class Plan:
 
     Attributes:
         policy ([`SafeSpecConfig`]): What to do on risk.
-        head ([`SafetyHead`], *optional*): Scores the risk. `None` decodes unguarded, for measuring what safety costs.
+        monitor ([`RiskMonitor`], *optional*): Scores the risk. `None` decodes unguarded, to measure what safety costs.
         risk_threshold (`float`): A token is unsafe iff its risk is >= this.
         num_draft_tokens (`int`): Drafts per round.
         do_sample (`bool`): Speculative sampling instead of greedy acceptance.
@@ -50,7 +49,7 @@ class Plan:
     """
 
     policy: SafeSpecConfig
-    head: SafetyHead | None
+    monitor: RiskMonitor | None
     risk_threshold: float
     num_draft_tokens: int
     do_sample: bool
@@ -89,7 +88,7 @@ class Decoder:
         rows (`list[Row]`): The batch, empty answers.
         candidates ([`SafeSpecCandidateGenerator`]): Drafts for it.
         plan ([`Plan`]): The call.
-        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets final tokens as they become so.
+        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
     """
 
     def __init__(
@@ -100,8 +99,7 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
-        layers = [] if plan.head is None else plan.head.config.hidden_layers or []
-        self.target = CachedModel(model, len(rows), layers)
+        self.target = CachedModel(model, len(rows), [] if plan.monitor is None else plan.monitor.layers)
         self.rows = rows
         self.live = list(rows)
         self.candidates = candidates
@@ -129,7 +127,8 @@ class Decoder:
         output = self.target.forward(blocks, num_logits)
         verification = self._verify(proposal, output.logits_BTV)
         scored = self._score(proposal, verification, output.hidden_BTF)
-        flags = [self._commit(row, *pair) for row, *pair in zip(self.live, proposal.drafts, scored, strict=True)]
+        triples = zip(self.live, proposal.drafts, scored, strict=True)
+        flags = [self._commit(row, drafts, result) for row, drafts, result in triples]
         self._roll_back_caches()
         for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):
             if flag is not None:
@@ -169,36 +168,21 @@ class Decoder:
         return torch.stack(columns, dim=1)
 
     def _score(self, proposal: Proposal, verified: Verification, hidden_BTF: Tensor | None) -> list[Scored]:
-        """Risks of all positions whose tokens wait for one, and the only transfer of a round to the host."""
+        """Risks of all tokens that wait for one, drafts included, and the round's only transfer to the host."""
         start = time.perf_counter()
-        pooled: list[Tensor | None] = [None] * len(self.live)
         parts = [verified.num_accepted_B, verified.next_token_B]
-        if self.plan.head is not None and hidden_BTF is not None:
-            pairs = zip(self.live, proposal.drafts, hidden_BTF, strict=True)
-            pooled = [self._pool(row, drafts, hidden_TF) for row, drafts, hidden_TF in pairs]
-            parts.append(self.plan.head.risk(torch.cat([states for states in pooled if states is not None])))
+        pooled: list[Tensor] = []
+        if self.plan.monitor is not None and hidden_BTF is not None:
+            triples = zip(self.live, proposal.drafts, hidden_BTF, strict=True)
+            pooled = [self.plan.monitor.pool(row, drafts, hidden_TF) for row, drafts, hidden_TF in triples]
+            parts.append(self.plan.monitor.risks(pooled))
         device = verified.next_token_B.device
-        values = torch.cat([part.double().to(device) for part in parts]).tolist()
-        num_rows, risks = len(self.live), values[2 * len(self.live) :]
-        scored = []
-        for row in range(num_rows):
-            states = pooled[row]
-            num_risks = 0 if states is None else states.shape[0]
-            scored.append(Scored(int(values[row]), int(values[num_rows + row]), risks[:num_risks], states))
-            risks = risks[num_risks:]
+        values = iter(torch.cat([part.double().to(device) for part in parts]).tolist())
+        num_accepted, next_tokens = [[int(next(values)) for _ in self.live] for _ in range(2)]
+        risks = [[next(values) for _ in states] for states in pooled] or [[] for _ in self.live]
         self.statistics.head_seconds += time.perf_counter() - start
-        return scored
-
-    def _pool(self, row: Row, new: Sequence[int], hidden_TF: Tensor) -> Tensor:
-        """Pooled states of the row's waiting and new tokens, from the last hidden states of its block."""
-        assert self.plan.head is not None
-        config = self.plan.head.config
-        if config.span == "segment":
-            counts = row.counts[row.num_settled :] + row.segment_counts(new)
-        else:
-            counts = list(range(row.pooled.num_tokens, row.pooled.num_tokens + row.num_unscored() + len(new)))
-        weights = pooling_weights(counts, config.pooling, config.ewma_decay)
-        return pool(row.pooled.last(), hidden_TF[hidden_TF.shape[0] - len(counts) :], weights)
+        states: Sequence[Tensor | None] = pooled or [None for _ in self.live]
+        return [Scored(*fields) for fields in zip(num_accepted, next_tokens, risks, states, strict=True)]
 
     def _commit(self, row: Row, drafts: Sequence[int], scored: Scored) -> Flag | None:
         """Adds a row's verified tokens up to its end; takes back an unsafe one with its segment."""
@@ -230,7 +214,7 @@ class Decoder:
         num_safe = unsafe[0] if unsafe else len(risks)
         if pooled_TF is not None:
             row.settle(risks[:num_safe], pooled_TF[:num_safe])
-        elif self.plan.head is None:
+        elif self.plan.monitor is None:
             row.num_settled = len(row.tokens)
         if unsafe:
             return self._take_back(row, row.num_settled, risks[num_safe])
@@ -286,15 +270,15 @@ class Decoder:
         worst = [max(values, key=lambda risk: 2.0 if risk != risk else risk) for values in risks]
         choice = choose(worst, log_probs, self.plan.risk_threshold)
         outcome = "recovered" if choice.is_safe else "retried"
-        chosen = choice.index if choice.is_safe else None
+        chosen = choice.candidate if choice.is_safe else None
         self._record(row, flag, outcome, tuple(worst), tuple(log_probs), chosen)
         if not choice.is_safe:
             row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments)
             return False
-        reason = self._append(row, [(token, Provenance.RECOVERED) for token in segments[choice.index]])
+        reason = self._append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
         num_added = row.num_unscored()
-        self._settle(row, risks[choice.index][:num_added], pooled[choice.index], reason)
-        self.target.replace(index, scorer, choice.index)
+        self._settle(row, risks[choice.candidate][:num_added], pooled[choice.candidate], reason)
+        self.target.replace(index, scorer, choice.candidate)
         lengths = list(self.target.lengths)
         lengths[index] = row.num_context - 1
         self.target.keep(lengths)
@@ -313,7 +297,7 @@ class Decoder:
             row,
             max_tokens=max_tokens,
             end_ids=self.plan.eos_ids,
-            steer=LogitsProcessorList([steer]),
+            steer=steer,
             generator=self._generator(row, parent.model.device),
         )
         if not from_target:
@@ -329,11 +313,12 @@ class Decoder:
     def _score_segments(
         self, row: Row, segments: Sequence[Sequence[int]], hidden_BTF: Tensor | None
     ) -> tuple[list[list[float]], list[Tensor]]:
-        start = time.perf_counter()
-        assert self.plan.head is not None and hidden_BTF is not None
+        start, monitor = time.perf_counter(), self.plan.monitor
+        assert monitor is not None
+        assert hidden_BTF is not None
         pairs = zip(segments, hidden_BTF, strict=True)
-        pooled = [self._pool(row, tokens, hidden_TF) for tokens, hidden_TF in pairs]
-        values = iter(self.plan.head.risk(torch.cat(pooled)).tolist())
+        pooled = [monitor.pool(row, tokens, hidden_TF) for tokens, hidden_TF in pairs]
+        values = iter(monitor.risks(pooled).tolist())
         risks = [[next(values) for _ in tokens] for tokens in segments]
         self.statistics.head_seconds += time.perf_counter() - start
         return risks, pooled
@@ -390,32 +375,13 @@ class Decoder:
 
     def output(self, prompt_ids: Tensor, pad_token_id: int) -> SafeSpecOutput:
         """The finished batch, padded on the right."""
-        visible = [row.visible() for row in self.rows]
-        width = max(len(indices) for indices in visible)
-
-        def padded(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
-            rows = [[row[i] for i in indices] + [fill] * (width - len(indices)) for row, indices in zip(values, visible)]
-            return torch.tensor(rows, dtype=dtype).view(len(rows), width).to(prompt_ids.device)
-
-        tokens = padded([row.tokens for row in self.rows], pad_token_id, torch.long)
+        tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
-            sequences=torch.cat([prompt_ids, tokens], dim=1),
+            sequences=cast("torch.LongTensor", torch.cat([prompt_ids, tokens], dim=1)),
             past_key_values=self.target.cache if len(self.rows) == 1 else None,
-            risks=padded([row.risks for row in self.rows], float("nan"), torch.float32),
-            provenance=padded([row.origins for row in self.rows], -1, torch.long),
+            risks=cast("torch.FloatTensor", risks),
+            provenance=cast("torch.LongTensor", provenance),
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
         )
-
-
-def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> float:
-    """Mean log-probability of a block's last tokens, in nats.
-
-    Args:
-        logits_TV (`torch.Tensor` of shape `(T, V)`): Logits of the block's last positions, one more than tokens.
-        tokens (`Sequence[int]`): The block's last tokens.
-    """
-    log_probs_TV = logits_TV[-1 - len(tokens) : -1].float().log_softmax(dim=-1)
-    index = torch.tensor(list(tokens), device=log_probs_TV.device)[:, None]
-    return float(log_probs_TV.gather(1, index).mean())

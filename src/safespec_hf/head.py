@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class SafetyHead(PreTrainedModel):
         inner = max(1, round(config.num_features * config.mlp_ratio))
         widths = [config.num_features] + [inner] * (config.num_mlp_layers - 1)
         layers: list[nn.Module] = []
-        for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+        for width, next_width in pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
         self.post_init()
@@ -70,8 +71,7 @@ class SafetyHead(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(...)`: Logits, float32 unless the head was cast.
         """
-        weight = self.mlp[-1].weight
-        return self.mlp(features.to(weight.device, weight.dtype)).squeeze(-1)
+        return self.mlp(features.to(self.device, self.dtype)).squeeze(-1)
 
     def risk(self, features: Tensor) -> Tensor:
         """P(unsafe) of pooled hidden states, whatever the label direction.
@@ -107,7 +107,7 @@ def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer; without it there is no fingerprint.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, for the fingerprint.
 
     Returns:
         `dict`: `model_id` (`None` for a local folder), `revision`, `architecture`, `hidden_size`, `num_layers`,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import FloatTensor, LongTensor
@@ -17,7 +18,7 @@ class SafeSpecLogitsProcessor(LogitsProcessor):
     Pure: the result depends on its arguments only, so lengths can be revisited.
 
     Args:
-        position (`int`): Length of `input_ids` at which it acts: the point that was rolled back to. It is silent elsewhere.
+        position (`int`): Length of `input_ids` at which it acts: the point that was rolled back to.
         flagged_token_ids (`Iterable[int]`): First tokens of the continuations found unsafe there.
         penalty (`float`, defaults to 3.0): Taken off their scores, in nats, >= 0; `inf` bans them.
 
@@ -48,7 +49,7 @@ class SafeSpecLogitsProcessor(LogitsProcessor):
         flagged = torch.tensor(self.flagged_token_ids, device=scores.device)
         steered = scores.clone()
         steered[:, flagged] -= self.penalty
-        return steered
+        return cast("FloatTensor", steered)
 
 
 def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV: torch.Tensor) -> torch.Tensor:
@@ -67,7 +68,7 @@ def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV
         return scores_BV
     return torch.cat(
         [
-            row.processors(row.visible_ids(extra).to(scores_BV.device), scores_V[None])
+            row.process(row.visible_ids(extra).to(scores_BV.device), scores_V[None])
             for row, extra, scores_V in zip(rows, extras, scores_BV, strict=True)
         ]
     )

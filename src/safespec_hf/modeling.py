@@ -26,6 +26,7 @@ from .config import SafeSpecConfig
 from .decoding import Decoder, Plan
 from .errors import UnsupportedRequestError
 from .head import SafetyHead, check_binding, target_binding
+from .monitor import RiskMonitor
 from .outputs import SafeSpecOutput
 from .request import (
     DEFAULT_NUM_DRAFT_TOKENS,
@@ -62,8 +63,8 @@ class Attachment:
             self.tokenizer, self.newline_ids = tokenizer, frozenset()
         if self.tokenizer is None:
             raise UnsupportedRequestError(
-                f"No tokenizer was found at {model.config.name_or_path!r}, and guarded decoding needs one for segments and "
-                "for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
+                f"No tokenizer was found at {model.config.name_or_path!r}, and guarded decoding needs one for "
+                "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
             )
         if not self.newline_ids:
             self.newline_ids = find_newline_ids(self.tokenizer)
@@ -87,7 +88,7 @@ def attach_safety_head(
     Args:
         model ([`~transformers.PreTrainedModel`]): A decoder-only language model. For a PEFT model, its base model.
         head ([`SafetyHead`], `str` or `os.PathLike`): The head, or its Hub id or folder.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Default: loaded from where the model came from.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Default: the one beside the model.
         always (`bool`, defaults to `False`): Guard every `generate`, with the default policy where none is given.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
@@ -120,7 +121,7 @@ def attach_safety_head(
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     check_binding(head, target_binding(model, tokenizer), ignore_mismatches)
     model._safespec = Attachment(head.eval().to(model.device), always, ignore_mismatches, tokenizer)
-    model.__class__ = guarded_class(type(model))
+    model.__class__ = guarded_class(type(model))  # type: ignore[arg-type]  # classes are hashable
     return model
 
 
@@ -172,7 +173,9 @@ class Guarded:
         )
         return generate(inputs, generation_config, custom_generate=call, **kwargs)
 
-    def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> dict[str, Any]:
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *args: Any
+    ) -> dict[str, Any]:
         # transformers drops the tokenizer for a callable, and stop strings with it
         tokenizer = kwargs.get("tokenizer")
         mode_kwargs = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)  # type: ignore[misc]
@@ -190,7 +193,9 @@ class Guarded:
 
     def _refuse_if_always(self, name: str) -> None:
         if self._safespec.always:
-            raise UnsupportedRequestError(f"`{name}` can't be guarded, and this model's head was attached with `always=True`.")
+            raise UnsupportedRequestError(
+                f"`{name}` can't be guarded, and this model's head was attached with `always=True`."
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the dynamic class can't be found by name, so copies and pickles are rebuilt from the original one
@@ -251,7 +256,7 @@ class GuardedCall:
         candidates = make_candidates(model, self.assistant, generation_config, len(rows))
         plan = self._plan(model, attachment, generation_config, stopping_criteria)
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         if getattr(cache, "_is_user_defined", False):
             decoder.target.adopt(cache)
         decoder.run()
@@ -274,7 +279,7 @@ class GuardedCall:
         check_processors(processors, input_ids.shape[0])
         if self.assistant is not None:
             check_assistant(model, self.assistant, len(attachment.tokenizer))
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         if getattr(cache, "_is_user_defined", False):
             check_user_cache(cache, input_ids, model_kwargs.get("attention_mask"))
         if input_ids.shape[0] > 1 and self.streamer is not None:
@@ -293,7 +298,7 @@ class GuardedCall:
         seed = 0 if not config.do_sample else int(torch.randint(2**31, (1,)))
         return Plan(
             policy=policy,
-            head=attachment.head,
+            monitor=RiskMonitor(attachment.head),
             risk_threshold=policy.risk_threshold or attachment.head.config.risk_threshold,
             num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
             do_sample=bool(config.do_sample),
@@ -367,4 +372,3 @@ def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All tokens whose text holds a newline."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return frozenset(token for token, text in enumerate(texts) if "\n" in text)
-

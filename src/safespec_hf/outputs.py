@@ -34,7 +34,7 @@ class SafeSpecEvent:
         rolled_back_to (`int`): Returned tokens that were kept.
         num_discarded (`int`): Tokens given up, the flagged one included.
         candidate_risks (`tuple[float, ...]`): Highest risk along each candidate; empty if none was sampled.
-        candidate_log_probs (`tuple[float, ...]`): Mean log-probability per token of each candidate under the target, nats.
+        candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
         outcome (`str`): `"recovered"`, `"retried"` (no candidate was safe) or `"refused"`.
     """
@@ -96,7 +96,7 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
     Attributes:
         sequences (`torch.LongTensor` of shape `(batch, prompt + N)`): Prompt and answer.
         risks (`torch.FloatTensor` of shape `(batch, N)`):
-            Risk after each token, in [0, 1]; `nan` for inserted text, padding and a last token that no forward has read.
+            Risk after each token, in [0, 1]; `nan` for inserted text, padding and a last token no forward has read.
         provenance (`torch.LongTensor` of shape `(batch, N)`): A [`Provenance`] per token; -1 for padding.
         events (`list[list[SafeSpecEvent]]`): For each row, what was flagged and what was done.
         finish_reasons (`list[str]`): For each row `"eos"`, `"length"`, `"stop"` or `"safety_refusal"`.

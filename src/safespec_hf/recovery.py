@@ -12,12 +12,12 @@ class Choice(NamedTuple):
     """The safest of K candidates.
 
     Attributes:
-        index (`int`): Which candidate.
+        candidate (`int`): Which one.
         risk (`float`): Its risk, in [0, 1].
         is_safe (`bool`): Whether it may be returned.
     """
 
-    index: int
+    candidate: int
     risk: float
     is_safe: bool
 
@@ -74,7 +74,7 @@ def choose(risks: Sequence[float], log_probs: Sequence[float], threshold: float)
     Example:
 
         >>> choose([0.2, 0.1, 0.1], [-1.0, -3.0, -2.0], threshold=0.5)
-        Choice(index=2, risk=0.1, is_safe=True)
+        Choice(candidate=2, risk=0.1, is_safe=True)
     """
-    index = min(range(len(risks)), key=lambda i: (risks[i], -log_probs[i]))
-    return Choice(index, risks[index], risks[index] < threshold)
+    best = min(range(len(risks)), key=lambda i: (risks[i], -log_probs[i]))
+    return Choice(best, risks[best], risks[best] < threshold)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,18 +60,18 @@ def check_generation_config(config: GenerationConfig) -> None:
     Raises:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
-    mode = config.get_generation_mode()
+    mode, cache, early_exit = config.get_generation_mode(), config.cache_implementation, config.assistant_early_exit
     refused = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
-        (config.cache_implementation not in (None, "dynamic"), "cache_implementation", config.cache_implementation, "the default, a dynamic cache"),
+        (cache not in (None, "dynamic"), "cache_implementation", cache, "the default, a dynamic cache"),
         (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
         (bool(config.output_attentions), "output_attentions", True, "`model(...)` on the returned sequences"),
         (bool(config.output_hidden_states), "output_hidden_states", True, "`model(...)` on the returned sequences"),
         (bool(config.output_scores), "output_scores", True, "`model(...)` on the returned sequences"),
         (bool(config.output_logits), "output_logits", True, "`model(...)` on the returned sequences"),
         (config.prefill_chunk_size is not None, "prefill_chunk_size", config.prefill_chunk_size, "one prefill"),
-        (config.assistant_early_exit is not None, "assistant_early_exit", config.assistant_early_exit, "`assistant_model`"),
-    ]  # fmt: skip
+        (early_exit is not None, "assistant_early_exit", early_exit, "`assistant_model`"),
+    ]
     for is_refused, name, value, instead in refused:
         if is_refused:
             raise UnsupportedRequestError(f"Guarded decoding does not support {name}={value!r}. Use {instead}.")
@@ -83,7 +83,9 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
     Raises:
         UnsupportedRequestError: Names them.
     """
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS)
+    unknown = sorted(
+        name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS
+    )
     if unknown:
         raise UnsupportedRequestError(
             f"Guarded decoding takes token ids only, but got {unknown}. Remove them, or generate without `safespec`."
@@ -149,10 +151,14 @@ def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessor
     own = LogitsProcessorList()
     for processor in processors:
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            processor = PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
-        own.append(processor)
+            own.append(_constrain_row(processor._prefix_allowed_tokens_fn, row))
+        else:
+            own.append(processor)
     return own
+
+
+def _constrain_row(allowed: Callable[[int, Tensor], list[int]], row: int) -> PrefixConstrainedLogitsProcessor:
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
 
 
 def make_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from .config import SafeSpecConfig
 from .outputs import Provenance, SafeSpecEvent
 from .recovery import rollback_point
 from .scoring import PooledStates, segment_counts
-
 
 INSERTED = (Provenance.REFLECTION, Provenance.REFUSAL)
 
@@ -93,6 +93,10 @@ class Row:
         """What the caller would see so far, as processors and stopping criteria expect it: shape `(1, length)`."""
         ids = self._visible[: self._num_prompt + self.num_visible]
         return (torch.cat([ids, ids.new_tensor(list(extra))]) if extra else ids)[None]
+
+    def process(self, ids_KL: Tensor, scores_KV: Tensor) -> Tensor:
+        """The caller's logits processors, on any number of continuations of this row."""
+        return self.processors(cast("torch.LongTensor", ids_KL), cast("torch.FloatTensor", scores_KV))
 
     def is_visible(self, index: int) -> bool:
         """Whether the caller sees answer token `index`."""
@@ -173,3 +177,22 @@ class Row:
         """How many of the first `end` answer tokens carry a risk: all but inserted text."""
         end = len(self.tokens) if end is None else end
         return end - bisect_left(self._inserted, end)
+
+
+def pad_rows(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the caller sees of several answers, padded on the right.
+
+    Returns:
+        `tuple`: Tokens, risks (`nan` for padding) and provenance (-1 for padding), each `(rows, longest)`.
+    """
+    visible = [row.visible() for row in rows]
+    width = max(len(indices) for indices in visible)
+
+    def pad(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        pairs = zip(values, visible, strict=True)
+        padded = [[row[index] for index in indices] + [fill] * (width - len(indices)) for row, indices in pairs]
+        return torch.tensor(padded, dtype=dtype, device=device).view(len(rows), width)
+
+    tokens = pad([row.tokens for row in rows], pad_token_id, torch.long)
+    risks = pad([row.risks for row in rows], math.nan, torch.float32)
+    return tokens, risks, pad([row.origins for row in rows], -1, torch.long)

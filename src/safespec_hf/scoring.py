@@ -52,8 +52,8 @@ def pooling_weights(counts: Sequence[int], pooling: str, decay: float) -> Tensor
         decay (`float`): Weight of the past per token, for `"ewma"`.
 
     Returns:
-        `torch.FloatTensor` of shape `(T, 1 + T)`: Column 0 weighs the pooled state before the block, column `1 + j` the
-        hidden state of token `j`. Rows sum to 1.
+        `torch.FloatTensor` of shape `(T, 1 + T)`: Column 0 weighs the pooled state before the block, column `1 + j`
+        the hidden state of token `j`. Rows sum to 1.
 
     Example:
 

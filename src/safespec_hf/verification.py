@@ -6,6 +6,7 @@ always the one after a row's last draft. p = target, q = draft, after the same l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,24 @@ def verify_sampled(
     is_empty_B1 = residual_BV.sum(dim=-1, keepdim=True) <= torch.finfo(residual_BV.dtype).tiny
     weights_BV = torch.where(is_empty_B1, p_BV, residual_BV)
     return Verification(num_accepted_B, torch.multinomial(weights_BV, 1, generator=generator)[:, 0])
+
+
+def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> float:
+    """Mean log-probability of a block's last tokens, in nats.
+
+    Args:
+        logits_TV (`torch.Tensor` of shape `(T, V)`): Logits of the block's last positions, more of them than tokens.
+        tokens (`Sequence[int]`): The block's last tokens.
+
+    Example:
+
+        >>> import torch
+        >>> round(mean_log_prob(torch.zeros(3, 4), [1, 2]), 4)
+        -1.3863
+    """
+    log_probs_TV = logits_TV[-1 - len(tokens) : -1].float().log_softmax(dim=-1)
+    index = torch.tensor(list(tokens), device=log_probs_TV.device)[:, None]
+    return float(log_probs_TV.gather(1, index).mean())
 
 
 def _first_rejection(stands_BG: Tensor, num_drafts_B: Tensor) -> tuple[Tensor, Tensor]:
