@@ -8,6 +8,10 @@ PYTHON      ?= python3
 BIN         := .venv/bin
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# Waiting threads give up their core: on a machine that does anything else, spinning slows torch down tenfold.
+OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY
+
 .PHONY: env demo test lint check doctest docs format bench-invariants clean
 .DEFAULT_GOAL := env
 

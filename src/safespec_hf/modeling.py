@@ -121,7 +121,7 @@ def attach_safety_head(
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     check_binding(head, target_binding(model, tokenizer), ignore_mismatches)
     model._safespec = Attachment(head.eval().to(model.device), always, ignore_mismatches, tokenizer)
-    model.__class__ = guarded_class(type(model))  # type: ignore[arg-type]  # classes are hashable
+    model.__class__ = guarded_class(type(model))
     return model
 
 

@@ -1,0 +1,1 @@
+"""From labelled text to a calibrated safety head: collect, features, train, calibrate, report."""

@@ -1,0 +1,143 @@
+"""On-policy answers: a model answers prompts, in batches, into a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..errors import SafeSpecError
+from .data import Example, hash_examples
+
+Labeler = Callable[[Sequence[Example]], list[int | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectSettings:
+    """How prompts are answered.
+
+    Args:
+        max_new_tokens (`int`, defaults to 128): Of an answer.
+        max_prompt_tokens (`int`, defaults to 1024): Of a prompt; longer ones lose their beginning.
+        batch_size (`int`, defaults to 32): Prompts answered at once. Part of the result: padding moves logits a little.
+        temperature (`float`, defaults to 0.0): Of sampling; 0 is greedy.
+        seed (`int`, defaults to 0): Of sampling.
+    """
+
+    max_new_tokens: int = 128
+    max_prompt_tokens: int = 1024
+    batch_size: int = 32
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def collect_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    out: str | os.PathLike[str],
+    *,
+    settings: CollectSettings | None = None,
+    labeler: Labeler | None = None,
+) -> int:
+    """Lets a model answer prompts and appends the answers to a JSON lines file that `load_examples` reads.
+
+    A batch is written at once. Prompts whose id is in the file are skipped, so a killed run goes on where it was and
+    ends with the same file as one that was not killed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Answers; the target, or the draft.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
+        prompts (`Sequence[Example]`): Their labels are the labels of the answers unless there is a `labeler`.
+        out (`str` or `os.PathLike`): The file. Its settings are kept beside it, in `<out>.settings.json`.
+        settings ([`CollectSettings`], *optional*): How to answer.
+        labeler (`Callable`, *optional*): From examples to labels, see [`load_labeler`]; answers it can't label are left out.
+
+    Returns:
+        `int`: Answers that this call wrote.
+
+    Raises:
+        SafeSpecError: If the file was begun with other settings or prompts.
+    """
+    settings = settings or CollectSettings()
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_settings(path, {**asdict(settings), "model": model.config._name_or_path, "prompts": hash_examples(prompts)})
+    done = _read_done(path)
+    ordered = sorted(prompts, key=lambda example: sum(len(message["content"]) for message in example.messages))
+    num_written = 0
+    for start in tqdm(range(0, len(ordered), settings.batch_size), desc=f"answers > {path.name}", unit="batch"):
+        batch = ordered[start : start + settings.batch_size]
+        if all(example.id in done for example in batch):
+            continue
+        answers = _answer(model, tokenizer, batch, settings, start)
+        labels = [example.label for example in answers] if labeler is None else labeler(answers)
+        new = [replace(a, label=label) for a, label in zip(answers, labels, strict=True) if a.id not in done]
+        num_written += _append(path, new)
+    return num_written
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Example],
+    settings: CollectSettings,
+    start: int,
+) -> list[Example]:
+    inputs = tokenizer.apply_chat_template(
+        [list(example.messages) for example in batch],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        padding=True,
+        tokenizer_kwargs={"padding_side": "left"},
+    )
+    inputs = {name: tensor[:, -settings.max_prompt_tokens :].to(model.device) for name, tensor in inputs.items()}
+    # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
+    set_seed(settings.seed + start)
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **(sampling if settings.temperature > 0 else {"do_sample": False}),
+        )
+    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [replace(example, response=text) for example, text in zip(batch, texts, strict=True)]
+
+
+def _append(path: Path, examples: Sequence[Example]) -> int:
+    answered = [example for example in examples if example.response.strip() and example.label is not None]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(example.to_json() + "\n" for example in answered))
+        file.flush()
+        os.fsync(file.fileno())
+    return len(answered)
+
+
+def _read_done(path: Path) -> set[str]:
+    """Ids in the file, after cutting off a line that a kill left incomplete."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(path, len(complete))
+    return {json.loads(line)["id"] for line in complete.splitlines()}
+
+
+def _check_settings(path: Path, settings: dict[str, object]) -> None:
+    file = path.with_name(path.name + ".settings.json")
+    if path.exists() and file.exists() and json.loads(file.read_text()) != settings:
+        raise SafeSpecError(
+            f"{path} was begun with other settings or prompts: {file.read_text()} there, {json.dumps(settings)} now. "
+            "Give another file, or delete this one."
+        )
+    file.write_text(json.dumps(settings))

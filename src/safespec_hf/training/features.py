@@ -1,0 +1,206 @@
+"""Features of labelled answers at several prefixes, in shards on disk that an interrupted run goes on with.
+
+Shapes: P prefixes of all answers of a shard, L layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import SafeSpecConfig
+from ..head import target_binding
+from .data import Example, hash_examples
+from .hidden import Encoded, encode, find_newline_ids, make_batches, pool_answer, read_hidden, span_counts
+
+
+class Reading(NamedTuple):
+    """A way to read an answer: `pooling` and `span` as in [`SafetyHeadConfig`]."""
+
+    pooling: str
+    span: str
+
+    @property
+    def name(self) -> str:
+        """For files and tables, such as `"mean-answer"`."""
+        return f"{self.pooling}-{self.span}"
+
+
+READINGS = (Reading("last", "answer"), Reading("mean", "segment"), Reading("mean", "answer"), Reading("ewma", "answer"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSettings:
+    """What is read of every answer.
+
+    Args:
+        layers (`tuple[int, ...]`): As in [`SafetyHeadConfig`].
+        readings (`tuple[Reading, ...]`): Ways to pool.
+        ewma_decay (`float`, defaults to 0.9): For `"ewma"`.
+        prefix_tokens (`tuple[int, ...]`): Lengths of the prefixes; the whole answer is always one more.
+        max_prompt_tokens, max_response_tokens (`int`): What is longer is cut, a prompt at its beginning.
+        num_batch_tokens (`int`, defaults to 4096): Tokens of a batch, padding included.
+        num_shard_examples (`int`, defaults to 64): Answers per file: what a kill can lose.
+    """
+
+    layers: tuple[int, ...]
+    readings: tuple[Reading, ...] = READINGS
+    ewma_decay: float = 0.9
+    prefix_tokens: tuple[int, ...] = (4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224)
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 256
+    num_batch_tokens: int = 4096
+    num_shard_examples: int = 64
+
+
+class Features(NamedTuple):
+    """Features of a data set, one row per prefix, in the order of the examples.
+
+    Attributes:
+        states (`dict[str, torch.Tensor]`): By the reading's name, bfloat16 of shape `(P, L, H)`.
+        example (`torch.Tensor` of shape `(P,)`): Which example a row belongs to.
+        num_tokens (`torch.Tensor` of shape `(P,)`): Answer tokens in the prefix.
+        num_chars (`torch.Tensor` of shape `(P,)`): Characters in it.
+        is_last (`torch.Tensor` of shape `(P,)`): Whether it is the whole (or cut) answer.
+        layers (`tuple[int, ...]`): What L counts through.
+    """
+
+    states: dict[str, Tensor]
+    example: Tensor
+    num_tokens: Tensor
+    num_chars: Tensor
+    is_last: Tensor
+    layers: tuple[int, ...]
+
+
+def extract_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    cache_dir: str | os.PathLike[str],
+    settings: FeatureSettings,
+) -> Features:
+    """Reads all examples, or what an earlier run with the same target, tokenizer, data and settings has left to read.
+
+    Under `accelerate launch` each process reads every n-th shard; the files are the same for any n.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with a chat template.
+        examples (`Sequence[Example]`): Answered ones.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of everything that matters.
+        settings ([`FeatureSettings`]): What to read.
+
+    Returns:
+        [`Features`]: Of all examples.
+    """
+    folder = Path(cache_dir) / cache_key(model, tokenizer, examples, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = [encode(tokenizer, e, settings.max_prompt_tokens, settings.max_response_tokens) for e in examples]
+    shards = _plan_shards([text.num_tokens for text in encoded], settings.num_shard_examples)
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(shards))]
+    state = PartialState()
+    mine = range(state.process_index, len(shards), state.num_processes)
+    todo = [number for number in mine if not files[number].exists()]
+    newline_ids = find_newline_ids(tokenizer) if todo else frozenset()
+    for number in tqdm(todo, desc="features", unit="shard", disable=not state.is_main_process):
+        texts = {index: encoded[index] for index in shards[number]}
+        tensors = _read_shard(model, texts, settings, newline_ids)
+        tensors["num_chars"] = _count_chars(tokenizer, encoded, tensors)
+        _save_whole(tensors, files[number])
+    state.wait_for_everyone()
+    return load_features(files, settings)
+
+
+def cache_key(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: FeatureSettings
+) -> str:
+    """16 hex digits over everything that features depend on."""
+    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    parts = [target_binding(model, tokenizer), template, str(model.dtype), hash_examples(examples), asdict(settings)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_features(files: Sequence[Path], settings: FeatureSettings) -> Features:
+    """Puts shards together, in the order of the examples."""
+    shards = [load_file(file) for file in files]
+    joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    # examples lie in shards by length; rows of one example are already in order
+    order = torch.argsort(joined["example"], stable=True)
+    states = {reading.name: joined.pop(reading.name)[order] for reading in settings.readings}
+    index = {name: tensor[order] for name, tensor in joined.items()}
+    return Features(states, **index, layers=settings.layers)
+
+
+def prefix_positions(num_tokens: int, prefix_tokens: Sequence[int]) -> list[int]:
+    """Lengths of the prefixes of an answer; the last one is the answer.
+
+    Example:
+
+        >>> prefix_positions(20, [8, 16, 32])
+        [8, 16, 20]
+    """
+    return [length for length in sorted(prefix_tokens) if length < num_tokens] + [num_tokens]
+
+
+def _plan_shards(lengths: Sequence[int], size: int) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _read_shard(
+    model: PreTrainedModel, texts: dict[int, Encoded], settings: FeatureSettings, newline_ids: frozenset[int]
+) -> dict[str, Tensor]:
+    indices = list(texts)
+    parts: dict[int, dict[str, Tensor]] = {}
+    for batch in make_batches([texts[index].num_tokens for index in indices], settings.num_batch_tokens):
+        chosen = [indices[position] for position in batch]
+        states = read_hidden(model, [texts[index] for index in chosen], settings.layers)
+        for index, hidden_TF in zip(chosen, states, strict=True):
+            parts[index] = _pool_prefixes(index, texts[index], hidden_TF, settings, newline_ids)
+    names = next(iter(parts.values()))
+    return {name: torch.cat([parts[index][name] for index in sorted(parts)]) for name in names}
+
+
+def _pool_prefixes(
+    index: int, text: Encoded, hidden_TF: Tensor, settings: FeatureSettings, newline_ids: frozenset[int]
+) -> dict[str, Tensor]:
+    lengths = prefix_positions(len(text.response_ids), settings.prefix_tokens)
+    rows = torch.tensor(lengths) - 1
+    tensors = {
+        "example": torch.full((len(lengths),), index),
+        "num_tokens": torch.tensor(lengths),
+        "is_last": torch.tensor([length == lengths[-1] for length in lengths]),
+    }
+    for reading in settings.readings:
+        counts = span_counts(text.response_ids, reading.span, newline_ids, SafeSpecConfig())
+        pooled_PF = pool_answer(hidden_TF, counts, reading.pooling, settings.ewma_decay)[rows]
+        tensors[reading.name] = pooled_PF.view(len(lengths), len(settings.layers), -1).to(torch.bfloat16)
+    return tensors
+
+
+def _count_chars(
+    tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], tensors: dict[str, Tensor]
+) -> Tensor:
+    pairs = zip(tensors["example"].tolist(), tensors["num_tokens"].tolist(), strict=True)
+    texts = tokenizer.batch_decode([encoded[index].response_ids[:length] for index, length in pairs])
+    return torch.tensor([len(text) for text in texts])
+
+
+def _save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """A file is there completely or not at all, whenever the process is killed."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, file)

@@ -1,0 +1,155 @@
+"""Hidden states of answers, read as decoding reads them: one forward per text gives every layer that is asked for.
+
+Shapes: T tokens of an answer, F features (hidden size times layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import SafeSpecConfig, SafetyHeadConfig
+from ..errors import SafeSpecError
+from ..head import SafetyHead
+from ..scoring import pool, pooling_weights, segment_counts
+from ..tap import read_tap, tap_arguments
+from .data import Example
+
+
+class Encoded(NamedTuple):
+    """Token ids of a text: the conversation in the target's chat template, and the answer."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_prompt_tokens: int, max_response_tokens: int
+) -> Encoded:
+    """Tokenises one example; a long conversation loses its beginning, a long answer its end.
+
+    Raises:
+        SafeSpecError: If the answer has no tokens.
+    """
+    prompt = tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, return_dict=True)
+    response = tokenizer(example.response, add_special_tokens=False)
+    encoded = Encoded(prompt["input_ids"][-max_prompt_tokens:], response["input_ids"][:max_response_tokens])
+    if not encoded.response_ids:
+        raise SafeSpecError(f"The answer of example {example.id!r} has no tokens.")
+    return encoded
+
+
+def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, so that little is padding.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each text.
+        max_tokens (`int`): Of a batch, padding included. A longer text makes a batch of its own.
+
+    Example:
+
+        >>> make_batches([5, 2, 4, 2], max_tokens=8)
+        [[1, 3], [2], [0]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.inference_mode()
+def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
+    """Hidden states of every answer token, from one forward.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        batch (`Sequence[Encoded]`): Texts.
+        layers (`Sequence[int]`): As in [`SafetyHeadConfig`].
+
+    Returns:
+        `list[torch.Tensor]`: One of shape `(T, hidden_size * len(layers))` per text, on the CPU.
+    """
+    width = max(text.num_tokens for text in batch)
+    rows = [text.prompt_ids + text.response_ids for text in batch]
+    # padded on the right: causal attention then needs no mask, and positions count from 0
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
+    states = read_tap(outputs, layers, width).cpu()
+    return [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
+
+
+def span_counts(response_ids: Sequence[int], span: str, newline_ids: frozenset[int], policy: SafeSpecConfig) -> list[int]:
+    """For each answer token, how many tokens of its span come before it, as decoding counts them.
+
+    Args:
+        response_ids (`Sequence[int]`): The answer.
+        span (`str`): `"segment"` or `"answer"`.
+        newline_ids (`frozenset[int]`): See [`find_newline_ids`].
+        policy ([`SafeSpecConfig`]): Lengths of segments.
+    """
+    if span == "answer":
+        return list(range(len(response_ids)))
+    is_newline = [token in newline_ids for token in response_ids]
+    return segment_counts(0, is_newline, policy.min_segment_tokens, policy.max_segment_tokens)[0]
+
+
+def pool_answer(hidden_TF: Tensor, counts: Sequence[int], pooling: str, decay: float) -> Tensor:
+    """The pooled state after every token of an answer, float32, of shape `(T, F)`."""
+    return pool(None, hidden_TF, pooling_weights(counts, pooling, decay))
+
+
+def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that hold a newline."""
+    ids = range(len(tokenizer))
+    return frozenset(i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in text)
+
+
+def score_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: SafetyHead,
+    examples: Sequence[Example],
+    *,
+    policy: SafeSpecConfig | None = None,
+    max_prompt_tokens: int = 1024,
+    max_response_tokens: int = 256,
+    num_batch_tokens: int = 4096,
+) -> Iterator[tuple[int, Tensor]]:
+    """The risk of every token of every answer, as decoding would see it.
+
+    Args:
+        model, tokenizer, head: The target, its tokenizer and its head.
+        examples (`Sequence[Example]`): Answered ones.
+        policy ([`SafeSpecConfig`], *optional*): Lengths of segments, for a head with `span="segment"`.
+        max_prompt_tokens, max_response_tokens, num_batch_tokens (`int`): What is cut, and the size of a batch.
+
+    Yields:
+        `tuple[int, torch.Tensor]`: Index of an example, and its risks of shape `(T,)`. Short texts come first.
+    """
+    encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
+    newline_ids = find_newline_ids(tokenizer) if head.config.span == "segment" else frozenset()
+    for batch in make_batches([text.num_tokens for text in encoded], num_batch_tokens):
+        texts = [encoded[index] for index in batch]
+        states = read_hidden(model, texts, head.config.hidden_layers or [])
+        for index, text, hidden_TF in zip(batch, texts, states, strict=True):
+            counts = span_counts(text.response_ids, head.config.span, newline_ids, policy or SafeSpecConfig())
+            yield index, risk_of(head, hidden_TF, counts)
+
+
+@torch.no_grad()
+def risk_of(head: SafetyHead, hidden_TF: Tensor, counts: Sequence[int]) -> Tensor:
+    """The risk of every token of one answer, of shape `(T,)`."""
+    config: SafetyHeadConfig = head.config
+    return head.risk(pool_answer(hidden_TF, counts, config.pooling, config.ewma_decay)).cpu()

@@ -1,0 +1,118 @@
+"""The shape of the package: one direction of imports, small files and functions, and the public names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import safespec_hf
+
+PACKAGE = Path(safespec_hf.__file__).parent
+# Each module may import from those before it, never from those after it.
+ORDER = [
+    "errors",
+    "config",
+    "outputs",
+    "tap",
+    "scoring",
+    "verification",
+    "recovery",
+    "head",
+    "rows",
+    "monitor",
+    "logits",
+    "cache",
+    "candidates",
+    "decoding",
+    "request",
+    "modeling",
+    "gguf_target",
+    "default_target",
+    "__init__",
+]
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+PUBLIC_NAMES = [
+    "DEFAULT_TARGET_ID",
+    "HeadMismatchError",
+    "Provenance",
+    "SafeSpecCandidateGenerator",
+    "SafeSpecConfig",
+    "SafeSpecError",
+    "SafeSpecEvent",
+    "SafeSpecLogitsProcessor",
+    "SafeSpecOutput",
+    "SafeSpecStatistics",
+    "SafetyHead",
+    "SafetyHeadConfig",
+    "UnsupportedRequestError",
+    "__version__",
+    "attach_safety_head",
+    "detach_safety_head",
+    "load_default_target",
+    "load_truncated_draft",
+    "target_binding",
+]
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def own_imports(path):
+    """Modules of this package that a module imports, at its top or inside a function."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safespec_hf"):
+            yield (node.module.split(".") + ["__init__"])[1]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("safespec_hf")]
+            yield from [(name.split(".") + ["__init__"])[1] for name in names]
+
+
+def functions(path):
+    return [node for node in ast.walk(parse(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert MODULES == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    allowed = ORDER[: ORDER.index(module)]
+    assert set(own_imports(PACKAGE / f"{module}.py")) <= set(allowed)
+
+
+@pytest.mark.parametrize("module", ["errors", "config", "scoring", "verification", "recovery"])
+def test_decisions_and_errors_know_no_model(module):
+    assert set(own_imports(PACKAGE / f"{module}.py")) == set()
+
+
+def test_the_public_names_are_these():
+    assert sorted(safespec_hf.__all__) == PUBLIC_NAMES
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_every_public_name_exists(name):
+    assert getattr(safespec_hf, name) is not None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_files_stay_within_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_functions_stay_within_60_lines(path):
+    def length(node):
+        # the docstring is for the reader of the interface, not of the code
+        has_doc = ast.get_docstring(node) is not None
+        doc = node.body[0].end_lineno - node.body[0].lineno + 1 if has_doc else 0
+        return node.end_lineno - node.lineno + 1 - doc
+
+    assert {node.name: length(node) for node in functions(path) if length(node) > 60} == {}

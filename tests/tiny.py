@@ -1,0 +1,123 @@
+"""Tiny random models, heads and a tokenizer: everything that the tests run on, built in memory."""
+
+import copy
+import functools
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from safespec_hf import SafetyHead, SafetyHeadConfig, target_binding
+
+VOCAB_SIZE = 40
+PAUSE, THINK, NO, THANKS = 4, 5, 6, 9  # the words of the stand-in reflection and refusal
+NEWLINES = (7, 8)
+REFLECTION, REFUSAL = "pause think", "no thanks"
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+# Wide weights, so that greedy text is not one token for ever.
+CONFIGS = {
+    "llama": functools.partial(LlamaConfig, **SIZES, **ATTENTION, **SPECIAL, initializer_range=0.3),
+    "sliding": functools.partial(
+        MistralConfig, **SIZES, **ATTENTION, **SPECIAL, initializer_range=0.3, sliding_window=8
+    ),
+    "alternating": functools.partial(
+        Gemma3TextConfig,
+        **SIZES,
+        **ATTENTION,
+        **SPECIAL,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.1,
+    ),
+    "gpt2": functools.partial(
+        GPT2Config, vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, **SPECIAL
+    ),
+}
+
+
+@functools.cache
+def _built(kind: str, seed: int, config: tuple[tuple[str, object], ...]) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](**dict(config)), dtype=torch.float32).eval()
+
+
+def build_model(kind: str = "llama", seed: int = 0, **config: object) -> PreTrainedModel:
+    """A new copy of a random model of that kind."""
+    return copy.deepcopy(_built(kind, seed, tuple(config.items())))
+
+
+@torch.no_grad()
+def perturb(model: PreTrainedModel, noise: float = 0.01, seed: int = 1) -> PreTrainedModel:
+    """A draft that mostly agrees with `model`: its weights, and a little noise."""
+    generator, draft = torch.Generator().manual_seed(seed), copy.deepcopy(model)
+    for weight in draft.parameters():
+        weight.add_(torch.randn(weight.shape, generator=generator), alpha=noise)
+    return draft
+
+
+def build_tokenizer(num_words: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """One token per word, split at spaces; a newline is a word of its own."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "pause", "think", "no", "\n", "\n\n", "thanks"]
+    vocabulary = {word: index for index, word in enumerate([*words, *(f"w{i}" for i in range(10, num_words))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def build_head(
+    model: PreTrainedModel, threshold: float = 1.0, *, tokenizer: PreTrainedTokenizerFast | None = None, **config: object
+) -> SafetyHead:
+    """A random head for `model`; the default threshold is never reached."""
+    torch.manual_seed(7)
+    text: PreTrainedConfig = model.config.get_text_config()
+    fields = {"hidden_size": text.hidden_size, "hidden_layers": [text.num_hidden_layers], **config}
+    binding = target_binding(model, tokenizer)
+    return SafetyHead(SafetyHeadConfig(risk_threshold=threshold, target=binding, **fields)).eval()
+
+
+@torch.no_grad()
+def build_noisy_head(model: PreTrainedModel, quantile: float = 0.7, **config: object) -> SafetyHead:
+    """A random head whose threshold lies inside the range of its risks, so that it flags often."""
+    head = build_head(model, **config)
+    ids = torch.randint(10, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(3))
+    states = model(ids, output_hidden_states=True).hidden_states
+    features = torch.cat([states[layer] for layer in head.config.hidden_layers], dim=-1)
+    head.config.risk_threshold = float(head.risk(features).quantile(quantile))
+    return head
+
+
+class CoinHead(SafetyHead):
+    """Calls each token unsafe with a probability, whatever its hidden state."""
+
+    def toss(self, chance: float, seed: int) -> "CoinHead":
+        self.chance, self.generator = chance, torch.Generator().manual_seed(seed)
+        return self
+
+    def risk(self, features: Tensor) -> Tensor:
+        return (torch.rand(features.shape[:-1], generator=self.generator) < self.chance).float()
+
+
+def build_coin_head(model: PreTrainedModel, chance: float, seed: int) -> CoinHead:
+    """Flags that no model could foresee."""
+    return CoinHead(build_head(model, 0.5).config).eval().toss(chance, seed)
