@@ -79,7 +79,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
 
 
 def test_every_module_has_its_place_in_the_order():
-    assert MODULES == sorted(ORDER)
+    assert sorted(ORDER) == MODULES
 
 
 @pytest.mark.parametrize("module", MODULES)

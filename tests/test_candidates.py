@@ -85,7 +85,10 @@ def test_ragged_rows_are_drafted_as_each_row_alone(target):
     prompts, nums = [[11, 12, 13, 14], [15], [16, 17]], [4, 2, 0]
     rows = [make_row(prompt, index) for index, prompt in enumerate(prompts)]
     together = SafeSpecCandidateGenerator(target, num_rows=3).draft(rows, nums).drafts
-    alone = [SafeSpecCandidateGenerator(target).draft([make_row(p)], [num]).drafts[0] for p, num in zip(prompts, nums, strict=True)]
+    alone = [
+        SafeSpecCandidateGenerator(target).draft([make_row(p)], [num]).drafts[0]
+        for p, num in zip(prompts, nums, strict=True)
+    ]
     assert together == alone
 
 
@@ -147,19 +150,25 @@ def use_own_generator(model, monkeypatch, **kwargs):
     """transformers' assisted decoding, with our drafts in the place of its own."""
 
     def make(generation_config, logits_processor, **_):
-        return SafeSpecCandidateGenerator(logits_processor=logits_processor, do_sample=generation_config.do_sample, **kwargs)
+        return SafeSpecCandidateGenerator(
+            logits_processor=logits_processor, do_sample=generation_config.do_sample, **kwargs
+        )
 
     monkeypatch.setattr(model, "_get_candidate_generator", make)
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"eos_token_id": 23}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"eos_token_id": 23}]
+)
 @pytest.mark.parametrize("source", ["model", "lookup", "none"])
 def test_transformers_own_loop_gives_plain_greedy_text_with_these_drafts(target, monkeypatch, source, settings):
     arguments = {"max_new_tokens": 24, "do_sample": False, **settings}
     expected = target.generate(torch.tensor([[11, 12, 13]]), **arguments)
     kwargs = {"model": {"assistant_model": perturb(target)}, "lookup": {"max_matching_ngram_size": 2}, "none": {}}
     use_own_generator(target, monkeypatch, **kwargs[source])
-    assert torch.equal(target.generate(torch.tensor([[11, 12, 13]]), prompt_lookup_num_tokens=5, **arguments), expected)
+    assert torch.equal(
+        target.generate(torch.tensor([[11, 12, 13]]), prompt_lookup_num_tokens=5, **arguments), expected
+    )
 
 
 def test_transformers_own_loop_samples_from_the_target_with_these_drafts(monkeypatch):
@@ -194,7 +203,9 @@ def test_get_candidates_follows_any_history_of_the_tokens(target):
         candidates = generator.get_candidates(torch.tensor([ids]))[0]
         assert torch.equal(candidates, fresh)
         # some of the drafts, and then a token of its own; now and then the text is rolled back as well
-        ids = candidates[0, : len(ids) + choose.randint(0, 4)].tolist()[: choose.randint(3, 40)] + [choose.randrange(40)]
+        ids = candidates[0, : len(ids) + choose.randint(0, 4)].tolist()[: choose.randint(3, 40)] + [
+            choose.randrange(40)
+        ]
 
 
 @torch.no_grad()

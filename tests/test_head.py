@@ -32,7 +32,9 @@ def test_a_head_is_saved_as_safetensors_only(tmp_path):
 
 
 def test_everything_that_decides_travels_with_the_head(tmp_path):
-    head = small_head(pooling="ewma", ewma_decay=0.8, span="answer", unsafe_label=0, risk_threshold=0.3, target={"a": 1})
+    head = small_head(
+        pooling="ewma", ewma_decay=0.8, span="answer", unsafe_label=0, risk_threshold=0.3, target={"a": 1}
+    )
     head.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == head.config.to_diff_dict()
 
@@ -59,9 +61,13 @@ def test_pickled_weights_are_refused_even_when_asked_for(tmp_path):
         SafetyHead.from_pretrained(tmp_path, use_safetensors=False)
 
 
-@pytest.mark.parametrize(("num_layers", "shapes"), [(1, [(1, 8)]), (2, [(4, 8), (1, 4)]), (3, [(4, 8), (4, 4), (1, 4)])])
+@pytest.mark.parametrize(
+    ("num_layers", "shapes"), [(1, [(1, 8)]), (2, [(4, 8), (1, 4)]), (3, [(4, 8), (4, 4), (1, 4)])]
+)
 def test_widths_follow_the_config(num_layers, shapes):
-    weights = [tuple(weight.shape) for weight in small_head(num_mlp_layers=num_layers).parameters() if weight.dim() == 2]
+    weights = [
+        tuple(weight.shape) for weight in small_head(num_mlp_layers=num_layers).parameters() if weight.dim() == 2
+    ]
     assert weights == shapes
 
 

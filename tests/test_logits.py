@@ -50,7 +50,10 @@ def test_steering_refuses_a_penalty_that_is_not_one(penalty):
 
 
 def test_each_row_is_processed_on_its_own_tokens():
-    rows = [make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)]), make_row([3], [RepetitionPenaltyLogitsProcessor(4.0)])]
+    rows = [
+        make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)]),
+        make_row([3], [RepetitionPenaltyLogitsProcessor(4.0)]),
+    ]
     scores = process_rows(rows, [[2], []], torch.ones(2, 4))
     assert scores.tolist() == [[1.0, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 0.25]]
 

@@ -44,7 +44,14 @@ CONFIGS = {
         initializer_range=0.1,
     ),
     "gpt2": functools.partial(
-        GPT2Config, vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, **SPECIAL
+        GPT2Config,
+        vocab_size=VOCAB_SIZE,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.3,
+        **SPECIAL,
     ),
 }
 
@@ -61,7 +68,7 @@ def build_model(kind: str = "llama", seed: int = 0, **config: object) -> PreTrai
 
 
 @torch.no_grad()
-def perturb(model: PreTrainedModel, noise: float = 0.01, seed: int = 1) -> PreTrainedModel:
+def perturb(model: PreTrainedModel, noise: float = 0.003, seed: int = 1) -> PreTrainedModel:
     """A draft that mostly agrees with `model`: its weights, and a little noise."""
     generator, draft = torch.Generator().manual_seed(seed), copy.deepcopy(model)
     for weight in draft.parameters():
@@ -72,7 +79,8 @@ def perturb(model: PreTrainedModel, noise: float = 0.01, seed: int = 1) -> PreTr
 def build_tokenizer(num_words: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """One token per word, split at spaces; a newline is a word of its own."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "pause", "think", "no", "\n", "\n\n", "thanks"]
-    vocabulary = {word: index for index, word in enumerate([*words, *(f"w{i}" for i in range(10, num_words))])}
+    words += [f"w{index}" for index in range(10, num_words - 1)] + ["abcdef"]  # what stop strings probe decoding with
+    vocabulary = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")
     return PreTrainedTokenizerFast(
@@ -86,7 +94,11 @@ def build_tokenizer(num_words: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
 
 
 def build_head(
-    model: PreTrainedModel, threshold: float = 1.0, *, tokenizer: PreTrainedTokenizerFast | None = None, **config: object
+    model: PreTrainedModel,
+    threshold: float = 1.0,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **config: object,
 ) -> SafetyHead:
     """A random head for `model`; the default threshold is never reached."""
     torch.manual_seed(7)

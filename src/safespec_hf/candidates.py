@@ -213,19 +213,19 @@ def sample_segments(
         max_tokens (`int`): Longest segment, >= 1.
         end_ids (`frozenset[int]`): Tokens that end an answer.
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
-        generator (`torch.Generator`): Of the sampler's device.
+        generator (`torch.Generator`): Of the row's device.
 
     Returns:
         `list[list[int]]`: K segments, none of them empty.
     """
     num = len(sampler.lengths)
     blocks: Sequence[Sequence[int]] | Tensor = [row.context(length) for length in sampler.lengths]
-    device, policy = generator.device, row.policy
-    ids_KL = row.visible_ids().to(device).expand(num, -1)
+    policy = row.policy
+    ids_KL = row.visible_ids().expand(num, -1)
     segments: list[list[int]] = [[] for _ in range(num)]
     is_open = [True] * num
     for step in range(max_tokens):
-        logits_KV = sampler.forward(blocks, 1).logits_BTV[:, -1].float()
+        logits_KV = sampler.forward(blocks, 1).logits_BTV[:, -1].to(row.device, torch.float32)
         scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
         token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
         for k, token in enumerate(token_K1[:, 0].tolist()):

@@ -114,7 +114,7 @@ class SafeSpecConfig:
             generator for sampled ones.
         score_last_token (`bool`, defaults to `False`):
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
-            risk (`nan`). `True` spends one more target forward to score it.
+            risk (`nan`). `True` spends one more target forward to score it; an answer of one token always does.
 
     Raises:
         ValueError: If a value is outside of its range.

@@ -138,9 +138,12 @@ class Decoder:
         self._drop_finished()
 
     def _draft(self) -> Proposal:
-        start = time.perf_counter()
+        start, most = time.perf_counter(), self.plan.num_draft_tokens
         # the target adds a token of its own, so the last one allowed is never worth drafting
-        limits = [0 if row.closing else min(self.plan.num_draft_tokens, row.room - 1) for row in self.live]
+        limits = [
+            0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)
+            for row in self.live
+        ]
         proposal = self.candidates.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
@@ -176,8 +179,8 @@ class Decoder:
             triples = zip(self.live, proposal.drafts, hidden_BTF, strict=True)
             pooled = [self.plan.monitor.pool(row, drafts, hidden_TF) for row, drafts, hidden_TF in triples]
             parts.append(self.plan.monitor.risks(pooled))
-        device = verified.next_token_B.device
-        values = iter(torch.cat([part.double().to(device) for part in parts]).tolist())
+        device = verified.next_token_B.device  # float32 holds every token id below 2**24
+        values = iter(torch.cat([part.float().to(device) for part in parts]).tolist())
         num_accepted, next_tokens = [[int(next(values)) for _ in self.live] for _ in range(2)]
         risks = [[next(values) for _ in states] for states in pooled] or [[] for _ in self.live]
         self.statistics.head_seconds += time.perf_counter() - start
@@ -201,7 +204,8 @@ class Decoder:
             row.append(token, origin)
             if token in self.plan.eos_ids:
                 return "eos"
-            if row.room <= 0:
+            # hidden text uses up context as well, which `max_length` does not know
+            if row.room <= 0 or (row.has_hidden and row.num_context > self.plan.max_context):
                 return "length"
             if self.plan.criteria and bool(self.plan.criteria(row.visible_ids(), None).all()):
                 return "stop"
@@ -219,7 +223,9 @@ class Decoder:
         if unsafe:
             return self._take_back(row, row.num_settled, risks[num_safe])
         row.finalize()
-        needs_score = self.plan.policy.score_last_token and pooled_TF is not None and row.num_unscored() > 0
+        # an answer of one token would otherwise come back without any score
+        is_wanted = self.plan.policy.score_last_token or (row.num_settled == 0 and reason != "eos")
+        needs_score = is_wanted and pooled_TF is not None and row.num_unscored() > 0
         row.closing = reason if needs_score else None
         row.finish_reason = None if needs_score else reason
         return None
@@ -298,16 +304,16 @@ class Decoder:
             max_tokens=max_tokens,
             end_ids=self.plan.eos_ids,
             steer=steer,
-            generator=self._generator(row, parent.model.device),
+            generator=self._generator(row),
         )
         if not from_target:
             self.statistics.draft_seconds += time.perf_counter() - start
         return segments
 
-    def _generator(self, row: Row, device: torch.device) -> torch.Generator:
+    def _generator(self, row: Row) -> torch.Generator:
         """Each row has its own, so that a row recovers in a batch as it would alone."""
         if row.index not in self._generators:
-            self._generators[row.index] = torch.Generator(device).manual_seed(self.plan.seed)
+            self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seed)
         return self._generators[row.index]
 
     def _score_segments(

@@ -63,12 +63,12 @@ def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV
     Returns:
         `torch.FloatTensor` of shape `(B, V)`: Scores, float32 as in plain `generate`.
     """
-    scores_BV = logits_BV.to(torch.float32, copy=True)
+    scores_BV = logits_BV.to(rows[0].device, torch.float32, copy=True)
     if not rows[0].processors:
         return scores_BV
     return torch.cat(
         [
-            row.process(row.visible_ids(extra).to(scores_BV.device), scores_V[None])
+            row.process(row.visible_ids(extra), scores_V[None])
             for row, extra, scores_V in zip(rows, extras, scores_BV, strict=True)
         ]
     )

@@ -210,7 +210,7 @@ def guarded_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _rebuild(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    guarded = guarded_class(model_class)
+    guarded = guarded_class(model_class)  # type: ignore[arg-type]  # classes are hashable
     return guarded.__new__(guarded)
 
 
@@ -219,9 +219,10 @@ class GuardedCall:
     """The decoding strategy of one guarded `generate` call, run by transformers once it has prepared everything."""
 
     policy: SafeSpecConfig
-    assistant: PreTrainedModel | None
-    streamer: BaseStreamer | None
-    num_assistant_tokens: int | None
+    assistant: PreTrainedModel | None = None
+    streamer: BaseStreamer | None = None
+    num_assistant_tokens: int | None = None
+    is_monitored: bool = True  # False only to measure what safety costs
 
     @torch.no_grad()
     def __call__(
@@ -298,7 +299,7 @@ class GuardedCall:
         seed = 0 if not config.do_sample else int(torch.randint(2**31, (1,)))
         return Plan(
             policy=policy,
-            monitor=RiskMonitor(attachment.head),
+            monitor=RiskMonitor(attachment.head) if self.is_monitored else None,
             risk_threshold=policy.risk_threshold or attachment.head.config.risk_threshold,
             num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
             do_sample=bool(config.do_sample),

@@ -80,6 +80,16 @@ class Row:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def device(self) -> torch.device:
+        """Where the caller's processors and criteria work: the target's device."""
+        return self._visible.device
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether the model reads tokens that the caller does not see."""
+        return len(self.tokens) > self.num_visible
+
+    @property
     def room(self) -> int:
         """Visible tokens that may still be added."""
         return self.max_new_tokens - self.num_visible

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,7 +26,7 @@ class CollectSettings:
     Args:
         max_new_tokens (`int`, defaults to 128): Of an answer.
         max_prompt_tokens (`int`, defaults to 1024): Of a prompt; longer ones lose their beginning.
-        batch_size (`int`, defaults to 32): Prompts answered at once. Part of the result: padding moves logits a little.
+        batch_size (`int`, defaults to 32): Prompts answered at once. Padding moves logits a little.
         temperature (`float`, defaults to 0.0): Of sampling; 0 is greedy.
         seed (`int`, defaults to 0): Of sampling.
     """
@@ -57,7 +58,7 @@ def collect_answers(
         prompts (`Sequence[Example]`): Their labels are the labels of the answers unless there is a `labeler`.
         out (`str` or `os.PathLike`): The file. Its settings are kept beside it, in `<out>.settings.json`.
         settings ([`CollectSettings`], *optional*): How to answer.
-        labeler (`Callable`, *optional*): From examples to labels, see [`load_labeler`]; answers it can't label are left out.
+        labeler (`Callable`, *optional*): See [`load_labeler`]; answers that it gives no label are left out.
 
     Returns:
         `int`: Answers that this call wrote.
@@ -90,7 +91,7 @@ def _answer(
     settings: CollectSettings,
     start: int,
 ) -> list[Example]:
-    inputs = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         [list(example.messages) for example in batch],
         add_generation_prompt=True,
         return_tensors="pt",
@@ -98,12 +99,13 @@ def _answer(
         padding=True,
         tokenizer_kwargs={"padding_side": "left"},
     )
-    inputs = {name: tensor[:, -settings.max_prompt_tokens :].to(model.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor[:, -settings.max_prompt_tokens :].to(model.device) for name, tensor in encoded.items()}
     # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
     set_seed(settings.seed + start)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    generate: Any = model.generate
     with torch.inference_mode():
-        tokens = model.generate(
+        tokens = generate(
             **inputs,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,

@@ -112,20 +112,16 @@ def _read_rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     elif not os.path.exists(path):
         raise FileNotFoundError(f"{path} is not a file, nor a folder, nor a data set's id on the Hub (`owner/name`).")
     elif suffix == ".parquet":
-        import pandas
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
-        yield from enumerate(_without_missing(pandas.read_parquet(path)), start=1)
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        yield from ((n, {k: v for k, v in row.items() if v is not None}) for n, row in enumerate(rows, start=1))
     elif suffix == ".csv":
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             yield from ((reader.line_num, {k: v for k, v in row.items() if v != ""}) for row in reader)
     else:
         yield from _read_json_lines(path)
-
-
-def _without_missing(table: Any) -> Iterator[dict[str, Any]]:
-    for row in table.to_dict("records"):
-        yield {name: value for name, value in row.items() if value is not None and value == value}
 
 
 def _read_json_lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -199,5 +195,7 @@ def _parse_number(row: Mapping[str, Any], field: str, default: float, path: str,
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number < float("inf") or (field == "weight" and number == 0):
-        raise DataError(path, line, field, f"expected a finite number {'>' if field == 'weight' else '>='} 0, got {value!r}")
+        raise DataError(
+            path, line, field, f"expected a finite number {'>' if field == 'weight' else '>='} 0, got {value!r}"
+        )
     return number

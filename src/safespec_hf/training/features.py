@@ -1,4 +1,4 @@
-"""Features of labelled answers at several prefixes, in shards on disk that an interrupted run goes on with.
+"""Features of labelled answers at several prefixes, cached on disk.
 
 Shapes: P prefixes of all answers of a shard, L layers, H hidden size.
 """
@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SafeSpecConfig
 from ..head import target_binding
 from .data import Example, hash_examples
 from .hidden import Encoded, encode, find_newline_ids, make_batches, pool_answer, read_hidden, span_counts
+from .shards import compute_shards, plan_shards
 
 
 class Reading(NamedTuple):
@@ -38,7 +37,12 @@ class Reading(NamedTuple):
         return f"{self.pooling}-{self.span}"
 
 
-READINGS = (Reading("last", "answer"), Reading("mean", "segment"), Reading("mean", "answer"), Reading("ewma", "answer"))
+READINGS = (
+    Reading("last", "answer"),
+    Reading("mean", "segment"),
+    Reading("mean", "answer"),
+    Reading("ewma", "answer"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,7 @@ def extract_features(
 ) -> Features:
     """Reads all examples, or what an earlier run with the same target, tokenizer, data and settings has left to read.
 
-    Under `accelerate launch` each process reads every n-th shard; the files are the same for any n.
+    Under `accelerate launch` the processes share the work; the files are the same for any number of them.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
@@ -107,21 +111,16 @@ def extract_features(
         [`Features`]: Of all examples.
     """
     folder = Path(cache_dir) / cache_key(model, tokenizer, examples, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     encoded = [encode(tokenizer, e, settings.max_prompt_tokens, settings.max_response_tokens) for e in examples]
-    shards = _plan_shards([text.num_tokens for text in encoded], settings.num_shard_examples)
-    files = [folder / f"{number:05d}.safetensors" for number in range(len(shards))]
-    state = PartialState()
-    mine = range(state.process_index, len(shards), state.num_processes)
-    todo = [number for number in mine if not files[number].exists()]
-    newline_ids = find_newline_ids(tokenizer) if todo else frozenset()
-    for number in tqdm(todo, desc="features", unit="shard", disable=not state.is_main_process):
-        texts = {index: encoded[index] for index in shards[number]}
-        tensors = _read_shard(model, texts, settings, newline_ids)
+    shards = plan_shards([text.num_tokens for text in encoded], settings.num_shard_examples)
+    newline_ids = find_newline_ids(tokenizer)
+
+    def compute(number: int) -> dict[str, Tensor]:
+        tensors = _read_shard(model, {index: encoded[index] for index in shards[number]}, settings, newline_ids)
         tensors["num_chars"] = _count_chars(tokenizer, encoded, tensors)
-        _save_whole(tensors, files[number])
-    state.wait_for_everyone()
-    return load_features(files, settings)
+        return tensors
+
+    return load_features(compute_shards(folder, len(shards), compute, "features"), settings)
 
 
 def cache_key(
@@ -155,11 +154,6 @@ def prefix_positions(num_tokens: int, prefix_tokens: Sequence[int]) -> list[int]
     return [length for length in sorted(prefix_tokens) if length < num_tokens] + [num_tokens]
 
 
-def _plan_shards(lengths: Sequence[int], size: int) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def _read_shard(
     model: PreTrainedModel, texts: dict[int, Encoded], settings: FeatureSettings, newline_ids: frozenset[int]
 ) -> dict[str, Tensor]:
@@ -191,16 +185,7 @@ def _pool_prefixes(
     return tensors
 
 
-def _count_chars(
-    tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], tensors: dict[str, Tensor]
-) -> Tensor:
+def _count_chars(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], tensors: dict[str, Tensor]) -> Tensor:
     pairs = zip(tensors["example"].tolist(), tensors["num_tokens"].tolist(), strict=True)
     texts = tokenizer.batch_decode([encoded[index].response_ids[:length] for index, length in pairs])
     return torch.tensor([len(text) for text in texts])
-
-
-def _save_whole(tensors: dict[str, Tensor], file: Path) -> None:
-    """A file is there completely or not at all, whenever the process is killed."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)

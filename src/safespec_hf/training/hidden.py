@@ -6,7 +6,7 @@ Shapes: T tokens of an answer, F features (hidden size times layers).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ def encode(
     Raises:
         SafeSpecError: If the answer has no tokens.
     """
-    prompt = tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, return_dict=True)
-    response = tokenizer(example.response, add_special_tokens=False)
+    prompt: Any = tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, return_dict=True)
+    response: Any = tokenizer(example.response, add_special_tokens=False)
     encoded = Encoded(prompt["input_ids"][-max_prompt_tokens:], response["input_ids"][:max_response_tokens])
     if not encoded.response_ids:
         raise SafeSpecError(f"The answer of example {example.id!r} has no tokens.")
@@ -90,7 +90,9 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     return [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
 
 
-def span_counts(response_ids: Sequence[int], span: str, newline_ids: frozenset[int], policy: SafeSpecConfig) -> list[int]:
+def span_counts(
+    response_ids: Sequence[int], span: str, newline_ids: frozenset[int], policy: SafeSpecConfig
+) -> list[int]:
     """For each answer token, how many tokens of its span come before it, as decoding counts them.
 
     Args:
@@ -113,7 +115,9 @@ def pool_answer(hidden_TF: Tensor, counts: Sequence[int], pooling: str, decay: f
 def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the tokens that hold a newline."""
     ids = range(len(tokenizer))
-    return frozenset(i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in text)
+    return frozenset(
+        i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in text
+    )
 
 
 def score_answers(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -95,8 +96,9 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
 def _ask(guard: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     # both guards' chat templates turn a conversation that ends with the assistant into a moderation prompt
     conversation = [*example.messages, {"role": "assistant", "content": example.response}]
-    inputs = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
-    tokens = guard.generate(**inputs.to(guard.device), max_new_tokens=64, do_sample=False)
+    inputs: Any = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+    generate: Any = guard.generate
+    tokens = generate(**inputs.to(guard.device), max_new_tokens=64, do_sample=False)
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 

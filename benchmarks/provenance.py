@@ -1,0 +1,35 @@
+"""Where a figure came from: command, source, versions and machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def provenance() -> dict[str, Any]:
+    """What is written beside every result."""
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "argv": sys.argv,
+        "git_sha": sha,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "num_threads": torch.get_num_threads()},
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Results with their provenance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=2) + "\n")

@@ -1,0 +1,299 @@
+"""Trains a safety head from cached features: a sweep over what is read, then a small ensemble folded into one MLP.
+
+Shapes: P prefixes, F inputs of the MLP, N answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupShuffleSplit
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
+
+from ..config import SafetyHeadConfig
+from ..errors import SafeSpecError
+from ..head import SafetyHead
+from .data import Example
+from .features import Features, Reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How a head is trained.
+
+    Args:
+        num_members (`int`, defaults to 4): MLPs trained from different seeds; their logits are averaged by one MLP.
+        width (`int`, defaults to 32): Hidden units of each; 0 trains linear probes.
+        learning_rate (`float`, defaults to 1e-3): Of AdamW.
+        weight_decay (`float`, defaults to 0.1): Of AdamW.
+        dropout (`float`, defaults to 0.2): On the hidden units.
+        batch_size (`int`, defaults to 512): Prefixes per step.
+        max_epochs (`int`, defaults to 20): At most.
+        patience (`int`, defaults to 4): Epochs without a better validation AUROC before it stops.
+        min_unsafe_tokens (`int`, defaults to 24):
+            Shorter prefixes of unsafe answers, counted from where they turn unsafe, are left out: nothing has happened
+            in them yet.
+        source_power (`float`, defaults to 0.5):
+            Within a class a source of n answers weighs n to this power: 1 is by size, 0 is all sources alike.
+        seed (`int`, defaults to 0): Of everything.
+    """
+
+    num_members: int = 4
+    width: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.2
+    batch_size: int = 512
+    max_epochs: int = 20
+    patience: int = 4
+    min_unsafe_tokens: int = 24
+    source_power: float = 0.5
+    seed: int = 0
+
+
+class Dataset(NamedTuple):
+    """Labelled answers and their features."""
+
+    examples: Sequence[Example]
+    features: Features
+
+    @property
+    def labels(self) -> Tensor:
+        """Of the examples, float32 of shape `(N,)`."""
+        return torch.tensor([float(example.label or 0) for example in self.examples])
+
+
+class Trained(NamedTuple):
+    """A head, and the validation AUROC of everything that was tried on the way."""
+
+    head: SafetyHead
+    validation_auroc: float
+    sweep: list[dict[str, Any]]
+
+
+def split_by_group(examples: Sequence[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Splits so that no group is on both sides.
+
+    Args:
+        examples (`Sequence[Example]`): All of them.
+        fraction (`float`): Share of the groups that goes to the second part, in (0, 1).
+        seed (`int`, *optional*, defaults to 0): Of the choice.
+
+    Raises:
+        SafeSpecError: If there are fewer than two groups.
+    """
+    groups = [example.group for example in examples]
+    if len(set(groups)) < 2:
+        raise SafeSpecError(f"A split needs at least 2 groups, but all {len(examples)} examples are in one.")
+    splitter = GroupShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
+    first, second = next(splitter.split(groups, groups=groups))
+    return [examples[index] for index in first], [examples[index] for index in second]
+
+
+def train_head(
+    train: Dataset,
+    validation: Dataset,
+    hidden_layers: Sequence[int],
+    reading: Reading,
+    *,
+    target: dict[str, Any] | None = None,
+    ewma_decay: float = 0.9,
+    settings: TrainSettings | None = None,
+) -> Trained:
+    """Trains one head.
+
+    Args:
+        train, validation ([`Dataset`]): No group may be in both; see [`split_by_group`].
+        hidden_layers (`Sequence[int]`): What it reads, among the layers of the features.
+        reading ([`Reading`]): How it pools.
+        target (`dict`, *optional*): See [`target_binding`].
+        ewma_decay (`float`, *optional*, defaults to 0.9): That of the features.
+        settings ([`TrainSettings`], *optional*): How.
+
+    Returns:
+        [`Trained`]: The head in evaluation mode, its threshold still to be calibrated.
+
+    Raises:
+        SafeSpecError: If groups leak, or a set lacks one of the classes.
+    """
+    settings = settings or TrainSettings()
+    _check_sets(train, validation)
+    inputs_PF = _inputs(train.features, hidden_layers, reading)
+    targets_P, weights_P = _targets(train, settings)
+    is_used = weights_P > 0
+    mean_F, std_F = inputs_PF[is_used].mean(0), inputs_PF[is_used].std(0) + 1e-6
+    rows = ((inputs_PF[is_used] - mean_F) / std_F, targets_P[is_used], weights_P[is_used])
+    held_out_PF = (_inputs(validation.features, hidden_layers, reading) - mean_F) / std_F
+    members = [
+        _train_member(rows, held_out_PF, validation, replace(settings, seed=settings.seed + member))
+        for member in range(settings.num_members)
+    ]
+    head = _merge(members, mean_F, std_F)
+    head.config.update(
+        {
+            "hidden_size": inputs_PF.shape[1] // len(hidden_layers),
+            "hidden_layers": list(hidden_layers),
+            "pooling": reading.pooling,
+            "span": reading.span,
+            "ewma_decay": ewma_decay,
+            "dropout": settings.dropout,
+            "target": target,
+        }
+    )
+    with torch.no_grad():
+        score = auroc_of(head.risk(_inputs(validation.features, hidden_layers, reading)), validation)
+    return Trained(head, score, [])
+
+
+def sweep_readings(
+    train: Dataset, validation: Dataset, readings: Sequence[Reading], *, num_layers_at_once: int = 3
+) -> list[dict[str, Any]]:
+    """Validation AUROC of linear probes on every layer and reading, then on sets of the best reading's best layers.
+
+    Args:
+        train, validation ([`Dataset`]): As for [`train_head`].
+        readings (`Sequence[Reading]`): Ways to pool that the features have.
+        num_layers_at_once (`int`, *optional*, defaults to 3): Layers are added while that helps, up to this many.
+
+    Returns:
+        `list[dict]`: `hidden_layers`, `reading` and `auroc`, the best one first.
+    """
+    quick = TrainSettings(num_members=1, width=0, max_epochs=6, patience=2)
+    results: list[dict[str, Any]] = []
+
+    def attempt(layers: Sequence[int], reading: Reading) -> float:
+        score = train_head(train, validation, sorted(layers), reading, settings=quick).validation_auroc
+        results.append({"hidden_layers": sorted(layers), "reading": list(reading), "auroc": score})
+        return score
+
+    layers = train.features.layers
+    for reading in tqdm(readings, desc="sweep", unit="reading"):
+        for layer in layers:
+            attempt([layer], reading)
+    best = max(results, key=lambda result: result["auroc"])
+    for _ in range(num_layers_at_once - 1):
+        chosen = best["hidden_layers"]
+        for layer in set(layers) - set(chosen):
+            attempt([*chosen, layer], Reading(*best["reading"]))
+        best = max(results, key=lambda result: result["auroc"])
+        if best["hidden_layers"] == chosen:
+            break
+    return sorted(results, key=lambda result: -result["auroc"])
+
+
+def auroc_of(risks_P: Tensor, data: Dataset) -> float:
+    """AUROC of whole answers, each scored by its highest risk at any prefix."""
+    return float(roc_auc_score(data.labels, highest_risks(risks_P, data)))
+
+
+def highest_risks(risks_P: Tensor, data: Dataset) -> Tensor:
+    """The highest risk of each answer over its prefixes, of shape `(N,)`."""
+    highest_N = torch.full((len(data.examples),), -torch.inf)
+    return highest_N.scatter_reduce(0, data.features.example, risks_P, "amax")
+
+
+def _check_sets(train: Dataset, validation: Dataset) -> None:
+    for name, data in (("training", train), ("validation", validation)):
+        if len(set(data.labels.tolist())) < 2:
+            raise SafeSpecError(f"The {name} set has {len(data.examples)} answers of one class; both are needed.")
+    shared = {example.group for example in train.examples} & {example.group for example in validation.examples}
+    if shared:
+        raise SafeSpecError(f"{len(shared)} groups are in both training and validation. Split by group.")
+
+
+def _inputs(features: Features, hidden_layers: Sequence[int], reading: Reading) -> Tensor:
+    columns = [features.layers.index(layer) for layer in hidden_layers]
+    return features.states[reading.name][:, columns].float().flatten(1)
+
+
+def _targets(data: Dataset, settings: TrainSettings) -> tuple[Tensor, Tensor]:
+    """Labels and weights of prefixes; weight 0 leaves out a prefix whose label isn't known to be true."""
+    features, labels_N = data.features, data.labels
+    starts_N = torch.tensor([example.unsafe_from for example in data.examples])
+    targets_P = labels_N[features.example]
+    chars_per_token_P = features.num_chars / features.num_tokens
+    num_unsafe_P = (features.num_chars - starts_N[features.example]) / chars_per_token_P
+    is_true_P = (targets_P == 0) | (num_unsafe_P >= settings.min_unsafe_tokens) | features.is_last
+    num_used_N = torch.zeros(len(data.examples)).scatter_add(0, features.example, is_true_P.float())
+    weights_N = torch.tensor(_balance(data.examples, settings.source_power)) / num_used_N.clamp(min=1)
+    return targets_P, weights_N[features.example] * is_true_P
+
+
+def _balance(examples: Sequence[Example], power: float) -> list[float]:
+    """Weights such that both classes weigh the same and sources within a class weigh their size to a power."""
+    cells = [(example.label, example.source) for example in examples]
+    sizes: dict[tuple[int | None, str], float] = {}
+    for cell, example in zip(cells, examples, strict=True):
+        sizes[cell] = sizes.get(cell, 0.0) + example.weight
+    totals = {label: sum(size**power for cell, size in sizes.items() if cell[0] == label) for label, _ in cells}
+    return [
+        example.weight / sizes[cell] * sizes[cell] ** power / totals[cell[0]] * len(examples) / 2
+        for cell, example in zip(cells, examples, strict=True)
+    ]
+
+
+def _train_member(
+    rows: tuple[Tensor, Tensor, Tensor], held_out_PF: Tensor, validation: Dataset, settings: TrainSettings
+) -> nn.Sequential:
+    torch.manual_seed(settings.seed)
+    member = _new_member(held_out_PF.shape[1], settings)
+    optimizer = torch.optim.AdamW(member.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    best_score, best_state, num_waited = -1.0, member.state_dict(), 0
+    for _ in range(settings.max_epochs):
+        member.train()
+        for inputs_BF, targets_B, weights_B in _batches(rows, settings.batch_size):
+            losses_B = binary_cross_entropy_with_logits(member(inputs_BF).squeeze(-1), targets_B, reduction="none")
+            optimizer.zero_grad()
+            (losses_B * weights_B).sum().div(weights_B.sum()).backward()
+            optimizer.step()
+        member.eval()
+        with torch.no_grad():
+            score = auroc_of(member(held_out_PF).squeeze(-1), validation)
+        num_waited += 1
+        if score > best_score:
+            best_score, num_waited = score, 0
+            best_state = {name: tensor.clone() for name, tensor in member.state_dict().items()}
+        if num_waited >= settings.patience:
+            break
+    member.load_state_dict(best_state)
+    return member
+
+
+def _new_member(num_features: int, settings: TrainSettings) -> nn.Sequential:
+    if settings.width == 0:
+        return nn.Sequential(nn.Linear(num_features, 1))
+    inner = nn.Linear(num_features, settings.width)
+    return nn.Sequential(inner, nn.ReLU(), nn.Dropout(settings.dropout), nn.Linear(settings.width, 1))
+
+
+def _batches(rows: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    for chosen in torch.randperm(len(rows[0])).split(size):
+        yield tuple(tensor[chosen] for tensor in rows)
+
+
+@torch.no_grad()
+def _merge(members: Sequence[nn.Sequential], mean_F: Tensor, std_F: Tensor) -> SafetyHead:
+    """One head whose logit is the mean of the members' on standardised inputs: their hidden units side by side."""
+    layers = [[layer for layer in member if isinstance(layer, nn.Linear)] for member in members]
+    weight = torch.cat([first.weight for first, *_ in layers]) / std_F
+    bias = torch.cat([first.bias for first, *_ in layers]) - weight @ mean_F
+    config = SafetyHeadConfig(hidden_size=mean_F.numel(), hidden_layers=[0], num_mlp_layers=len(layers[0]))
+    config.mlp_ratio = len(weight) / config.num_features
+    head = SafetyHead(config)
+    first, last = head.mlp[0], head.mlp[-1]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    if first is last:
+        weight, bias = weight.mean(0, keepdim=True), bias.mean(0, keepdim=True)
+    else:
+        last.weight.copy_(torch.cat([final.weight for *_, final in layers], dim=1) / len(members))
+        last.bias.copy_(torch.stack([final.bias for *_, final in layers]).mean(0))
+    first.weight.copy_(weight)
+    first.bias.copy_(bias)
+    return head.eval()

@@ -1,0 +1,456 @@
+"""A guarded model stays the model it was, and refuses whatever can't be guarded before its first forward."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import PAUSE, THINK, build_head, build_model, build_noisy_head, build_tokenizer, perturb
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextStreamer,
+    pipeline,
+)
+
+from safespec_hf import (
+    HeadMismatchError,
+    SafeSpecConfig,
+    SafeSpecOutput,
+    UnsupportedRequestError,
+    attach_safety_head,
+    detach_safety_head,
+)
+
+PROMPT = torch.tensor([[11, 17, 23]])
+SHORT = {"max_new_tokens": 8, "do_sample": False}
+POLICY = SafeSpecConfig(max_segment_tokens=4, reflection="pause think", refusal="no thanks")
+
+
+@pytest.fixture
+def guarded(target, never, tokenizer):
+    return attach_safety_head(target, never, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def flagging(target, noisy, tokenizer):
+    return attach_safety_head(target, noisy, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def always(target, noisy, tokenizer):
+    return attach_safety_head(target, noisy, tokenizer=tokenizer, always=True)
+
+
+def is_guarded(model):
+    output = model.generate(PROMPT, **SHORT, safespec=True, return_dict_in_generate=True)
+    return isinstance(output, SafeSpecOutput)
+
+
+def test_the_same_model_comes_back_with_its_class_and_its_name(target, never, tokenizer):
+    model = attach_safety_head(target, never, tokenizer=tokenizer)
+    assert model is target
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == type(model).__qualname__ == "LlamaForCausalLM"
+    assert type(model).__module__ == LlamaForCausalLM.__module__
+
+
+def test_two_models_of_one_class_share_their_guarded_class(guarded, tokenizer):
+    other = build_model(seed=1)
+    assert type(attach_safety_head(other, build_head(other), tokenizer=tokenizer)) is type(guarded)
+
+
+def test_without_safespec_generate_is_what_it_was(target, noisy, tokenizer):
+    expected = target.generate(PROMPT, **SHORT)
+    model = attach_safety_head(target, noisy, tokenizer=tokenizer)
+    for arguments in ({}, {"safespec": None}, {"safespec": False}):
+        assert torch.equal(model.generate(PROMPT, **SHORT, **arguments), expected)
+
+
+def test_without_a_dict_the_sequences_come_back(guarded):
+    sequences = guarded.generate(PROMPT, **SHORT, safespec=True)
+    assert torch.equal(sequences, guarded.generate(PROMPT, **SHORT))
+
+
+def test_saved_weights_and_config_know_nothing_of_the_head(guarded, tmp_path):
+    guarded.save_pretrained(tmp_path / "guarded")
+    detach_safety_head(guarded).save_pretrained(tmp_path / "plain")
+    names = []
+    for folder in ("guarded", "plain"):
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as weights:
+            names.append(set(weights.keys()))
+    configs = [(tmp_path / folder / "config.json").read_text() for folder in ("guarded", "plain")]
+    assert names[0] == names[1]
+    assert configs[0] == configs[1]
+    assert '"LlamaForCausalLM"' in configs[0]
+
+
+def test_a_saved_model_loads_as_a_plain_one(guarded, tmp_path):
+    guarded.save_pretrained(tmp_path)
+    assert type(LlamaForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+
+
+def test_the_head_is_not_among_the_models_parameters(target, never, tokenizer):
+    before = [name for name, _ in target.named_parameters()]
+    model = attach_safety_head(target, never, tokenizer=tokenizer)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert set(model.state_dict()) == set(build_model().state_dict())
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickled])
+def test_copies_keep_the_guard(target, never, tokenizer, duplicate):
+    # before the first forward: transformers' own hooks for hidden states can't be pickled afterwards
+    other = duplicate(attach_safety_head(target, never, tokenizer=tokenizer, always=True))
+    assert isinstance(other, LlamaForCausalLM)
+    assert is_guarded(other)
+    with pytest.raises(UnsupportedRequestError, match="always=True"):
+        other.generate(PROMPT, **SHORT, safespec=False)
+
+
+def test_a_deep_copy_can_be_detached_without_touching_the_original(guarded):
+    other = detach_safety_head(copy.deepcopy(guarded))
+    assert type(other) is LlamaForCausalLM
+    assert is_guarded(guarded)
+
+
+def test_detaching_restores_class_and_attributes(target, never, tokenizer):
+    before = set(vars(target))
+    model = detach_safety_head(attach_safety_head(target, never, tokenizer=tokenizer))
+    assert type(model) is LlamaForCausalLM
+    assert set(vars(model)) == before
+    assert detach_safety_head(model) is model
+
+
+def test_attaching_again_replaces_the_head(guarded, tokenizer):
+    model = attach_safety_head(guarded, build_head(guarded, pooling="last"), tokenizer=tokenizer)
+    assert model._safespec.head.config.pooling == "last"
+    assert type(detach_safety_head(model)) is LlamaForCausalLM
+
+
+def test_a_failed_second_attachment_leaves_the_first_one_in_place(always, tokenizer):
+    wrong = build_head(build_model(num_hidden_layers=3))
+    with pytest.raises(HeadMismatchError):
+        attach_safety_head(always, wrong, tokenizer=tokenizer)
+    with pytest.raises(UnsupportedRequestError, match="always=True"):
+        always.generate(PROMPT, **SHORT, safespec=False)
+
+
+def test_a_head_can_be_given_as_a_folder(target, never, tokenizer, tmp_path):
+    never.save_pretrained(tmp_path)
+    assert is_guarded(attach_safety_head(target, str(tmp_path), tokenizer=tokenizer))
+
+
+def test_the_tokenizer_beside_the_model_is_found(target, never, tokenizer, tmp_path):
+    target.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert is_guarded(attach_safety_head(model, never))
+
+
+def test_a_tokenizer_can_be_given_to_generate_instead(target, never, tokenizer):
+    model = attach_safety_head(target, never)
+    with pytest.raises(UnsupportedRequestError, match="Pass `tokenizer=`"):
+        model.generate(PROMPT, **SHORT, safespec=True)
+    assert isinstance(model.generate(PROMPT, **SHORT, safespec=True, tokenizer=tokenizer), torch.Tensor)
+
+
+def test_a_tokenizer_that_is_not_the_heads_is_refused_by_generate_too(target, tokenizer):
+    model = attach_safety_head(target, build_head(target, tokenizer=tokenizer), tokenizer=tokenizer)
+    with pytest.raises(HeadMismatchError, match="`tokenizer`"):
+        model.generate(PROMPT, **SHORT, safespec=True, tokenizer=build_tokenizer(39))
+
+
+def test_another_targets_head_is_refused_and_can_be_excused(target, tokenizer):
+    head = build_head(build_model(vocab_size=41))
+    with pytest.raises(HeadMismatchError, match="`vocab_size`"):
+        attach_safety_head(target, head, tokenizer=tokenizer)
+    assert type(target) is LlamaForCausalLM
+    assert is_guarded(attach_safety_head(target, head, tokenizer=tokenizer, ignore_mismatches=("vocab_size",)))
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), None, "org/name"])
+def test_only_models_that_generate_can_be_guarded(wrong, never):
+    with pytest.raises(TypeError, match="must be a transformers model that can generate"):
+        attach_safety_head(wrong, never)
+
+
+def test_an_encoder_decoder_is_refused(never):
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(UnsupportedRequestError, match="is an encoder-decoder"):
+        attach_safety_head(model, never)
+    assert type(model) is T5ForConditionalGeneration
+
+
+def test_a_pipeline_runs_guarded_when_the_head_is_always_on(always, tokenizer):
+    text = tokenizer.decode(PROMPT[0])
+    generator = pipeline("text-generation", model=always, tokenizer=tokenizer)
+    (answer,) = generator(text, max_new_tokens=8, do_sample=False, return_full_text=False)
+    expected = always.generate(PROMPT, **SHORT, safespec=True)
+    assert answer["generated_text"] == tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
+    assert not torch.equal(expected, build_model().generate(PROMPT, **SHORT))
+
+
+def test_always_guards_calls_that_do_not_ask_for_it(always):
+    output = always.generate(PROMPT, **SHORT, return_dict_in_generate=True)
+    assert isinstance(output, SafeSpecOutput)
+    assert output.events[0]
+
+
+@pytest.mark.parametrize("where", ["argument", "model"])
+@pytest.mark.parametrize("value", [True, POLICY])
+def test_safespec_in_a_generation_config_is_honoured(guarded, where, value):
+    config = GenerationConfig(**SHORT, pad_token_id=0, return_dict_in_generate=True)
+    config.safespec = value
+    if where == "model":
+        guarded.generation_config = config
+    output = guarded.generate(PROMPT, **({"generation_config": config} if where == "argument" else {}))
+    assert isinstance(output, SafeSpecOutput)
+
+
+def test_the_argument_wins_over_the_generation_config(guarded):
+    config = GenerationConfig(**SHORT, pad_token_id=0, return_dict_in_generate=True)
+    config.safespec = True
+    assert not isinstance(guarded.generate(PROMPT, config, safespec=False), SafeSpecOutput)
+
+
+def test_a_model_without_a_head_refuses_safespec(target):
+    with pytest.raises(ValueError, match="safespec"):
+        target.generate(PROMPT, **SHORT, safespec=True)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, {"num_candidates": 3}])
+def test_safespec_of_a_wrong_type_is_refused(guarded, value):
+    with pytest.raises(TypeError, match="must be a bool or a SafeSpecConfig"):
+        guarded.generate(PROMPT, **SHORT, safespec=value)
+
+
+def test_switching_an_always_guarded_model_off_is_refused(always):
+    with pytest.raises(UnsupportedRequestError, match="detach_safety_head"):
+        always.generate(PROMPT, **SHORT, safespec=False)
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused_on_an_always_guarded_model(always, name):
+    with pytest.raises(UnsupportedRequestError, match=name):
+        getattr(always, name)([[11, 12]])
+
+
+REFUSED = {
+    "num_beams": ({"num_beams": 2}, "beam"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    "paged cache": ({"cache_implementation": "paged"}, "paged"),
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "right padding": ({"attention_mask": torch.tensor([[1, 1, 0]])}, "left"),
+    "4-d mask": ({"attention_mask": torch.ones(1, 1, 3, 3)}, "must be 2D"),
+    "longer mask": ({"attention_mask": torch.ones(1, 4)}, "must have the shape of `input_ids`"),
+    "empty prompt": ({"attention_mask": torch.tensor([[0, 0, 0]])}, "padding"),
+    "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "Custom `position_ids`"),
+    "custom_generate": ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
+    "custom_generate repository": ({"custom_generate": "org/name"}, "custom_generate"),
+    "assistant_tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
+    "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
+    "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    "output_attentions": ({"output_attentions": True}, "output_attentions"),
+    "output_hidden_states": ({"output_hidden_states": True}, "output_hidden_states"),
+    "output_scores": ({"output_scores": True}, "output_scores"),
+    "output_logits": ({"output_logits": True}, "output_logits"),
+    "prefill_chunk_size": ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
+    "assistant_early_exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
+    "guidance_scale": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
+    "stateful watermark": (
+        {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3])},
+        "SynthIDTextWatermark",
+    ),
+    "unknown model argument": ({"token_type_ids": torch.zeros(1, 3)}, "token_type_ids"),
+    "static user cache": ({"past_key_values": "static"}, "must be a `DynamicCache`"),
+    "cache that is too long": ({"past_key_values": "long"}, "longer than the cache"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("always_on", [False, True])
+def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, never, tokenizer, name, always_on):
+    arguments, message = dict(REFUSED[name][0]), REFUSED[name][1]
+    if arguments.get("past_key_values") == "static":
+        arguments["past_key_values"] = StaticCache(config=target.config, max_cache_len=16)
+    elif arguments.get("past_key_values") == "long":
+        arguments["past_key_values"] = target(PROMPT, use_cache=True).past_key_values
+    model = attach_safety_head(target, never, tokenizer=tokenizer, always=always_on)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    prompt = {} if "inputs_embeds" in arguments else {"inputs": PROMPT}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompt, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
+
+
+def test_positional_arguments_after_the_config_are_refused(guarded):
+    with pytest.raises(TypeError, match="by name"):
+        guarded.generate(PROMPT, None, [], safespec=True)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(guarded):
+    draft = build_model(vocab_size=30)
+    with pytest.raises(UnsupportedRequestError, match="30 entries and the target's 40, with 40"):
+        guarded.generate(PROMPT, **SHORT, assistant_model=draft, safespec=True)
+
+
+@pytest.mark.parametrize("draft_size", [41, 64])
+def test_a_draft_whose_vocabulary_is_padded_drafts_and_recovers(flagging, draft_size):
+    draft = build_model(vocab_size=draft_size)
+    policy = SafeSpecConfig(num_candidates=16, reflection="pause think", refusal="no thanks")
+    arguments = {"max_new_tokens": 40, "do_sample": False, "assistant_model": draft, "return_dict_in_generate": True}
+    output = flagging.generate(PROMPT, **arguments, safespec=policy)
+    assert any(event.candidate_risks for event in output.events[0])
+    assert int(output.sequences.max()) < 40
+
+
+def test_a_streamer_takes_one_row_only(guarded, tokenizer):
+    with pytest.raises(ValueError, match=r"(?i)streamer"):
+        guarded.generate(PROMPT.expand(2, -1), **SHORT, streamer=TextStreamer(tokenizer), safespec=True)
+
+
+def test_a_batch_needs_a_pad_token(guarded):
+    guarded.generation_config.pad_token_id = None
+    with pytest.raises(UnsupportedRequestError, match="set `pad_token_id`"):
+        guarded.generate(PROMPT.expand(2, -1), **SHORT, safespec=True)
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_several_sequences_per_prompt_are_rows_of_their_own(flagging, with_draft):
+    draft = {"assistant_model": perturb(build_model())} if with_draft else {}
+    arguments = {"max_new_tokens": 12, "do_sample": True, "num_return_sequences": 4, "return_dict_in_generate": True}
+    prompts = torch.cat([PROMPT, PROMPT + 1])
+    output = flagging.generate(prompts, **arguments, **draft, safespec=POLICY)
+    assert output.sequences.shape[0] == len(output.events) == len(output.finish_reasons) == 8
+    assert torch.equal(output.sequences[:, :3], prompts.repeat_interleave(4, dim=0))
+    assert len({tuple(row) for row in output.sequences[:4].tolist()}) > 1
+
+
+def fill(model, num_tokens, prompt=PROMPT):
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompt[:, :num_tokens], past_key_values=cache)
+    return cache
+
+
+def check_cache(model, cache, sequence):
+    """The cache holds the beginning of what the caller sees: the next logits agree with those of no cache."""
+    length = cache.get_seq_length()
+    assert all(layer.get_seq_length() == length for layer in cache.layers)
+    assert 0 < length < sequence.shape[1]
+    with torch.no_grad():
+        logits = model(sequence[:, length:], past_key_values=copy.deepcopy(cache)).logits[0, -1]
+        expected = model(sequence).logits[0, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # the same float32 sums in another order
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+@pytest.mark.parametrize("num_cached", [1, 2])
+@pytest.mark.parametrize("quantile", [0.5, 0.8, None])
+def test_a_users_cache_is_continued_and_left_consistent(target, tokenizer, with_draft, num_cached, quantile):
+    head = build_head(target) if quantile is None else build_noisy_head(target, quantile)
+    model = attach_safety_head(target, head, tokenizer=tokenizer)
+    draft = {"assistant_model": perturb(build_model())} if with_draft else {}
+    cache = fill(model, num_cached)
+    arguments = {"max_new_tokens": 24, "do_sample": False, "safespec": POLICY, "return_dict_in_generate": True}
+    output = model.generate(PROMPT, past_key_values=cache, **arguments, **draft)
+    assert bool(output.events[0]) is (quantile is not None)
+    assert torch.equal(output.sequences, model.generate(PROMPT, **arguments, **draft).sequences)
+    assert output.past_key_values is cache
+    check_cache(model, cache, output.sequences)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.8, None])
+@pytest.mark.parametrize("keep_reflection", [False, True])
+def test_the_returned_cache_holds_the_beginning_of_the_returned_tokens(target, tokenizer, quantile, keep_reflection):
+    head = build_head(target) if quantile is None else build_noisy_head(target, quantile)
+    model = attach_safety_head(target, head, tokenizer=tokenizer)
+    policy = SafeSpecConfig(
+        max_segment_tokens=4, reflection="pause think", refusal="no thanks", keep_reflection=keep_reflection
+    )
+    output = model.generate(PROMPT, max_new_tokens=24, do_sample=False, safespec=policy, return_dict_in_generate=True)
+    check_cache(model, output.past_key_values, output.sequences)
+
+
+def test_a_silent_head_leaves_as_much_in_the_cache_as_plain_generate(guarded):
+    caches = [DynamicCache(), DynamicCache()]
+    guarded.generate(PROMPT, past_key_values=caches[0], **SHORT)
+    guarded.generate(PROMPT, past_key_values=caches[1], **SHORT, safespec=True)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 3 + 8 - 1
+
+
+class Interrupt(StoppingCriteria):
+    def __init__(self, after):
+        self.after = after
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] >= self.after:
+            raise KeyboardInterrupt
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("after", [5, 9, 14])
+@pytest.mark.parametrize("quantile", [0.8, None])
+def test_an_exception_leaves_a_cache_that_can_be_continued(target, tokenizer, after, quantile):
+    head = build_head(target) if quantile is None else build_noisy_head(target, quantile)
+    model, cache = attach_safety_head(target, head, tokenizer=tokenizer), fill(target, 2)
+    arguments = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "safespec": POLICY,
+        "assistant_model": perturb(build_model()),
+    }
+    whole = model.generate(PROMPT, **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(
+            PROMPT, past_key_values=cache, stopping_criteria=StoppingCriteriaList([Interrupt(after)]), **arguments
+        )
+    assert cache.get_seq_length() >= 2
+    # what it holds is the prompt at least, and so the whole prompt can be continued from its beginning
+    kept = min(cache.get_seq_length(), 2)
+    cache.crop(kept - cache.get_seq_length())
+    assert torch.equal(model.generate(PROMPT, past_key_values=cache, **arguments), whole)
+
+
+@pytest.mark.parametrize("call", [3, 5, 8])
+def test_an_exception_inside_a_forward_leaves_layers_of_equal_length(guarded, call):
+    cache, calls = fill(guarded, 2), []
+
+    def fail_late(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    guarded.model.layers[1].register_forward_pre_hook(fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        guarded.generate(PROMPT, past_key_values=cache, max_new_tokens=24, do_sample=False, safespec=POLICY)
+    assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+    assert cache.get_seq_length() == call + 1
+
+
+def test_reflection_words_are_read_but_not_returned(flagging):
+    # neither word is a likely one, so that they would stand out in 24 tokens
+    output = flagging.generate(
+        PROMPT, max_new_tokens=24, do_sample=False, safespec=POLICY, return_dict_in_generate=True
+    )
+    text = output.sequences[0].tolist()
+    assert any(event.outcome == "recovered" for event in output.events[0])
+    assert all(pair != (PAUSE, THINK) for pair in zip(text, text[1:], strict=False))
+
+
+def test_guarded_calls_need_no_gradient(guarded):
+    sequences = guarded.generate(PROMPT, **SHORT, safespec=True, return_dict_in_generate=True)
+    assert not sequences.risks.requires_grad

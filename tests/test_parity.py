@@ -1,0 +1,327 @@
+"""A silent head changes nothing: greedy text is plain greedy text, samples are the target's, and forwards are as many.
+
+On tiny random models, against plain `generate` of transformers.
+"""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from scripted import ScriptedModel, count_after, probe
+from tiny import CONFIGS, build_head, build_model, build_noisy_head, perturb
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf.config import SafetyHeadConfig
+from safespec_hf.decoding import Decoder, Plan
+from safespec_hf.monitor import RiskMonitor
+from safespec_hf.request import make_candidates, make_rows
+
+PROMPT = torch.tensor([[12, 18, 24, 13]])
+POLICY = SafeSpecConfig(max_segment_tokens=6, min_segment_tokens=2, reflection="pause think", refusal="no thanks")
+DRAFTING = ["draft", "lookup", "none"]
+
+
+def drafting(source, target):
+    return {
+        "draft": {"assistant_model": perturb(target)},
+        "lookup": {"prompt_lookup_num_tokens": 4},
+        "none": {},
+    }[source]
+
+
+def attach(model, tokenizer, head=None, **kwargs):
+    return attach_safety_head(model, head or build_head(model), tokenizer=tokenizer, **kwargs)
+
+
+class PreferEven(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + torch.arange(scores.shape[-1]).remainder(2).eq(input_ids.shape[1] % 2)
+
+
+class EndsWith(StoppingCriteria):
+    """Stops after a token, once there are enough tokens."""
+
+    def __init__(self, token, least):
+        self.token, self.least = token, least
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -1] == self.token) & (input_ids.shape[1] >= self.least)
+
+
+SETTINGS = {
+    "plain": {},
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": [27, 36]},
+    "min_length": {"min_length": 12, "eos_token_id": [27, 36]},
+    "suppress_tokens": {"suppress_tokens": [27, 36, 21]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(20, 40))},
+    "bad_words": {"bad_words_ids": [[27], [21, 23]]},
+    "sequence_bias": {"sequence_bias": [[[11], 4.0], [[12, 13], -3.0]]},
+    "forced_eos": {"forced_eos_token_id": 39},
+    "forced_bos": {"forced_bos_token_id": 38},
+    "length_penalty": {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 27},
+    "custom_processor": {"logits_processor": LogitsProcessorList([PreferEven()])},
+    "prefix_function": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(10 + len(ids) % 3, 40, 2))},
+    "custom_criterion": {"stopping_criteria": StoppingCriteriaList([EndsWith(23, 12)])},
+    "max_length": {"max_length": 15, "max_new_tokens": None},
+    "one_token": {"max_new_tokens": 1},
+    "renormalized": {"renormalize_logits": True, "repetition_penalty": 1.4},
+}
+
+
+def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft, tokenizer):
+    output = attach(target, tokenizer).generate(
+        PROMPT,
+        max_new_tokens=60,
+        do_sample=False,
+        assistant_model=draft,
+        safespec=POLICY,
+        return_dict_in_generate=True,
+    )
+    assert 0.3 < output.statistics.acceptance_rate < 0.9
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_text_is_that_of_plain_generate(target, tokenizer, name, source):
+    arguments = {"max_new_tokens": 20, "do_sample": False, **SETTINGS[name]}
+    expected = target.generate(PROMPT, **arguments)
+    guarded = attach(target, tokenizer).generate(PROMPT, **arguments, **drafting(source, target), safespec=POLICY)
+    assert guarded.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "llama"])
+@pytest.mark.parametrize("source", DRAFTING)
+def test_greedy_text_of_every_kind_of_model_is_that_of_plain_generate(tokenizer, kind, source):
+    model = build_model(kind)
+    arguments = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.2}
+    expected = model.generate(PROMPT, **arguments)
+    guarded = attach(model, tokenizer).generate(PROMPT, **arguments, **drafting(source, model), safespec=POLICY)
+    assert guarded.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("at", range(1, 8))
+def test_an_end_token_anywhere_in_an_accepted_block_ends_the_answer(target, tokenizer, source, at):
+    free = target.generate(PROMPT, max_new_tokens=8, do_sample=False)[0, 4:].tolist()
+    arguments = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": free[at]}
+    expected = target.generate(PROMPT, **arguments)
+    # the target as its own draft: everything is accepted
+    extra = {"assistant_model": build_model()} if source == "draft" else drafting(source, target)
+    output = attach(target, tokenizer).generate(
+        PROMPT, **arguments, **extra, num_assistant_tokens=7, safespec=POLICY, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.finish_reasons == ["eos"]
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_stop_string_inside_an_accepted_block_ends_the_answer(target, tokenizer, source, at):
+    free = target.generate(PROMPT, max_new_tokens=8, do_sample=False)[0, 4:].tolist()
+    stop = tokenizer.convert_ids_to_tokens(free[at])
+    arguments = {"max_new_tokens": 16, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    expected = target.generate(PROMPT, **arguments)
+    assert expected.shape[1] < 20
+    output = attach(target, tokenizer).generate(
+        PROMPT, **arguments, **drafting(source, target), safespec=POLICY, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.finish_reasons == ["stop"]
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_left_padded_rows_of_a_batch_give_what_plain_generate_gives_for_the_batch(tokenizer, kind, source):
+    model = build_model(kind)
+    ids = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 20, "do_sample": False, "eos_token_id": 33}
+    expected = model.generate(ids, **arguments)
+    guarded = attach(model, tokenizer).generate(ids, **arguments, **drafting(source, model), safespec=POLICY)
+    assert guarded.tolist() == expected.tolist()
+
+
+def alone(model, ids, policy, **arguments):
+    return [
+        model.generate(row[row != 0][None], safespec=policy, return_dict_in_generate=True, **arguments) for row in ids
+    ]
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_row_in_a_batch_is_what_it_is_alone(tokenizer, kind, source, forced):
+    model = build_model(kind)
+    ids = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+    attach(model, tokenizer, build_noisy_head(model, 0.8) if forced else None)
+    eos = None if forced else 33  # early ends are for the other half: here they would leave few tokens to flag
+    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": eos, **drafting(source, model)}
+    batch = model.generate(
+        ids, attention_mask=(ids != 0).long(), safespec=POLICY, return_dict_in_generate=True, **arguments
+    )
+    singles = alone(model, ids, POLICY, **arguments)
+    assert any(batch.events) is forced
+    for row, single in enumerate(singles):
+        answer = single.sequences[0, int((ids[row] != 0).sum()) :].tolist()
+        assert batch.sequences[row, 4 : 4 + len(answer)].tolist() == answer
+        assert batch.provenance[row, : len(answer)].tolist() == single.provenance[0].tolist()
+        assert batch.finish_reasons[row] == single.finish_reasons[0]
+
+
+def decode(model, with_head, source, num_rows=2):
+    """The loop itself, with or without a head."""
+    draft = build_model() if source == "draft" else None
+    prompts = PROMPT.expand(num_rows, -1)
+    config = model.generation_config
+    config.prompt_lookup_num_tokens = 4 if source == "lookup" else None
+    rows = make_rows(
+        prompts,
+        torch.ones_like(prompts).bool(),
+        max_length=40,
+        policy=POLICY,
+        newline_ids=frozenset({7, 8}),
+        processors=LogitsProcessorList(),
+    )
+    candidates = make_candidates(model, draft, config, num_rows)
+    plan = Plan(
+        policy=POLICY,
+        monitor=RiskMonitor(build_head(model)) if with_head else None,
+        risk_threshold=1.0,
+        num_draft_tokens=5,
+        do_sample=False,
+        eos_ids=frozenset(),
+        criteria=StoppingCriteriaList(),
+        reflection_ids=[4, 5],
+        refusal_ids=[6, 9],
+        separator_ids=[8],
+        max_context=512,
+        seed=0,
+    )
+    decoder = Decoder(model, rows, candidates, plan)
+    decoder.run()
+    return decoder.output(prompts, 0)
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_head_costs_no_forward(kind, source):
+    counts = {}
+    for with_head in (False, True):
+        model, calls = build_model(kind), []
+        monkeypatch.setattr(
+            model, "forward", lambda *args, f=model.forward, c=calls, **kwargs: c.append(1) or f(*args, **kwargs)
+        )
+        output = decode(model, with_head, source)
+        counts[with_head] = len(calls)
+        assert output.statistics.num_target_forwards == output.statistics.num_rounds == len(calls)
+    assert counts[True] == counts[False]
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+def test_a_silent_head_changes_no_token(target, source):
+    assert decode(target, True, source).sequences.tolist() == decode(target, False, source).sequences.tolist()
+
+
+def test_work_per_round_does_not_grow_with_the_answer(target, tokenizer, monkeypatch):
+    attach(target, tokenizer, build_head(target, pooling="mean", span="answer"))
+    read, risk = [], type(target._safespec.head).risk
+    monkeypatch.setattr(
+        type(target._safespec.head), "risk", lambda head, features: read.append(len(features)) or risk(head, features)
+    )
+    target.generate(PROMPT, max_new_tokens=120, do_sample=False, assistant_model=perturb(target), safespec=POLICY)
+    assert max(read) <= 6  # five drafts and a token that waited
+
+
+# The sampler itself is held against more draws in test_verification.py; a mistake in its use would show in these.
+SAMPLES, ROWS = 2_000, 500
+CHANCES = {10: {20: 0.5, 21: 0.3, 22: 0.2}, 20: {30: 0.6, 31: 0.4}, 21: {30: 0.1, 31: 0.9}, 22: {30: 0.5, 31: 0.5}}
+DRAFT_CHANCES = {
+    10: {20: 0.2, 21: 0.2, 22: 0.6},
+    20: {30: 0.9, 31: 0.1},
+    21: {30: 0.5, 31: 0.5},
+    22: {30: 0.2, 31: 0.8},
+}
+JOINT = {(one, two): CHANCES[10][one] * CHANCES[one][two] for one in CHANCES[10] for two in (30, 31)}
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+def test_samples_are_distributed_as_the_targets(tokenizer, source):
+    model = ScriptedModel(count_after(CHANCES))
+    attach(model, tokenizer, probe(model))
+    draft = {"draft": {"assistant_model": ScriptedModel(count_after(DRAFT_CHANCES))}}.get(
+        source, drafting(source, model)
+    )
+    # the lookup finds 20 after 10 and 30 after 20
+    ids = torch.tensor([[10, 20, 30, 10]]).expand(ROWS, -1)
+    arguments = {"max_new_tokens": 2, "do_sample": True, "top_k": 0, **draft}
+    pairs = torch.cat([model.generate(ids, safespec=POLICY, **arguments)[:, 4:] for _ in range(SAMPLES // ROWS)])
+    counts = [int((pairs == torch.tensor(pair)).all(dim=1).sum()) for pair in JOINT]
+    assert sum(counts) == SAMPLES
+    # a right sampler fails once in ten thousand seeds, and the seed is fixed
+    assert chisquare(counts, [chance * SAMPLES for chance in JOINT.values()]).pvalue > 1e-4
+
+
+def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
+    model = ScriptedModel(count_after(CHANCES))
+    attach(model, tokenizer, probe(model))
+    draft = ScriptedModel(count_after(DRAFT_CHANCES))
+    arguments = {"max_new_tokens": 2, "do_sample": True, "temperature": 0.5, "top_k": 2, "assistant_model": draft}
+    ids = torch.tensor([[10]]).expand(ROWS, -1)
+    tokens = torch.cat([model.generate(ids, safespec=POLICY, **arguments)[:, 1] for _ in range(SAMPLES // ROWS)])
+    # the two likeliest, each chance squared: 25 to 9
+    counts = tokens.bincount(minlength=40)
+    assert counts[20] + counts[21] == SAMPLES
+    assert chisquare(counts[20:22].double(), torch.tensor([25.0, 9.0]).double() / 34 * SAMPLES).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+@pytest.mark.parametrize("span", ["segment", "answer"])
+@pytest.mark.parametrize("layers", [[2], [1, 2]])
+def test_returned_risks_are_those_of_scoring_the_whole_answer_at_once(target, tokenizer, pooling, span, layers):
+    head = build_head(target, pooling=pooling, span=span, hidden_layers=layers)
+    arguments = {"max_new_tokens": 30, "do_sample": False, "assistant_model": perturb(target)}
+    output = attach(target, tokenizer, head).generate(
+        PROMPT, safespec=POLICY, return_dict_in_generate=True, **arguments
+    )
+    answer = output.sequences[0, 4:].tolist()
+    states = target(output.sequences, output_hidden_states=True).hidden_states
+    hidden_TF = torch.cat([states[layer][0, 4:] for layer in layers], dim=-1).detach()
+    pooled = pool_by_definition(hidden_TF, answer, head.config)
+    # the same float32 sums in another order; risks are slopes of at most a quarter of it
+    torch.testing.assert_close(output.risks[0, :-1], head.risk(pooled)[:-1].detach(), atol=1e-4, rtol=0.0)
+
+
+def pool_by_definition(hidden_TF, answer, config: SafetyHeadConfig):
+    """One token at a time: where its span starts, and the mean over it."""
+    pooled, start = [], 0
+    for index, token in enumerate(answer):
+        span = hidden_TF[start : index + 1]
+        if config.pooling == "ewma":
+            state = span[0]
+            for hidden_F in span[1:]:
+                state = config.ewma_decay * state + (1 - config.ewma_decay) * hidden_F
+            pooled.append(state)
+        else:
+            pooled.append(span[-1] if config.pooling == "last" else span.mean(dim=0))
+        length = index + 1 - start
+        if config.span == "segment" and (length >= 6 or (token in (7, 8) and length >= 2)):
+            start = index + 1
+    return torch.stack(pooled)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("source", DRAFTING)
+def test_after_recoveries_risks_are_still_those_of_the_context_that_was_read(tokenizer, kind, source):
+    model = build_model(kind)
+    head = build_noisy_head(model, 0.8, pooling="last")
+    arguments = {"max_new_tokens": 30, "do_sample": False, **drafting(source, model)}
+    policy = SafeSpecConfig(max_segment_tokens=6, reflection="pause think", refusal="no thanks", keep_reflection=True)
+    output = attach(model, tokenizer, head).generate(
+        PROMPT, safespec=policy, return_dict_in_generate=True, **arguments
+    )
+    assert output.events[0]
+    states = model(output.sequences, output_hidden_states=True).hidden_states
+    expected = head.risk(states[-1][0, 4:]).detach()
+    is_scored = ~output.risks[0].isnan()
+    torch.testing.assert_close(output.risks[0, is_scored], expected[is_scored], atol=1e-4, rtol=0.0)  # as above
