@@ -64,10 +64,10 @@ def own_imports(path):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safespec_hf"):
-            yield (node.module.split(".") + ["__init__"])[1]
+            yield [*node.module.split("."), "__init__"][1]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("safespec_hf")]
-            yield from [(name.split(".") + ["__init__"])[1] for name in names]
+            yield from [[*name.split("."), "__init__"][1] for name in names]
 
 
 def functions(path):

@@ -1,6 +1,7 @@
 """After anything that can happen to a cache, the next logits are those of a fresh prefill of the tokens kept."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_holes_are_closed_once_they_are_a_quarter(target):
         cached.keep([length - 5 * (row == step % 2) for row, length in enumerate(cached.lengths)])
         widths.append(cached.used_BL.shape[1])
         longest.append(max(cached.lengths))
-    assert any(after < before for before, after in zip(widths, widths[1:], strict=False))
+    assert any(after < before for before, after in pairwise(widths))
     # 64 holes are tolerated, or a third of what is used, and a round adds at most 6 more before the next check
     assert all(width <= used + max(64, used / 3) + 6 for width, used in zip(widths, longest, strict=True))
 

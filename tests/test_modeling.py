@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -256,7 +257,8 @@ REFUSED = {
     "no cache": ({"use_cache": False}, "use_cache=False"),
     "right padding": ({"attention_mask": torch.tensor([[1, 1, 0]])}, "left"),
     "4-d mask": ({"attention_mask": torch.ones(1, 1, 3, 3)}, "must be 2D"),
-    "longer mask": ({"attention_mask": torch.ones(1, 4)}, "must have the shape of `input_ids`"),
+    "longer mask": ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "must have the shape of `input_ids`"),
+    "longer mask of ones": ({"attention_mask": torch.ones(1, 4)}, "attention_mask|position_ids"),
     "empty prompt": ({"attention_mask": torch.tensor([[0, 0, 0]])}, "padding"),
     "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "Custom `position_ids`"),
     "custom_generate": ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
@@ -448,7 +450,7 @@ def test_reflection_words_are_read_but_not_returned(flagging):
     )
     text = output.sequences[0].tolist()
     assert any(event.outcome == "recovered" for event in output.events[0])
-    assert all(pair != (PAUSE, THINK) for pair in zip(text, text[1:], strict=False))
+    assert all(pair != (PAUSE, THINK) for pair in pairwise(text))
 
 
 def test_guarded_calls_need_no_gradient(guarded):

@@ -1,5 +1,7 @@
 """Pooled states equal a plain loop over tokens, block by block as at once, and after a rollback as if never added."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -101,7 +103,7 @@ def test_any_split_into_blocks_equals_one_block(pooling, seed):
     hidden_TF, counts = torch.randn(40, 3, generator=generator), random_counts(generator, 40)
     cuts = sorted({0, 40, *torch.randint(1, 40, (6,), generator=generator).tolist()})
     states, parts = PooledStates(), []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         parts.append(pool(states.last(), hidden_TF[start:end], pooling_weights(counts[start:end], pooling, DECAY)))
         states.append(parts[-1])
     whole = pool(None, hidden_TF, pooling_weights(counts, pooling, DECAY))

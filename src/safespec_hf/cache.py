@@ -1,7 +1,7 @@
 """The KV cache of a batch of rows that grow at different speeds. Differences between transformers versions stay here.
 
 A row's tokens lie in order in the columns of the cache, but not every column holds a token of every row: rows are
-padded on the left, blocks are aligned to the right, and rejected tokens leave holes. `used_BL` says which columns
+padded on the left, shorter blocks are padded, and rejected tokens leave holes. `used_BL` says which columns
 count. Trailing columns that no row uses are cropped, so a single row never has a hole.
 """
 
@@ -83,26 +83,33 @@ class CachedModel:
         """
         start = time.perf_counter()
         self._compact()
-        input_ids, added_BT = self._align(blocks)
+        # a hole inside of a sliding window would make it shorter, so there it must come after the row's tokens
+        is_left_aligned = self._is_sliding and self.used_BL.shape[1] > 0
+        input_ids, added_BT = self._align(blocks, is_left_aligned)
+        is_shifted = is_left_aligned and not added_BT.all()
         self.used_BL = np.concatenate([self.used_BL, added_BT], axis=1)
         positions_BT = np.maximum(np.array(self.lengths)[:, None] + added_BT.cumsum(axis=1) - 1, 0)
         self.lengths = [length + int(new) for length, new in zip(self.lengths, added_BT.sum(axis=1), strict=True)]
-        outputs = self.model(**self._arguments(input_ids, positions_BT, num_logits), return_dict=True)
-        hidden = read_tap(outputs, self.layers, input_ids.shape[1]) if self.layers else None
-        logits = outputs.logits[:, -num_logits:]
+        arguments = self._arguments(input_ids, positions_BT, input_ids.shape[1] if is_shifted else num_logits)
+        outputs = self.model(**arguments, return_dict=True)
         self.usage.num_forwards += 1
+        hidden = read_tap(outputs, self.layers, input_ids.shape[1]) if self.layers else None
+        logits = outputs.logits
+        if is_shifted:
+            logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))
         self.usage.seconds += time.perf_counter() - start
-        return BlockOutput(logits, hidden)
+        return BlockOutput(logits[:, -num_logits:], hidden)
 
-    def _align(self, blocks: Sequence[Sequence[int]] | Tensor) -> tuple[Tensor, np.ndarray]:
+    def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, np.ndarray]:
         if isinstance(blocks, Tensor):
             return blocks.to(self.model.device), np.ones(tuple(blocks.shape), dtype=bool)
         width = max(len(block) for block in blocks)
         ids, added = np.zeros((len(blocks), width), dtype=np.int64), np.zeros((len(blocks), width), dtype=bool)
         for row, block in enumerate(blocks):
             assert len(block) > 0, "every row needs a token to forward"
-            ids[row, width - len(block) :] = block
-            added[row, width - len(block) :] = True
+            start = 0 if to_left else width - len(block)
+            ids[row, start : start + len(block)] = block
+            added[row, start : start + len(block)] = True
         return torch.from_numpy(ids).to(self.model.device, non_blocking=True), added
 
     def _arguments(self, input_ids: Tensor, positions_BT: np.ndarray, num_logits: int) -> dict[str, Any]:
@@ -176,10 +183,9 @@ class CachedModel:
     def _compact(self) -> None:
         """Closes the holes when they cost more than closing them, or would be counted into a sliding window."""
         num_columns, longest = self.used_BL.shape[1], max(self.lengths)
-        num_holes = num_columns - longest
         # a row that is padded on the left only has no hole
-        has_holes = num_holes and bool((np.diff(self.used_BL.astype(np.int8), axis=1) < 0).any())
-        if num_holes <= max(MIN_HOLES, MAX_HOLE_FRACTION * num_columns) and not (self._is_sliding and has_holes):
+        has_holes = self._is_sliding and bool((np.diff(self.used_BL.astype(np.int8), axis=1) < 0).any())
+        if num_columns - longest <= max(MIN_HOLES, MAX_HOLE_FRACTION * num_columns) and not has_holes:
             return
         columns_BL = np.zeros((len(self.lengths), longest), dtype=np.int64)
         for row, length in enumerate(self.lengths):
@@ -189,6 +195,13 @@ class CachedModel:
             states = [torch.take_along_dim(state, columns, dim=2) for state in (layer.keys, layer.values)]
             _set_layer(self.cache, index, *states)
         self.used_BL = np.arange(longest) >= longest - np.array(self.lengths)[:, None]
+
+
+def _shift_right(values_BTX: Tensor, used_BT: np.ndarray) -> Tensor:
+    """Moves the positions of each row to the right end of the block."""
+    width = used_BT.shape[1]
+    source_BT = np.maximum(np.arange(width) - (width - used_BT.sum(axis=1))[:, None], 0)
+    return values_BTX.take_along_dim(torch.from_numpy(source_BT).to(values_BTX.device)[..., None], dim=1)
 
 
 def check_cache_layers(model: PreTrainedModel) -> None:

@@ -128,6 +128,8 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         """Rolls back to the first `lengths[row]` context tokens of each row."""
         if self.assistant is not None:
             self.assistant.keep(lengths)
+        for ngrams, length in zip(self._ngrams, lengths, strict=False):
+            ngrams.keep(length)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows of the batch."""
@@ -164,35 +166,34 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
 
 
 class NgramIndex:
-    """Where each n-gram of a growing context occurred last, so that a lookup does not read the context again."""
+    """Where each n-gram of a growing context occurred, so that a lookup does not read the context again."""
 
     def __init__(self, max_size: int):
         self.max_size = max_size
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._num_indexed = 0
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._ngrams_at: list[list[tuple[int, ...]]] = [[]]  # by where they end, to take them back
 
-    def continuation(self, prompt: list[int], tokens: list[int], num_tokens: int) -> list[int]:
+    def keep(self, length: int) -> None:
+        """Forgets what reaches beyond the first `length` context tokens."""
+        while len(self._ngrams_at) > length + 1:
+            for ngram in self._ngrams_at.pop():
+                self._ends[ngram].pop()
+
+    def continuation(self, prompt: Sequence[int], tokens: Sequence[int], num_tokens: int) -> list[int]:
         """What followed the last earlier occurrence of the longest n-gram that the context ends with."""
-        context = prompt + tokens if self._num_indexed <= len(prompt) else None
-        total = len(prompt) + len(tokens)
+        total, split = len(prompt) + len(tokens), len(prompt)
 
         def part(start: int, end: int) -> list[int]:
-            if context is not None:
-                return context[start:end]
-            split = len(prompt)
-            return prompt[start : min(end, split)] + tokens[max(start - split, 0) : max(end - split, 0)]
+            return [*prompt[start : min(end, split)], *tokens[max(start - split, 0) : max(end - split, 0)]]
 
         # an n-gram that ends with the context has no continuation yet, so the last token is not indexed
-        for end in range(min(self._num_indexed, total - 1) + 1, total):
-            for size in range(1, min(self.max_size, end) + 1):
-                self._ends[tuple(part(end - size, end))] = end
-        self._num_indexed = total - 1
+        for end in range(len(self._ngrams_at), total):
+            self._ngrams_at.append([tuple(part(end - size, end)) for size in range(1, min(self.max_size, end) + 1)])
+            for ngram in self._ngrams_at[-1]:
+                self._ends.setdefault(ngram, []).append(end)
         for size in range(min(self.max_size, total - 1), 0, -1):
-            ngram = part(total - size, total)
-            # entries of tokens that were rolled back since may be stale
-            found = self._ends.get(tuple(ngram), total)
-            if found < total and part(found - size, found) == ngram:
-                return part(found, found + num_tokens)
+            if ends := self._ends.get(tuple(part(total - size, total))):
+                return part(ends[-1], ends[-1] + num_tokens)
         return []
 
 

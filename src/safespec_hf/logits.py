@@ -49,7 +49,9 @@ class SafeSpecLogitsProcessor(LogitsProcessor):
         flagged = torch.tensor(self.flagged_token_ids, device=scores.device)
         steered = scores.clone()
         steered[:, flagged] -= self.penalty
-        return cast("FloatTensor", steered)
+        # with a ban, a caller's processors may have left nothing else: then there is nothing to steer to
+        is_possible = (steered > -torch.inf).any(dim=-1, keepdim=True)
+        return cast("FloatTensor", torch.where(is_possible, steered, scores))
 
 
 def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV: torch.Tensor) -> torch.Tensor:

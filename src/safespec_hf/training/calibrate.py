@@ -58,8 +58,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
     num_needed, num_scores = num_answers_needed(alpha), len(scores)
     if num_scores < num_needed:
         raise SafeSpecError(
-            f"alpha={alpha} needs at least {num_needed} benign answers to calibrate on, got {num_scores}. Collect more, "
-            f"or take alpha >= {1 / (num_scores + 1):.4f}."
+            f"alpha={alpha} needs at least {num_needed} benign answers to calibrate on, got {num_scores}. "
+            f"Collect more, or take alpha >= {1 / (num_scores + 1):.4f}."
         )
     rank = math.ceil(round((num_scores + 1) * (1 - alpha), 9))
     chosen = np.float32(sorted(scores)[rank - 1])

@@ -1,0 +1,149 @@
+"""A report on a head: figures with their provenance as JSON, tables as Markdown, and pictures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import metrics
+from .data import hash_file
+from .metrics import Scored
+
+PACKAGES = ("safespec-hf", "torch", "transformers", "scikit-learn", "safetensors", "numpy")
+
+
+def provenance(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
+    """Where figures come from: command, source, versions, and hashes of the data.
+
+    Args:
+        files (`Sequence[str]`, *optional*): Data files; what is no file, such as a Hub id, is named without a hash.
+
+    Example:
+
+        >>> from safespec_hf.training.report import provenance
+        >>> sorted(provenance())
+        ['argv', 'data', 'git_sha', 'platform', 'time', 'versions']
+    """
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    sha = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_sha": sha or None,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "data": {Path(file).name: hash_file(file) if os.path.isfile(file) else None for file in files},
+    }
+
+
+def evaluate(scored: Scored, risk_threshold: float) -> dict[str, Any]:
+    """Every figure of a report.
+
+    Args:
+        scored ([`Scored`]): Answers and their risks.
+        risk_threshold (`float`): The head's.
+    """
+    return {
+        "risk_threshold": risk_threshold,
+        "sources": metrics.summarize_sources(scored, risk_threshold),
+        "categories": metrics.summarize_categories(scored, risk_threshold),
+        "prefix_auroc": metrics.prefix_auroc(scored),
+        "reliability": metrics.reliability(scored),
+        "mean_risk_along": metrics.mean_risk_along(scored),
+        "trade_off": metrics.trade_off(scored),
+    }
+
+
+def write_report(
+    scored: Scored,
+    risk_threshold: float,
+    folder: str | os.PathLike[str],
+    *,
+    files: Sequence[str | os.PathLike[str]] = (),
+    training: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes `report.json`, `report.md` and pictures.
+
+    Args:
+        scored ([`Scored`]): Answers of both classes and their risks.
+        risk_threshold (`float`): The head's.
+        folder (`str` or `os.PathLike`): Where to.
+        files (`Sequence[str]`, *optional*): The data, for its hashes.
+        training (`dict`, *optional*): The head's `training.json`: its sweep is drawn, its calibration is shown.
+
+    Returns:
+        `dict`: The content of `report.json`.
+    """
+    from .plots import draw_all
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    training = training or {}
+    results = evaluate(scored, risk_threshold) | {key: training.get(key) for key in ("sweep", "calibration")}
+    pictures = draw_all(scored, results, path)
+    report = {"provenance": provenance(files), "results": results}
+    (path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (path / "report.md").write_text(_to_markdown(report, pictures))
+    return report
+
+
+def to_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table.
+
+    Example:
+
+        >>> print(to_table([{"source": "garden", "auroc": 0.51234}]))
+        | source | auroc |
+        |---|---|
+        | garden | 0.512 |
+    """
+    names = list(rows[0])
+    lines = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([text[0], "|" + "---|" * len(names), *text[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
+    results, origin = report["results"], report["provenance"]
+    threshold = results["risk_threshold"]
+    sources = [{"source": name, **row} for name, row in results["sources"].items()]
+    benign = [
+        {"source": row["source"], "answers": row["num_safe"], "flagged anywhere": row["false_alarms"]}
+        for row in sources
+        if row["num_safe"]
+    ]
+    prefixes = [{"source": name, **row} for name, row in results["prefix_auroc"].items()]
+    points = results["trade_off"]
+    sections = [
+        "# Report on a safety head",
+        f"An answer's score is the highest risk at any of its tokens; it is flagged at {threshold:.4f} or more.",
+        "## By source\n\n" + to_table(sources),
+        "## False alarms by source of safe answers\n\n" + to_table(benign),
+        "## By category\n\nThe most often missed ones first.\n\n" + to_table(results["categories"]),
+        "## AUROC by how much of the answer was seen\n\n" + (to_table(prefixes) if prefixes else "One class only."),
+        "## Trade-off\n\n" + to_table(points[-41::2]),
+        "## Pictures\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures),
+        "## Provenance\n\n```json\n" + json.dumps(origin, indent=2) + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

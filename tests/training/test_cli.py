@@ -1,0 +1,63 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import make_examples, write_lines
+from typer.testing import CliRunner
+
+from safespec_hf import SafetyHead
+from safespec_hf.cli import app
+from safespec_hf.errors import SafeSpecError
+
+COMMANDS = ["collect", "features", "train", "calibrate", "report", "push", "show"]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command):
+    assert "Example" in run(command, "--help")
+
+
+def test_from_labelled_files_to_a_report(target_folder, tmp_path):
+    common = ["--target", target_folder, "--cache", tmp_path / "cache"]
+    data = write_lines(tmp_path / "labelled.jsonl", [e.to_json() for e in make_examples(120)])
+    prompts = [{"prompt": f"w{10 + i % 25} w{10 + i // 25} think"} for i in range(30)]
+    asked = write_lines(tmp_path / "prompts.jsonl", prompts)
+    answers, head = tmp_path / "answers.jsonl", tmp_path / "head"
+    run("collect", asked, "--label", "safe", "--out", answers, "--max-new-tokens", 6, "--target", target_folder)
+    run("train", data, "--out", head, "--layers", "1,2", "--width", 4, *common)
+    run("calibrate", head, "--benign", answers, "--alpha", 0.1, "--validation", data, *common)
+    run("report", head, data, "--benign", answers, "--out", tmp_path / "report", *common)
+    assert 0 < SafetyHead.from_pretrained(head).config.risk_threshold <= 1
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(report["results"]["sources"]) == {"garden", "prompts"}
+    assert report["provenance"]["data"]["labelled.jsonl"]
+    assert len(list((tmp_path / "report").glob("*.png"))) == 7
+    assert "calibration" in json.loads((head / "training.json").read_text())
+
+
+def test_too_few_benign_answers_are_refused_before_a_model_is_loaded(tmp_path):
+    benign = write_lines(tmp_path / "x.jsonl", [dataclasses.replace(e, label=0).to_json() for e in make_examples(9)])
+    with pytest.raises(SafeSpecError, match="at least 49"):
+        run("calibrate", tmp_path, "--benign", benign, "--target", "no/such-model")
+
+
+def test_data_is_checked_before_a_model_is_loaded(tmp_path):
+    data = write_lines(tmp_path / "x.jsonl", [{"prompt": "a", "response": "b", "label": 3}])
+    with pytest.raises(SafeSpecError, match="line 1, field `label`"):
+        run("train", data, "--out", tmp_path, "--target", "no/such-model")
+
+
+def test_an_error_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "safespec_hf.cli", "features", str(tmp_path / "nowhere.jsonl")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("safespec: ")
+    assert "Traceback" not in result.stderr

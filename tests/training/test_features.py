@@ -1,0 +1,105 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import write_lines
+
+from safespec_hf import SafeSpecConfig, modeling
+from safespec_hf.scoring import PooledStates, pool, pooling_weights, segment_counts
+from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
+from safespec_hf.training.hidden import encode, find_newline_ids, score_answers
+import tiny
+
+SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
+
+
+@pytest.fixture
+def features(target, chat_tokenizer, examples, tmp_path):
+    return extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
+
+
+def decode_token_by_token(model, tokenizer, example, reading):
+    """What decoding would see: one token at a time, pooled state by pooled state."""
+    text = encode(tokenizer, example, 99, 99)
+    newline_ids, policy, states, num_open = modeling.find_newline_ids(tokenizer), SafeSpecConfig(), PooledStates(), 0
+    for index, token in enumerate(text.response_ids):
+        ids = torch.tensor([text.prompt_ids + text.response_ids[: index + 1]])
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states
+        (count,), num_open = segment_counts(
+            num_open, [token in newline_ids], policy.min_segment_tokens, policy.max_segment_tokens
+        )
+        weights = pooling_weights([count if reading.span == "segment" else index], reading.pooling, 0.9)
+        states.append(pool(states.last(), torch.cat([hidden[1][0, -1:], hidden[2][0, -1:]], dim=-1), weights))
+        yield states.last()
+
+
+@pytest.mark.parametrize("reading", READINGS, ids=lambda reading: reading.name)
+def test_features_are_what_decoding_computes(target, chat_tokenizer, examples, features, reading):
+    example = 3
+    expected = list(decode_token_by_token(target, chat_tokenizer, examples[example], reading))
+    is_mine = features.example == example
+    for num_tokens, state in zip(features.num_tokens[is_mine], features.states[reading.name][is_mine], strict=True):
+        # bfloat16 keeps 8 bits of mantissa
+        torch.testing.assert_close(state.float().flatten(), expected[num_tokens - 1], rtol=2**-7, atol=2**-7)
+
+
+def test_risks_are_what_decoding_computes(target, chat_tokenizer, examples):
+    head = tiny.build_head(target, hidden_layers=[1, 2], pooling="mean", span="segment")
+    risks = dict(score_answers(target, chat_tokenizer, head, examples[:6], num_batch_tokens=80))
+    states = list(decode_token_by_token(target, chat_tokenizer, examples[5], READINGS[1]))
+    # sums in another order: float32 noise
+    torch.testing.assert_close(risks[5], head.risk(torch.stack(states)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_newlines_are_those_of_decoding(chat_tokenizer):
+    assert find_newline_ids(chat_tokenizer) == modeling.find_newline_ids(chat_tokenizer)
+
+
+def test_every_answer_has_its_prefixes_in_order(features, examples):
+    assert features.example.unique_consecutive().tolist() == list(range(len(examples)))
+    assert int(features.is_last.sum()) == len(examples)
+    assert all(tensor.shape[1:] == (2, 32) for tensor in features.states.values())
+
+
+def test_a_cache_is_read_and_not_made_again(target, chat_tokenizer, examples, features, tmp_path):
+    target.forward = None
+    again = extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
+    assert torch.equal(again.states["mean-answer"], features.states["mean-answer"])
+
+
+def test_other_settings_have_another_cache(target, chat_tokenizer, examples, features, tmp_path):
+    extract_features(target, chat_tokenizer, examples, tmp_path, dataclasses.replace(SETTINGS, layers=(2,)))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def command(target_folder, data, cache):
+    arguments = ["features", str(data), "--target", str(target_folder), "--layers", "1,2", "--cache", str(cache)]
+    return [sys.executable, "-m", "safespec_hf.cli", *arguments]
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*/*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_gives_the_same_files(target_folder, tmp_path):
+    from conftest import make_examples
+
+    data = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(1500)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(target_folder, data, tmp_path / "killed"), env=environment)
+    while process.poll() is None and len(read_all(tmp_path / "killed")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    num_before = len(read_all(tmp_path / "killed"))
+    subprocess.run(command(target_folder, data, tmp_path / "killed"), env=environment, check=True)
+    subprocess.run(command(target_folder, data, tmp_path / "whole"), env=environment, check=True)
+    assert 3 <= num_before < len(read_all(tmp_path / "whole"))
+    assert read_all(tmp_path / "killed") == read_all(tmp_path / "whole")

@@ -1,0 +1,107 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_examples
+
+from safespec_hf import SafeSpecError, SafetyHead
+from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
+from safespec_hf.training.train import (
+    Dataset,
+    TrainSettings,
+    _balance,
+    _inputs,
+    _targets,
+    split_by_group,
+    sweep_readings,
+    train_head,
+)
+
+SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(2, 4, 8, 16))
+MEAN = READINGS[2]
+QUICK = TrainSettings(num_members=2, width=4, max_epochs=8, min_unsafe_tokens=4)
+
+
+@pytest.fixture
+def sets(target, chat_tokenizer, tmp_path):
+    parts = split_by_group(make_examples(160), 0.3)
+    return [Dataset(part, extract_features(target, chat_tokenizer, part, tmp_path, SETTINGS)) for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_group_is_on_both_sides_of_a_split(seed):
+    first, second = split_by_group(make_examples(60), 0.25, seed)
+    assert len(first) + len(second) == 60
+    assert not {example.group for example in first} & {example.group for example in second}
+
+
+def test_a_split_needs_two_groups():
+    with pytest.raises(SafeSpecError, match="at least 2 groups"):
+        split_by_group(make_examples(4, num_groups=1), 0.5)
+
+
+def test_training_refuses_groups_that_leak(sets):
+    with pytest.raises(SafeSpecError, match="both training and validation"):
+        train_head(sets[0], sets[0], [2], MEAN)
+
+
+def test_training_refuses_a_set_of_one_class(sets):
+    safe = [dataclasses.replace(example, label=0) for example in sets[0].examples]
+    with pytest.raises(SafeSpecError, match="one class"):
+        train_head(Dataset(safe, sets[0].features), sets[1], [2], MEAN)
+
+
+def test_a_head_learns_and_survives_saving(sets, tmp_path):
+    trained = train_head(*sets, [1, 2], MEAN, target={"model_id": "x"}, settings=QUICK)
+    assert trained.validation_auroc > 0.95
+    trained.head.save_pretrained(tmp_path / "head")
+    inputs = _inputs(sets[1].features, [1, 2], MEAN)
+    loaded = SafetyHead.from_pretrained(tmp_path / "head")
+    torch.testing.assert_close(loaded.risk(inputs), trained.head.risk(inputs))
+    assert (loaded.config.pooling, loaded.config.span, loaded.config.hidden_layers) == ("mean", "answer", [1, 2])
+
+
+def test_training_twice_gives_the_same_head(sets):
+    first, second = (train_head(*sets, [2], MEAN, settings=QUICK).head.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_linear_probe_is_one_layer(sets):
+    head = train_head(*sets, [2], MEAN, settings=dataclasses.replace(QUICK, width=0)).head
+    assert len(head.mlp) == 1
+
+
+def test_the_sweep_tries_every_layer_and_reading_and_then_sets_of_layers(sets):
+    results = sweep_readings(*sets, READINGS)
+    singles = [result for result in results if len(result["hidden_layers"]) == 1]
+    assert len(singles) == 8
+    assert {tuple(result["hidden_layers"]) for result in results} >= {(1,), (2,), (1, 2)}
+    assert results[0]["auroc"] == max(result["auroc"] for result in results)
+
+
+def test_early_prefixes_of_unsafe_answers_are_left_out(sets):
+    targets, weights = _targets(sets[0], QUICK)
+    is_early = (sets[0].features.num_tokens < 4) & ~sets[0].features.is_last
+    assert bool((weights[is_early & (targets == 1)] == 0).all())
+    assert bool((weights[targets == 0] > 0).all())
+
+
+def test_prefixes_before_an_answer_turns_unsafe_are_left_out(sets):
+    late = [dataclasses.replace(example, unsafe_from=30 * example.label) for example in sets[0].examples]
+    data = Dataset(late, sets[0].features)
+    targets, weights = _targets(data, QUICK)
+    is_before = (data.features.num_chars < 30) & ~data.features.is_last & (targets == 1)
+    assert is_before.any()
+    assert bool((weights[is_before] == 0).all())
+
+
+def test_classes_weigh_the_same_and_sources_by_a_power_of_their_size():
+    examples = make_examples(20) + [
+        dataclasses.replace(example, id=f"{i}", source="kitchen", label=0)
+        for i, example in enumerate(make_examples(40))
+    ]
+    weights = torch.tensor(_balance(examples, 0.5))
+    labels = torch.tensor([example.label for example in examples])
+    in_kitchen = torch.tensor([example.source == "kitchen" for example in examples])
+    assert weights[labels == 1].sum() == pytest.approx(30)
+    assert weights[in_kitchen].sum() / weights[(labels == 0) & ~in_kitchen].sum() == pytest.approx((40 / 10) ** 0.5)
