@@ -2,8 +2,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 import tiny
+import torch
 
 from safespec_hf import SafeSpecError
 from safespec_hf.training.calibrate import (

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_examples, write_lines
+from samples import make_examples, write_lines
 from typer.testing import CliRunner
 
 from safespec_hf import SafetyHead

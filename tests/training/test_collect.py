@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import make_examples
+from samples import make_examples
 
 from safespec_hf import SafeSpecError
 from safespec_hf.training.collect import CollectSettings, collect_answers

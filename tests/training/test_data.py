@@ -4,7 +4,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_lines
+from samples import write_lines
 
 from safespec_hf.training.data import DataError, load_examples
 

@@ -6,14 +6,14 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
-from conftest import write_lines
+from samples import make_examples, write_lines
 
 from safespec_hf import SafeSpecConfig, modeling
 from safespec_hf.scoring import PooledStates, pool, pooling_weights, segment_counts
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
 from safespec_hf.training.hidden import encode, find_newline_ids, score_answers
-import tiny
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 
@@ -87,10 +87,7 @@ def read_all(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*/*.safetensors")}
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_files(target_folder, tmp_path):
-    from conftest import make_examples
-
     data = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(1500)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(target_folder, data, tmp_path / "killed"), env=environment)

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_examples
+from samples import make_examples
 
 from safespec_hf import SafeSpecError, SafetyHead
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
