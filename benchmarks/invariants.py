@@ -272,15 +272,15 @@ def compare_after_rollbacks(differences: list[float]) -> Iterator[None]:
 
 def i4(options: argparse.Namespace) -> Result:
     """After forced rollbacks at random places the caches hold what a fresh prefill would give."""
-    target = tiny.build_model()
+    target = tiny.build_model(num_hidden_layers=1)
     draft = tiny.perturb(target)
     differences: list[float] = []
     with compare_after_rollbacks(differences):
-        for run in range(60):
+        for run in range(24):
             head = tiny.build_coin_head(target, chance=0.08, seed=run)
             attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
             policy = SafeSpecConfig(
-                max_segment_tokens=5, max_recoveries=20, num_candidates=3, rollback_segments=run % 3
+                max_segment_tokens=5, max_recoveries=8, num_candidates=2, rollback_segments=run % 3
             )
             kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
             prompt = torch.randint(9, 40, (3, 8), generator=torch.Generator().manual_seed(run))

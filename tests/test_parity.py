@@ -17,7 +17,9 @@ from safespec_hf.monitor import RiskMonitor
 from safespec_hf.request import make_candidates, make_rows
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
-POLICY = SafeSpecConfig(max_segment_tokens=6, min_segment_tokens=2, reflection="pause think", refusal="no thanks")
+POLICY = SafeSpecConfig(
+    max_segment_tokens=6, min_segment_tokens=2, num_candidates=3, reflection="pause think", refusal="no thanks"
+)
 DRAFTING = ["draft", "lookup", "none"]
 
 
@@ -51,19 +53,18 @@ class EndsWith(StoppingCriteria):
 SETTINGS = {
     "plain": {},
     "repetition_penalty": {"repetition_penalty": 1.4},
-    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": [27, 36]},
     "min_length": {"min_length": 12, "eos_token_id": [27, 36]},
     "suppress_tokens": {"suppress_tokens": [27, 36, 21]},
-    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(20, 40))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [4]},
     "bad_words": {"bad_words_ids": [[27], [21, 23]]},
     "sequence_bias": {"sequence_bias": [[[11], 4.0], [[12, 13], -3.0]]},
     "forced_eos": {"forced_eos_token_id": 39},
-    "forced_bos": {"forced_bos_token_id": 38},
     "length_penalty": {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 27},
     "custom_processor": {"logits_processor": LogitsProcessorList([PreferEven()])},
     "prefix_function": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(10 + len(ids) % 3, 40, 2))},
-    "custom_criterion": {"stopping_criteria": StoppingCriteriaList([EndsWith(23, 12)])},
+    "custom_criterion": {"stopping_criteria": StoppingCriteriaList([EndsWith(11, 11)])},
     "max_length": {"max_length": 15, "max_new_tokens": None},
     "one_token": {"max_new_tokens": 1},
     "renormalized": {"renormalize_logits": True, "repetition_penalty": 1.4},
@@ -85,8 +86,10 @@ def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft,
 @pytest.mark.parametrize("source", DRAFTING)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_greedy_text_is_that_of_plain_generate(target, tokenizer, name, source):
-    arguments = {"max_new_tokens": 20, "do_sample": False, **SETTINGS[name]}
+    arguments = {"max_new_tokens": 14, "do_sample": False, **SETTINGS[name]}
     expected = target.generate(PROMPT, **arguments)
+    free = target.generate(PROMPT, max_new_tokens=14, do_sample=False)
+    assert (expected.tolist() == free.tolist()) is (name == "plain")  # or else the setting does nothing here
     guarded = attach(target, tokenizer).generate(PROMPT, **arguments, **drafting(source, target), safespec=POLICY)
     assert guarded.tolist() == expected.tolist()
 
@@ -156,7 +159,7 @@ def test_a_row_in_a_batch_is_what_it_is_alone(tokenizer, kind, source, forced):
     ids = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
     attach(model, tokenizer, build_noisy_head(model, 0.8) if forced else None)
     eos = None if forced else 33  # early ends are for the other half: here they would leave few tokens to flag
-    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": eos, **drafting(source, model)}
+    arguments = {"max_new_tokens": 18, "do_sample": False, "eos_token_id": eos, **drafting(source, model)}
     batch = model.generate(
         ids, attention_mask=(ids != 0).long(), safespec=POLICY, return_dict_in_generate=True, **arguments
     )
@@ -178,7 +181,7 @@ def decode(model, with_head, source, num_rows=2):
     rows = make_rows(
         prompts,
         torch.ones_like(prompts).bool(),
-        max_length=40,
+        max_length=24,
         policy=POLICY,
         newline_ids=frozenset({7, 8}),
         processors=LogitsProcessorList(),
@@ -204,7 +207,7 @@ def decode(model, with_head, source, num_rows=2):
 
 
 @pytest.mark.parametrize("source", DRAFTING)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_head_costs_no_forward(kind, source):
     counts = {}
     for with_head in (False, True):
@@ -230,7 +233,7 @@ def test_work_per_round_does_not_grow_with_the_answer(target, tokenizer, monkeyp
 
 
 # The sampler itself is held against more draws in test_verification.py; a mistake in its use would show in these.
-SAMPLES, ROWS = 2_000, 500
+SAMPLES, ROWS = 1_500, 500
 CHANCES = {10: {20: 0.5, 21: 0.3, 22: 0.2}, 20: {30: 0.6, 31: 0.4}, 21: {30: 0.1, 31: 0.9}, 22: {30: 0.5, 31: 0.5}}
 DRAFT_CHANCES = {
     10: {20: 0.2, 21: 0.2, 22: 0.6},

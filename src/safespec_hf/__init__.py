@@ -3,7 +3,7 @@
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig, SafetyHeadConfig
 from .default_target import DEFAULT_TARGET_ID, load_default_target, load_truncated_draft
-from .errors import HeadMismatchError, SafeSpecError, UnsupportedRequestError
+from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
 from .head import SafetyHead, target_binding
 from .logits import SafeSpecLogitsProcessor
 from .modeling import attach_safety_head, detach_safety_head
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_TARGET_ID",
+    "HeadFileError",
     "HeadMismatchError",
     "Provenance",
     "SafeSpecCandidateGenerator",

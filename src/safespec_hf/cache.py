@@ -24,6 +24,7 @@ from .tap import read_tap, tap_arguments
 # Holes cost attention time. Gathering the cache costs about one copy of it, so do it when a quarter is wasted.
 MAX_HOLE_FRACTION = 0.25
 MIN_HOLES = 64
+MAX_BLOCK = 64
 
 
 class BlockOutput(NamedTuple):
@@ -71,7 +72,11 @@ class CachedModel:
         self.usage = usage if usage is not None else Usage()
         model_interface: Any = model
         self._keeps_logits: bool = model_interface._supports_logits_to_keep()
-        self._is_sliding = any(DynamicCache(config=model.config).is_sliding)
+        # some models keep a causal mask of this size and index it by column
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._max_columns = 2**31 if positions is None else positions - MAX_BLOCK
+        is_local = "local" in (getattr(model.config, "attention_layers", None) or [])  # GPT-Neo's own sliding window
+        self._is_sliding = is_local or any(DynamicCache(config=model.config).is_sliding)
 
     def forward(self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int) -> BlockOutput:
         """Appends a block of tokens to every row.
@@ -185,7 +190,8 @@ class CachedModel:
         num_columns, longest = self.used_BL.shape[1], max(self.lengths)
         # a row that is padded on the left only has no hole
         has_holes = self._is_sliding and bool((np.diff(self.used_BL.astype(np.int8), axis=1) < 0).any())
-        if num_columns - longest <= max(MIN_HOLES, MAX_HOLE_FRACTION * num_columns) and not has_holes:
+        limit = min(max(MIN_HOLES, MAX_HOLE_FRACTION * num_columns), self._max_columns - longest)
+        if num_columns - longest <= max(limit, 0) and not has_holes:
             return
         columns_BL = np.zeros((len(self.lengths), longest), dtype=np.int64)
         for row, length in enumerate(self.lengths):

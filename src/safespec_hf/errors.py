@@ -1,6 +1,7 @@
 """Every exception that safespec-hf raises on purpose.
 
 SafeSpecError                  base of them all, a `ValueError`
+├── HeadFileError              no whole head is in that folder or repository; an `OSError` too
 ├── HeadMismatchError          the head was trained for another target
 └── UnsupportedRequestError    this combination of arguments can't be guarded
 """
@@ -10,6 +11,10 @@ from __future__ import annotations
 
 class SafeSpecError(ValueError):
     """A request that can't be met safely. Raised before the first forward, never in the middle of an answer."""
+
+
+class HeadFileError(SafeSpecError, OSError):
+    """The files of a head are missing, damaged or not those of a head. An `OSError` too, as in transformers."""
 
 
 class HeadMismatchError(SafeSpecError):

@@ -1,6 +1,4 @@
 import dataclasses
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,9 +7,11 @@ import pytest
 import tiny
 import torch
 from samples import make_examples, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safespec_hf import SafeSpecConfig, modeling
 from safespec_hf.scoring import PooledStates, pool, pooling_weights, segment_counts
+from safespec_hf.training.data import load_examples
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
 from safespec_hf.training.hidden import encode, find_newline_ids, score_answers
 
@@ -78,9 +78,18 @@ def test_other_settings_have_another_cache(target, chat_tokenizer, examples, fea
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def command(target_folder, data, cache):
-    arguments = ["features", str(data), "--target", str(target_folder), "--layers", "1,2", "--cache", str(cache)]
-    return [sys.executable, "-m", "safespec_hf.cli", *arguments]
+READ = """
+import sys, torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from safespec_hf.training.data import load_examples
+from safespec_hf.training.data import load_examples
+from safespec_hf.training.features import FeatureSettings, extract_features
+folder, data, cache = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+settings = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
+extract_features(model, tokenizer, load_examples([data]), cache, settings)
+"""
 
 
 def read_all(folder):
@@ -88,15 +97,17 @@ def read_all(folder):
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_files(target_folder, tmp_path):
-    data = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(1500)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(target_folder, data, tmp_path / "killed"), env=environment)
-    while process.poll() is None and len(read_all(tmp_path / "killed")) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    data, killed = tmp_path / "x.jsonl", tmp_path / "killed"
+    write_lines(data, [example.to_json() for example in make_examples(400)])
+    process = subprocess.Popen([sys.executable, "-c", READ, str(target_folder), str(data), str(killed)])
+    while process.poll() is None and len(read_all(killed)) < 3:
+        time.sleep(0.005)
+    process.kill()
     process.wait()
-    num_before = len(read_all(tmp_path / "killed"))
-    subprocess.run(command(target_folder, data, tmp_path / "killed"), env=environment, check=True)
-    subprocess.run(command(target_folder, data, tmp_path / "whole"), env=environment, check=True)
+    num_before = len(read_all(killed))
+    model = AutoModelForCausalLM.from_pretrained(target_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    for cache in (killed, tmp_path / "whole"):
+        extract_features(model, tokenizer, load_examples([data]), cache, SETTINGS)
     assert 3 <= num_before < len(read_all(tmp_path / "whole"))
-    assert read_all(tmp_path / "killed") == read_all(tmp_path / "whole")
+    assert read_all(killed) == read_all(tmp_path / "whole")

@@ -19,7 +19,7 @@ from safespec_hf.training.train import (
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(2, 4, 8, 16))
 MEAN = READINGS[2]
-QUICK = TrainSettings(num_members=2, width=4, max_epochs=8, min_unsafe_tokens=4)
+QUICK = TrainSettings(num_members=2, width=8, max_epochs=8, min_unsafe_tokens=4, batch_size=32, learning_rate=1e-2)
 
 
 @pytest.fixture
