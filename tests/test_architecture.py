@@ -29,6 +29,7 @@ ORDER = [
     "gguf_target",
     "default_target",
     "__init__",
+    "card",
     "hub",
     "training",
     "evaluation",
@@ -37,6 +38,7 @@ ORDER = [
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
 PUBLIC_NAMES = [
     "DEFAULT_TARGET_ID",
+    "HeadFileError",
     "HeadMismatchError",
     "Provenance",
     "SafeSpecCandidateGenerator",

@@ -91,7 +91,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         probs: list[Tensor] = []
         has_processors = bool(rows[0].processors)
         for _ in range(max(num_tokens)):
-            logits_BV = self._fit_vocabulary(self.assistant.forward(blocks, 1).logits_BTV[:, -1])
+            logits_BV = fit_vocabulary(self.assistant.forward(blocks, 1).logits_BTV[:, -1], self.vocab_size)
             # reading the drafts so far makes the host wait, so only where a processor needs them
             extras = torch.stack(tokens, 1).tolist() if tokens and has_processors else [[] for _ in rows]
             token_B, probs_BV = self._pick(process_rows(rows, extras, logits_BV))
@@ -116,13 +116,6 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
                 for probs, tokens in zip(probs_BGV, drafts, strict=True)
             ]
         )
-
-    def _fit_vocabulary(self, logits_BV: Tensor) -> Tensor:
-        """Vocabularies that differ by padding rows only are cut or filled to the target's size."""
-        if self.vocab_size is None or logits_BV.shape[1] == self.vocab_size:
-            return logits_BV
-        missing = max(self.vocab_size - logits_BV.shape[1], 0)
-        return torch.nn.functional.pad(logits_BV[:, : self.vocab_size], (0, missing), value=-torch.inf)
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""
@@ -165,6 +158,20 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         """transformers' `CandidateGenerator` contract. The number of drafts is constant: nothing to adapt."""
 
 
+def fit_vocabulary(logits_BV: Tensor, size: int | None) -> Tensor:
+    """Cuts or fills a draft's logits to the target's vocabulary, where the two differ by padding rows.
+
+    Example:
+
+        >>> import torch
+        >>> fit_vocabulary(torch.zeros(1, 2), 3)
+        tensor([[0., 0., -inf]])
+    """
+    if size is None or logits_BV.shape[1] == size:
+        return logits_BV
+    return torch.nn.functional.pad(logits_BV[:, :size], (0, max(size - logits_BV.shape[1], 0)), value=-torch.inf)
+
+
 class NgramIndex:
     """Where each n-gram of a growing context occurred, so that a lookup does not read the context again."""
 
@@ -202,6 +209,7 @@ def sample_segments(
     row: Row,
     *,
     max_tokens: int,
+    vocab_size: int | None,
     end_ids: frozenset[int],
     steer: LogitsProcessor,
     generator: torch.Generator,
@@ -212,6 +220,7 @@ def sample_segments(
         sampler ([`CachedModel`]): K copies of the row's cache, in the draft or in the target.
         row ([`Row`]): The row.
         max_tokens (`int`): Longest segment, >= 1.
+        vocab_size (`int`, *optional*): The target's.
         end_ids (`frozenset[int]`): Tokens that end an answer.
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
         generator (`torch.Generator`): Of the row's device.
@@ -226,7 +235,8 @@ def sample_segments(
     segments: list[list[int]] = [[] for _ in range(num)]
     is_open = [True] * num
     for step in range(max_tokens):
-        logits_KV = sampler.forward(blocks, 1).logits_BTV[:, -1].to(row.device, torch.float32)
+        logits_KV = fit_vocabulary(sampler.forward(blocks, 1).logits_BTV[:, -1], vocab_size)
+        logits_KV = logits_KV.to(row.device, torch.float32)
         scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
         token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
         for k, token in enumerate(token_K1[:, 0].tolist()):

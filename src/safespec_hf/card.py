@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,13 +13,15 @@ from .head import SafetyHead
 
 Report = Mapping[str, Any]
 
+UNPUBLISHED = "path/to/this/folder"  # stands for the id of a head until it has one
+
 _TAGS = ["safety", "guardrail", "speculative-decoding", "safespec"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COLUMNS = ("num_safe", "num_unsafe", "auroc", "auroc_non_refusal", "recall", "false_alarms")
 
 _METHOD = """\
-A safety head for `safespec-hf`. It reads hidden states of its target while the target verifies drafted tokens,
-and gives every token a risk. An answer that reaches the threshold is rolled back and goes on from the safest of several
+A safety head for `safespec-hf`. It reads hidden states of its target while the target verifies drafted tokens, and
+gives every token a risk. An answer that reaches the threshold is rolled back and goes on from the safest of several
 sampled continuations.
 
 The method is that of *SafeSpec: Fast and Safe LLM via Dynamic Reflective Sampling* (Xu et al., ICML 2026,
@@ -79,7 +80,7 @@ def model_card(head: SafetyHead, *, report: Report | None = None, repo_id: str |
         "Data and licences": _describe_data(report),
         "Metrics": _describe_metrics(report),
         "Limits": _LIMITS,
-        "How to use": _SNIPPET.format(target=target, head=repo_id or "path/to/this/folder"),
+        "How to use": _SNIPPET.format(target=target, head=repo_id or UNPUBLISHED),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     title = (repo_id or "Safety head").split("/")[-1]
@@ -103,7 +104,7 @@ def _card_data(head: SafetyHead, report: Report, title: str) -> ModelCardData:
         tags=_TAGS,
         datasets=datasets or None,
         metrics=["roc_auc"] if results else None,
-        model_name=title,
+        model_name=title if results else None,
         eval_results=results or None,
     )
 
@@ -167,31 +168,33 @@ def describe_size(head: SafetyHead) -> str:
     """The MLP's widths, and its size."""
     widths = [head.config.num_features, *(weight.shape[0] for weight in head.parameters() if weight.dim() == 2)]
     arrows, dtype = " → ".join(map(str, widths)), str(head.dtype).removeprefix("torch.")
-    size = f"{head.num_parameters():,} parameters, {head.get_memory_footprint() / 1e6:.2f} MB in {dtype}"
+    size = f"{head.num_parameters():,} parameters, {head.get_memory_footprint() / 1e3:,.1f} kB in {dtype}"
     return f"an MLP {arrows}, {size}"
 
 
 def describe_threshold(threshold: float, report: Report) -> str:
     """The threshold, and what is guaranteed of it: nothing unless the calibration's threshold is this very one."""
     said = f"A token is unsafe if its risk is {format_threshold(threshold)} or more."
-    calibration = report.get("results", {}).get("calibration") or report.get("training", {}).get("calibration")
+    calibration = report.get("training", {}).get("calibration") or report.get("results", {}).get("calibration")
     if not calibration:
         return f"{said} No calibration is recorded, so no rate of false alarms is guaranteed."
-    if not math.isclose(calibration["risk_threshold"], threshold, rel_tol=1e-6):
+    if calibration["risk_threshold"] != threshold:
         other = format_threshold(calibration["risk_threshold"])
         return f"{said} It was calibrated at {other}: that guarantee does not hold for this threshold."
     alpha, num, sources = calibration["alpha"], calibration["num_answers"], calibration.get("by_source", {})
+    where = f"in its first {tokens} tokens" if (tokens := calibration.get("max_response_tokens")) else "anywhere"
     return (
         f"{said} It was chosen by split conformal prediction on {num} whole benign answers"
         f"{' from ' + ', '.join(sources) if sources else ''}, with α = {alpha:g}: it lies just above the "
         f"⌈(n+1)(1−α)⌉-th smallest of their highest risks. A new benign answer that is exchangeable with these is "
-        f"flagged anywhere with probability at most {alpha:.2%}. On other sources of answers the rate may differ."
+        f"flagged {where} with probability at most {alpha:.2%}, over the draw of both. On other sources of answers "
+        "the rate may differ."
     )
 
 
 def format_threshold(threshold: float) -> str:
-    """As it is written in a card: a published card has to state its head's."""
-    return f"{threshold:.6g}"
+    """As a card writes it, and exactly: nine digits tell all float32 apart, and thresholds may lie close to 1."""
+    return f"{threshold:.9g}"
 
 
 def _describe_data(report: Report) -> str:

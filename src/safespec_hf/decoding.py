@@ -45,7 +45,7 @@ class Plan:
         reflection_ids, refusal_ids (`list[int]`): The policy's texts, tokenised.
         separator_ids (`list[int]`): Comes between an answer's beginning and a refusal.
         max_context (`int`): Tokens the target can attend to.
-        seed (`int`): Of candidate sampling.
+        seeds (`list[int]`): Of candidate sampling, per row.
     """
 
     policy: SafeSpecConfig
@@ -59,7 +59,7 @@ class Plan:
     refusal_ids: list[int]
     separator_ids: list[int]
     max_context: int
-    seed: int
+    seeds: list[int]
 
 
 class Flag(NamedTuple):
@@ -302,6 +302,7 @@ class Decoder:
             parent.fork(index, policy.num_candidates),
             row,
             max_tokens=max_tokens,
+            vocab_size=self.candidates.vocab_size,
             end_ids=self.plan.eos_ids,
             steer=steer,
             generator=self._generator(row),
@@ -313,7 +314,7 @@ class Decoder:
     def _generator(self, row: Row) -> torch.Generator:
         """Each row has its own, so that a row recovers in a batch as it would alone."""
         if row.index not in self._generators:
-            self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seed)
+            self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
         return self._generators[row.index]
 
     def _score_segments(
@@ -379,12 +380,16 @@ class Decoder:
         self.statistics.num_draft_forwards = draft.usage.num_forwards if draft is not None else 0
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
+    def _is_plain(self, prompt_ids: Tensor) -> bool:
+        """Whether the cache has a column per token, so that a later call can go on with it."""
+        return len(self.rows) == 1 and len(self.rows[0].prompt) == prompt_ids.shape[1]
+
     def output(self, prompt_ids: Tensor, pad_token_id: int) -> SafeSpecOutput:
         """The finished batch, padded on the right."""
         tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
             sequences=cast("torch.LongTensor", torch.cat([prompt_ids, tokens], dim=1)),
-            past_key_values=self.target.cache if len(self.rows) == 1 else None,
+            past_key_values=self.target.cache if self._is_plain(prompt_ids) else None,
             risks=cast("torch.FloatTensor", risks),
             provenance=cast("torch.LongTensor", provenance),
             events=[row.events for row in self.rows],

@@ -15,8 +15,10 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .gguf_target import convert_once, find_gguf, is_complete
+from .head import SafetyHead
 
 DEFAULT_TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_HEAD = Path(__file__).parent / "heads" / "smollm2-135m"
 
 # Raise the number whenever the conversion changes, so that copies made by older code are not taken.
 _CONVERTED_NAME = "SmolLM2-135M-Instruct-Q4_1-v1"
@@ -69,6 +71,22 @@ def load_default_target(
     # A safety head is bound to this id: it must not depend on which folder the weights came from.
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_TARGET_ID
     return model, tokenizer
+
+
+def load_default_head() -> SafetyHead:
+    """Loads the safety head of the default target, which is part of this package. How it was made: `recipes/`.
+
+    Returns:
+        [`SafetyHead`]: In evaluation mode, with its calibrated threshold in `config.risk_threshold`.
+
+    Example:
+
+        >>> from safespec_hf.default_target import load_default_head
+
+        >>> load_default_head().config.hidden_size
+        576
+    """
+    return SafetyHead.from_pretrained(DEFAULT_HEAD)
 
 
 def load_truncated_draft(target: PreTrainedModel, num_layers: int = 2) -> PreTrainedModel:

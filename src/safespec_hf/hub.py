@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import HfApi, eval_result_entries_to_yaml, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import yaml_dump
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .card import (
+    UNPUBLISHED,
     Report,
     describe_reading,
     describe_size,
@@ -83,7 +84,9 @@ def _write_texts(head: SafetyHead, folder: Path, report: Report | None, repo_id:
     entries = eval_results(report or {}, repo_id)
     if entries and not (folder / _EVAL_RESULTS).exists():
         (folder / _EVAL_RESULTS).parent.mkdir(exist_ok=True)
-        (folder / _EVAL_RESULTS).write_text(yaml_dump(eval_result_entries_to_yaml(entries)), encoding="utf-8")
+        (folder / _EVAL_RESULTS).write_text(
+            yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8"
+        )
 
 
 def push_head(
@@ -96,7 +99,7 @@ def push_head(
     commit_message: str = "Upload a safety head",
     dry_run: bool = False,
 ) -> str:
-    """Publishes a head on the Hub, in one commit. A folder without a model card gets one.
+    """Publishes a head on the Hub. A folder without a model card gets one.
 
     Args:
         head ([`SafetyHead`], `str` or `os.PathLike`): The head, or the folder it is saved in.
@@ -117,7 +120,6 @@ def push_head(
 
     Example:
 
-        >>> import torch, transformers
         >>> from safespec_hf import SafetyHead, SafetyHeadConfig
         >>> from safespec_hf.hub import push_head
         >>> config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], target={"model_id": "owner/target"})
@@ -128,7 +130,7 @@ def push_head(
     address = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(head, SafetyHead):
-            save_head(head, folder)
+            head.save_pretrained(folder)
         else:
             _copy_published(Path(head), Path(folder))
         _prepare(Path(folder), repo_id)
@@ -151,15 +153,14 @@ def _copy_published(source: Path, folder: Path) -> None:
         )
     published = [name for name in names if _matches(name, _PUBLISHED)]
     for name in published:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     if left := sorted(set(names) - set(published)):
         logger.warning("Not published from %s: %s.", source, ", ".join(left))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    # fnmatch's star takes slashes as well
-    return any(fnmatch.fnmatch(name, pattern) and name.count("/") <= 1 for pattern in patterns)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _prepare(folder: Path, repo_id: str) -> None:
@@ -178,7 +179,9 @@ def _prepare(folder: Path, repo_id: str) -> None:
             f"{threshold}. Measure again with `safespec report`, or remove the file."
         )
     _write_texts(head, folder, report, repo_id)
-    if threshold not in (folder / _CARD).read_text(encoding="utf-8"):
+    card = (folder / _CARD).read_text(encoding="utf-8")
+    (folder / _CARD).write_text(card.replace(UNPUBLISHED, repo_id), encoding="utf-8")
+    if threshold not in card:
         raise HeadFileError(
             f"`{_CARD}` doesn't state the head's threshold, {threshold}: it may be the card of another head. Remove "
             "it, and a new one is written; or correct it."

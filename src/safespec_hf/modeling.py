@@ -115,11 +115,11 @@ def attach_safety_head(
             "model, attach the head to `model.get_base_model()`."
         )
     check_model(model)
-    detach_safety_head(model)
     if not isinstance(head, SafetyHead):
         head = SafetyHead.from_pretrained(head, **hub_kwargs)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     check_binding(head, target_binding(model, tokenizer), ignore_mismatches)
+    detach_safety_head(model)  # only now: a head that was refused must not cost the model the one it had
     model._safespec = Attachment(head.eval().to(model.device), always, ignore_mismatches, tokenizer)
     model.__class__ = guarded_class(type(model))
     return model
@@ -255,7 +255,7 @@ class GuardedCall:
             processors=logits_processor,
         )
         candidates = make_candidates(model, self.assistant, generation_config, len(rows))
-        plan = self._plan(model, attachment, generation_config, stopping_criteria)
+        plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get("past_key_values")
         if getattr(cache, "_is_user_defined", False):
@@ -278,6 +278,8 @@ class GuardedCall:
         check_generation_config(config)
         check_model_kwargs(model_kwargs, input_ids)
         check_processors(processors, input_ids.shape[0])
+        if self.policy.candidate_source == "draft" and self.assistant is None:
+            raise UnsupportedRequestError("`candidate_source='draft'` needs an `assistant_model`, and there is none.")
         if self.assistant is not None:
             check_assistant(model, self.assistant, len(attachment.tokenizer))
         cache: Any = model_kwargs.get("past_key_values")
@@ -289,14 +291,18 @@ class GuardedCall:
             raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
 
     def _plan(
-        self, model: PreTrainedModel, attachment: Attachment, config: GenerationConfig, criteria: StoppingCriteriaList
+        self,
+        model: PreTrainedModel,
+        attachment: Attachment,
+        config: GenerationConfig,
+        criteria: StoppingCriteriaList,
+        num_rows: int,
     ) -> Plan:
         tokenizer, policy = attachment.tokenizer, self.policy
         assert tokenizer is not None
         ends = eos_ids(criteria)
         given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, self.num_assistant_tokens)
         refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
-        seed = 0 if not config.do_sample else int(torch.randint(2**31, (1,)))
         return Plan(
             policy=policy,
             monitor=RiskMonitor(attachment.head) if self.is_monitored else None,
@@ -309,8 +315,15 @@ class GuardedCall:
             refusal_ids=refusal + ends[:1],
             separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
             max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
-            seed=seed if policy.seed is None else policy.seed,
+            seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
         )
+
+
+def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
+    """A seed per row: the same for all, so that a row recovers as it would alone, but not for samples of one prompt."""
+    if seed is not None or not do_sample:
+        return [seed or 0] * num_rows
+    return torch.randint(2**31, (num_rows,)).tolist()
 
 
 def choose_policy(

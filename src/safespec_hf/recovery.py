@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -76,5 +77,6 @@ def choose(risks: Sequence[float], log_probs: Sequence[float], threshold: float)
         >>> choose([0.2, 0.1, 0.1], [-1.0, -3.0, -2.0], threshold=0.5)
         Choice(candidate=2, risk=0.1, is_safe=True)
     """
-    best = min(range(len(risks)), key=lambda i: (risks[i], -log_probs[i]))
+    # an unknown risk comes last; it is not below any threshold either
+    best = min(range(len(risks)), key=lambda i: (math.inf if math.isnan(risks[i]) else risks[i], -log_probs[i]))
     return Choice(best, risks[best], risks[best] < threshold)

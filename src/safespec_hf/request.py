@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
@@ -61,6 +62,7 @@ def check_generation_config(config: GenerationConfig) -> None:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
     mode, cache, early_exit = config.get_generation_mode(), config.cache_implementation, config.assistant_early_exit
+    ensemble = config.assistant_ensemble_weight
     refused = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
         (cache not in (None, "dynamic"), "cache_implementation", cache, "the default, a dynamic cache"),
@@ -70,6 +72,7 @@ def check_generation_config(config: GenerationConfig) -> None:
         (bool(config.output_scores), "output_scores", True, "`model(...)` on the returned sequences"),
         (bool(config.output_logits), "output_logits", True, "`model(...)` on the returned sequences"),
         (config.prefill_chunk_size is not None, "prefill_chunk_size", config.prefill_chunk_size, "one prefill"),
+        (ensemble is not None, "assistant_ensemble_weight", ensemble, "lossless verification, the default"),
         (early_exit is not None, "assistant_early_exit", early_exit, "`assistant_model`"),
     ]
     for is_refused, name, value, instead in refused:
@@ -110,6 +113,11 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
     if position_ids is None:
         return
     expected = (is_real.long().cumsum(-1) - 1).clamp(min=0)
+    if position_ids.shape[-1] != is_real.shape[-1]:
+        raise UnsupportedRequestError(
+            f"`attention_mask` and `position_ids` must be as long as `input_ids`, {is_real.shape[-1]} tokens, but "
+            f"cover {position_ids.shape[-1]}."
+        )
     if not bool(((position_ids == expected) | ~is_real).all()):
         raise UnsupportedRequestError(
             "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
@@ -136,9 +144,10 @@ def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabula
 
 def check_processors(processors: LogitsProcessorList, num_rows: int) -> None:
     """Raises for logits processors that can't be applied row by row and position by position."""
+    stateful = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
     whole_batch = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
     for processor in processors:
-        is_stateful = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+        is_stateful = isinstance(processor, stateful)
         if is_stateful or (num_rows > 1 and isinstance(processor, whole_batch)):
             raise UnsupportedRequestError(
                 f"{type(processor).__name__} can't be applied to positions out of order"

@@ -166,6 +166,8 @@ class Row:
         """
         kept = rollback_point(self.segment_starts, flagged, self.policy.rollback_segments, self.num_final)
         num_discarded = self.num_scored() - self.num_scored(kept)
+        first = next(index for index in range(kept, len(self.tokens)) if self.origins[index] not in INSERTED)
+        self.flagged_first_tokens.setdefault(kept, set()).add(self.tokens[first])
         self.truncate(kept)
         return kept, num_discarded
 
@@ -175,6 +177,7 @@ class Row:
         del self.tokens[kept:], self.origins[kept:], self.risks[kept:], self.counts[kept:]
         del self._inserted[bisect_left(self._inserted, kept) :]
         self.num_settled = min(self.num_settled, kept)
+        self.flagged_first_tokens = {at: ids for at, ids in self.flagged_first_tokens.items() if at <= kept}
         self.pooled.keep(min(self.pooled.num_tokens, self.num_scored(kept)))
         self.segment_starts = [start for start in self.segment_starts if start <= kept]
         self.num_open = self.num_scored(kept) - self.num_scored(self.segment_starts[-1])

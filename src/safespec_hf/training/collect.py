@@ -55,7 +55,9 @@ def collect_answers(
     Args:
         model ([`~transformers.PreTrainedModel`]): Answers; the target, or the draft.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
-        prompts (`Sequence[Example]`): Their labels are the labels of the answers unless there is a `labeler`.
+        prompts (`Sequence[Example]`):
+            Their labels are the labels of the answers unless there is a `labeler`. A `response`, if there is one, is
+            how the answer begins: the model goes on from there.
         out (`str` or `os.PathLike`): The file. Its settings are kept beside it, in `<out>.settings.json`.
         settings ([`CollectSettings`], *optional*): How to answer.
         labeler (`Callable`, *optional*): See [`load_labeler`]; answers that it gives no label are left out.
@@ -91,14 +93,12 @@ def _answer(
     settings: CollectSettings,
     start: int,
 ) -> list[Example]:
-    encoded: Any = tokenizer.apply_chat_template(
-        [list(example.messages) for example in batch],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        padding=True,
-        tokenizer_kwargs={"padding_side": "left"},
-    )
+    contexts = [
+        str(tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, tokenize=False))
+        for example in batch
+    ]
+    texts = [context + example.response for context, example in zip(contexts, batch, strict=True)]
+    encoded: Any = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     inputs = {name: tensor[:, -settings.max_prompt_tokens :].to(model.device) for name, tensor in encoded.items()}
     # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
     set_seed(settings.seed + start)
@@ -111,8 +111,8 @@ def _answer(
             pad_token_id=tokenizer.pad_token_id,
             **(sampling if settings.temperature > 0 else {"do_sample": False}),
         )
-    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [replace(example, response=text) for example, text in zip(batch, texts, strict=True)]
+    answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [replace(e, response=e.response + answer) for e, answer in zip(batch, answers, strict=True)]
 
 
 def _append(path: Path, examples: Sequence[Example]) -> int:

@@ -1,0 +1,133 @@
+"""Chooses and splits what the default head is made of. Writes JSON lines that `safespec` reads; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safespec_hf.training.metrics import REFUSAL, is_refusal
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+# How many answers per class and wording. HEDGE is wider than a refusal: it finds warnings and disclaimers as well.
+NUM_LABELLED = {(0, True): 260, (1, True): 250, (0, False): 409, (1, False): 360}
+HEDGE = re.compile(
+    r"\b(i'?m sorry|i am sorry|i apologi[sz]e|i can(?:no|')t|i cannot|i am unable|i'm unable|as an ai|not able to"
+    r"|unable to|i won'?t|illegal|unethical|not appropriate|inappropriate|against (?:my|the|openai)"
+    r"|i must (?:inform|remind)|sorry,)",
+    re.IGNORECASE,
+)
+NUM_PROMPTS = {"borderline": 480, "benign": 128, "gsm8k_train": 60, "self_instruct_seed": 60}
+NUM_REFERENCES = {"gsm8k_train": 60, "self_instruct_seed": 100}
+NUM_UNSAFE_PROMPTS = 160
+CALIBRATION_FRACTION = 0.3
+SPEAKER = re.compile(r"\n\s*[\[(*]*[^\n:]{1,24}[\])*]*\s*:")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file."""
+    with path.open(encoding="utf-8") as file:  # not splitlines(), which also splits at rare characters inside of texts
+        return [json.loads(line) for line in file]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Rows as a JSON lines file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def find_unsafe_start(response: str) -> int | None:
+    """Where the second voice of an unsafe answer begins: at the speaker's tag after a refusal; `None` if unclear."""
+    refusal = REFUSAL.search(response.lower().replace("’", "'"))
+    if refusal is None:
+        return 0
+    tag = next((found for found in SPEAKER.finditer(response) if found.start() >= refusal.end() - 30), None)
+    return tag.start() if tag is not None and tag.start() < 0.9 * len(response) else None
+
+
+def choose_labelled(rows: list[Row]) -> list[Row]:
+    """Turns by question, so that none dominates, and every safe answer that has no plain refusal in it."""
+    draw, cells = random.Random(0), defaultdict(list)
+    for row in rows:
+        cells[row["label"], bool(HEDGE.search(row["response"]))].append(row)
+    chosen = [row for cell, num in NUM_LABELLED.items() for row in take_in_turns(cells[cell], num, draw)]
+    chosen += [row for row in cells[0, True] if row not in chosen and not is_refusal(row["response"])]
+    starts = [find_unsafe_start(row["response"]) if row["label"] else 0 for row in chosen]
+    return [
+        row | {"unsafe_from": start, "group": f"question {row['question_id']}", "source": "gptfuzz_train"}
+        for row, start in zip(chosen, starts, strict=True)
+        if start is not None
+    ]
+
+
+def take_in_turns(rows: list[Row], num: int, draw: random.Random) -> list[Row]:
+    """So many rows at random, one question after the other."""
+    draw.shuffle(rows)
+    questions: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        questions[row["question_id"]].append(row)
+    chosen: list[Row] = []
+    while len(chosen) < min(num, len(rows)):
+        chosen += [questions[question].pop() for question in list(questions) if questions[question]]
+    return chosen[:num]
+
+
+def sample(rows: list[Row], num: int) -> list[Row]:
+    """So many rows, in their order."""
+    return [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), num))]
+
+
+def choose_prompts(benign: dict[str, list[Row]]) -> tuple[list[Row], list[Row]]:
+    """Prompts whose answers are trained on, and those that only calibrate."""
+    train, calibration = [], []
+    for source, num in NUM_PROMPTS.items():
+        rows = sample(benign[source], num)
+        prompts = [
+            {
+                "id": f"{source} {i}",
+                "prompt": row["prompt"],
+                "category": row.get("category"),
+                "source": f"own {source}",
+            }
+            for i, row in enumerate(rows)
+        ]
+        random.Random(1).shuffle(prompts)
+        num_calibration = round(CALIBRATION_FRACTION * num)
+        calibration += prompts[:num_calibration]
+        train += prompts[num_calibration:]
+    return train, calibration
+
+
+def main() -> None:
+    """Writes all files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with labelled/, benign/ and prompts/")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    benign = {name: read(HERE / f"{name}_prompts.jsonl") for name in ("borderline", "benign")}
+    benign |= {name: read(arguments.data / "benign" / f"{name}.jsonl") for name in NUM_REFERENCES}
+    labelled = read(arguments.data / "labelled" / "gptfuzz_train.jsonl")
+    write(arguments.out / "labelled.jsonl", choose_labelled(labelled))
+    references = [
+        {"prompt": row["prompt"], "response": row["response"], "label": 0, "source": f"reference {source}"}
+        for source, num in NUM_REFERENCES.items()
+        for row in sample(benign[source], num)
+        if row["response"].strip()
+    ]
+    write(arguments.out / "references.jsonl", references)
+    train, calibration = choose_prompts(benign)
+    write(arguments.out / "prompts_train.jsonl", train)
+    write(arguments.out / "prompts_calibration.jsonl", calibration)
+    unsafe = sample(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl"), NUM_UNSAFE_PROMPTS)
+    begun = [{"prompt": row["prompt"], "response": row["target"], "source": "own begun"} for row in unsafe]
+    write(arguments.out / "prompts_begun.jsonl", begun)
+
+
+if __name__ == "__main__":
+    main()
