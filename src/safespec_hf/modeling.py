@@ -320,7 +320,7 @@ class GuardedCall:
 
 
 def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
-    """A seed per row: the same for all, so that a row recovers as it would alone, but not for samples of one prompt."""
+    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
     if seed is not None or not do_sample:
         return [seed or 0] * num_rows
     return torch.randint(2**31, (num_rows,)).tolist()
