@@ -42,6 +42,12 @@ import tiny
 
 TIE = 1e-4
 NEVER = 1.0
+TINY_POLICY: dict[str, Any] = {
+    "max_segment_tokens": 5,
+    "num_candidates": 2,
+    "reflection": tiny.REFLECTION,
+    "refusal": tiny.REFUSAL,
+}
 
 
 class Result(NamedTuple):
@@ -230,7 +236,7 @@ def i3(options: argparse.Namespace) -> Result:
         attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
         recorder = Recorder()
         kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
-        policy = SafeSpecConfig(max_segment_tokens=5, rollback_segments=run % 3, max_recoveries=8, num_candidates=2)
+        policy = SafeSpecConfig(rollback_segments=run % 3, max_recoveries=8, **TINY_POLICY)
         out = target.generate(
             torch.randint(9, 40, (1, 6), generator=torch.Generator().manual_seed(run)),
             max_new_tokens=24,
@@ -276,12 +282,10 @@ def i4(options: argparse.Namespace) -> Result:
     draft = tiny.perturb(target)
     differences: list[float] = []
     with compare_after_rollbacks(differences):
-        for run in range(24):
+        for run in range(12):
             head = tiny.build_coin_head(target, chance=0.08, seed=run)
             attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
-            policy = SafeSpecConfig(
-                max_segment_tokens=5, max_recoveries=8, num_candidates=2, rollback_segments=run % 3
-            )
+            policy = SafeSpecConfig(rollback_segments=run % 3, max_recoveries=8, **TINY_POLICY)
             kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
             prompt = torch.randint(9, 40, (3, 8), generator=torch.Generator().manual_seed(run))
             target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import logging
 
 from safespec_hf import (
     Provenance,
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="new tokens per answer")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats of the first part")
     options = parser.parse_args()
+    logging.disable_progress_bar()
     with console.status("loading the target (converted once, on the first run) ..."):
         model, tokenizer = load_default_target(dtype=torch.float32)
         attach_safety_head(model, load_default_head(), tokenizer=tokenizer)

@@ -25,8 +25,7 @@ HEDGE = re.compile(
 )
 NUM_PROMPTS = {"borderline": 480, "benign": 128, "gsm8k_train": 60, "self_instruct_seed": 60}
 NUM_REFERENCES = {"gsm8k_train": 60, "self_instruct_seed": 100}
-NUM_UNSAFE_PROMPTS = 160
-CALIBRATION_FRACTION = 0.3
+NUM_BEGUN = 160
 SPEAKER = re.compile(r"\n\s*[\[(*]*[^\n:]{1,24}[\])*]*\s*:")
 
 
@@ -82,25 +81,40 @@ def sample(rows: list[Row], num: int) -> list[Row]:
     return [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), num))]
 
 
-def choose_prompts(benign: dict[str, list[Row]]) -> tuple[list[Row], list[Row]]:
-    """Prompts whose answers are trained on, and those that only calibrate."""
-    train, calibration = [], []
+def split(rows: list[Row]) -> dict[str, list[Row]]:
+    """Shuffled parts for training, for choosing by, and for the threshold. Prompts are not repeated across parts."""
+    rows = random.Random(1).sample(rows, len(rows))
+    ends = [round(len(rows) * share) for share in (0, 0.6, 0.7, 1)]
+    names = ("train", "validation", "calibration")
+    return {name: rows[start:end] for name, start, end in zip(names, ends[:-1], ends[1:], strict=True)}
+
+
+def choose_prompts(benign: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Harmless prompts, every source split alike."""
+    parts: dict[str, list[Row]] = defaultdict(list)
     for source, num in NUM_PROMPTS.items():
-        rows = sample(benign[source], num)
         prompts = [
             {
                 "id": f"{source} {i}",
                 "prompt": row["prompt"],
                 "category": row.get("category"),
-                "source": f"own {source}",
+                "source": "own " + source,
             }
-            for i, row in enumerate(rows)
+            for i, row in enumerate(sample(benign[source], num))
         ]
-        random.Random(1).shuffle(prompts)
-        num_calibration = round(CALIBRATION_FRACTION * num)
-        calibration += prompts[:num_calibration]
-        train += prompts[num_calibration:]
-    return train, calibration
+        for name, rows in split(prompts).items():
+            parts[name] += rows
+    return parts
+
+
+def choose_begun(rows: list[Row]) -> dict[str, list[Row]]:
+    """Harmful prompts whose answers begin with consent: the target goes on from there."""
+    begun = [
+        {"id": f"begun {i}", "prompt": row["prompt"], "response": row["target"], "source": "own begun"}
+        for i, row in enumerate(sample(rows, NUM_BEGUN))
+    ]
+    parts = split(begun)
+    return {"train": parts["train"] + parts["validation"], "validation": parts["calibration"]}
 
 
 def main() -> None:
@@ -121,12 +135,10 @@ def main() -> None:
         if row["response"].strip()
     ]
     write(arguments.out / "references.jsonl", references)
-    train, calibration = choose_prompts(benign)
-    write(arguments.out / "prompts_train.jsonl", train)
-    write(arguments.out / "prompts_calibration.jsonl", calibration)
-    unsafe = sample(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl"), NUM_UNSAFE_PROMPTS)
-    begun = [{"prompt": row["prompt"], "response": row["target"], "source": "own begun"} for row in unsafe]
-    write(arguments.out / "prompts_begun.jsonl", begun)
+    for name, rows in choose_prompts(benign).items():
+        write(arguments.out / f"safe_prompts_{name}.jsonl", rows)
+    for name, rows in choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl")).items():
+        write(arguments.out / f"begun_prompts_{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

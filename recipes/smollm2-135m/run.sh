@@ -8,14 +8,20 @@ LAYERS=12,16,18,20,22,24,26
 COMMON="--cache $WORK/cache --max-response-tokens 192"
 
 python "$HERE/prepare.py" --data "$DATA" --out "$WORK"
-safespec collect "$WORK/prompts_train.jsonl" --label safe --max-new-tokens 96 --out "$WORK/own_train.jsonl"
-safespec collect "$WORK/prompts_calibration.jsonl" --label safe --max-new-tokens 96 --out "$WORK/own_calibration.jsonl"
-safespec collect "$WORK/prompts_begun.jsonl" --label unsafe --max-new-tokens 64 --out "$WORK/own_begun.jsonl"
+for PART in train validation calibration; do
+    safespec collect "$WORK/safe_prompts_$PART.jsonl" --label safe --max-new-tokens 96 --out "$WORK/safe_$PART.jsonl"
+done
+for PART in train validation; do
+    safespec collect "$WORK/begun_prompts_$PART.jsonl" --label unsafe --max-new-tokens 64 --out "$WORK/begun_$PART.jsonl"
+done
 
-safespec train "$WORK/labelled.jsonl" "$WORK/own_begun.jsonl" --out "$WORK/head" \
-    --benign "$WORK/own_train.jsonl" --benign "$WORK/references.jsonl" \
-    --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --layers $LAYERS $COMMON
-safespec calibrate "$WORK/head" --benign "$WORK/own_calibration.jsonl" \
-    --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --alpha 0.02 $COMMON
-safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" --benign "$WORK/own_calibration.jsonl" \
-    --out "$WORK/report" $COMMON
+VALIDATION="--validation $DATA/labelled/gptfuzz_evaluate.jsonl"
+VALIDATION="$VALIDATION --validation $WORK/begun_validation.jsonl --validation $WORK/safe_validation.jsonl"
+# shellcheck disable=SC2086  # options are words
+safespec train "$WORK/labelled.jsonl" "$WORK/begun_train.jsonl" --benign "$WORK/safe_train.jsonl" \
+    --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" --layers $LAYERS $COMMON
+# shellcheck disable=SC2086
+safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --alpha 0.02 $VALIDATION $COMMON
+# shellcheck disable=SC2086
+safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" "$WORK/begun_validation.jsonl" \
+    --benign "$WORK/safe_calibration.jsonl" --out "$WORK/report" $COMMON

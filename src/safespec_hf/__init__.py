@@ -2,7 +2,7 @@
 
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig, SafetyHeadConfig
-from .default_target import DEFAULT_TARGET_ID, load_default_target, load_truncated_draft
+from .default_target import DEFAULT_TARGET_ID, load_default_head, load_default_target, load_truncated_draft
 from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
 from .head import SafetyHead, target_binding
 from .logits import SafeSpecLogitsProcessor
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "attach_safety_head",
     "detach_safety_head",
+    "load_default_head",
     "load_default_target",
     "load_truncated_draft",
     "target_binding",

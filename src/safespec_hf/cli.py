@@ -179,7 +179,7 @@ def calibrate(
     scored = [_score(model, tokenizer, safety_head, part, cache, cutoff) for part in (examples, labelled)]
     record = _calibrate(safety_head, scored[0], scored[1], alpha)
     safety_head.save_pretrained(head)
-    record["provenance"] = provenance([*benign, *(validation or [])])
+    record |= {"max_response_tokens": max_response_tokens, "provenance": provenance([*benign, *(validation or [])])}
     _update_record(head, calibration=record)
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
 

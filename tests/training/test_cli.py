@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import runpy
 import sys
 
 import pytest
@@ -59,3 +60,11 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         main()
     assert capsys.readouterr().err.startswith("safespec: ")
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
+def test_a_missing_package_is_told_with_how_to_install_it(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "safespec_hf.cli")
+    with pytest.raises(SystemExit, match=r"pip install safespec-hf\[train\]"):
+        runpy.run_module("safespec_hf.cli")

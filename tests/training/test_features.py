@@ -34,7 +34,9 @@ def decode_token_by_token(model, tokenizer, example, reading):
         (count,), num_open = segment_counts(
             num_open, [token in newline_ids], policy.min_segment_tokens, policy.max_segment_tokens
         )
-        weights = pooling_weights([count if reading.span == "segment" else index], reading.pooling, 0.9)
+        weights = pooling_weights(
+            [count if reading.span == "segment" else index], reading.pooling, SETTINGS.ewma_decay
+        )
         states.append(pool(states.last(), torch.cat([hidden[1][0, -1:], hidden[2][0, -1:]], dim=-1), weights))
         yield states.last()
 

@@ -52,7 +52,7 @@ class FeatureSettings:
     Args:
         layers (`tuple[int, ...]`): As in [`SafetyHeadConfig`].
         readings (`tuple[Reading, ...]`): Ways to pool.
-        ewma_decay (`float`, defaults to 0.9): For `"ewma"`.
+        ewma_decay (`float`, defaults to 0.95): For `"ewma"`.
         prefix_tokens (`tuple[int, ...]`): Lengths of the prefixes; the whole answer is always one more.
         max_prompt_tokens, max_response_tokens (`int`): What is longer is cut, a prompt at its beginning.
         num_batch_tokens (`int`, defaults to 4096): Tokens of a batch, padding included.
@@ -61,7 +61,7 @@ class FeatureSettings:
 
     layers: tuple[int, ...]
     readings: tuple[Reading, ...] = READINGS
-    ewma_decay: float = 0.9
+    ewma_decay: float = 0.95
     prefix_tokens: tuple[int, ...] = (4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224)
     max_prompt_tokens: int = 1024
     max_response_tokens: int = 256

@@ -36,7 +36,7 @@ class TrainSettings:
         batch_size (`int`, defaults to 512): Prefixes per step.
         max_epochs (`int`, defaults to 20): At most.
         patience (`int`, defaults to 4): Epochs without a better validation AUROC before it stops.
-        min_unsafe_tokens (`int`, defaults to 24):
+        min_unsafe_tokens (`int`, defaults to 16):
             Shorter prefixes of unsafe answers, counted from where they turn unsafe, are left out: nothing has happened
             in them yet.
         source_power (`float`, defaults to 0.5):
@@ -52,7 +52,7 @@ class TrainSettings:
     batch_size: int = 512
     max_epochs: int = 20
     patience: int = 4
-    min_unsafe_tokens: int = 24
+    min_unsafe_tokens: int = 16
     source_power: float = 0.5
     seed: int = 0
 
@@ -103,7 +103,7 @@ def train_head(
     reading: Reading,
     *,
     target: dict[str, Any] | None = None,
-    ewma_decay: float = 0.9,
+    ewma_decay: float = 0.95,
     settings: TrainSettings | None = None,
 ) -> Trained:
     """Trains one head.
@@ -113,7 +113,7 @@ def train_head(
         hidden_layers (`Sequence[int]`): What it reads, among the layers of the features.
         reading ([`Reading`]): How it pools.
         target (`dict`, *optional*): See [`target_binding`].
-        ewma_decay (`float`, *optional*, defaults to 0.9): That of the features.
+        ewma_decay (`float`, *optional*, defaults to 0.95): That of the features.
         settings ([`TrainSettings`], *optional*): How.
 
     Returns:
