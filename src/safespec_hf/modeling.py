@@ -41,6 +41,7 @@ from .request import (
     make_rows,
     other_criteria,
 )
+from .scoring import find_newline_ids
 
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -380,9 +381,3 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError) as error:
         logger.warning("safespec-hf found no tokenizer for %s (%s).", model.config.name_or_path, type(error).__name__)
         return None
-
-
-def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All tokens whose text holds a newline."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    return frozenset(token for token, text in enumerate(texts) if "\n" in text)

@@ -13,6 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens whose text holds a newline: those that can end a segment."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return frozenset(token for token, text in enumerate(texts) if "\n" in text)
 
 
 def segment_counts(

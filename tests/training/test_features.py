@@ -10,10 +10,10 @@ from samples import make_examples, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safespec_hf import SafeSpecConfig, modeling
-from safespec_hf.scoring import PooledStates, pool, pooling_weights, segment_counts
+from safespec_hf.scoring import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
 from safespec_hf.training.data import load_examples
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
-from safespec_hf.training.hidden import encode, find_newline_ids, score_answers
+from safespec_hf.training.hidden import encode, score_answers
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SafeSpecConfig
 from ..head import target_binding
+from ..scoring import find_newline_ids
 from .data import Example, hash_examples
-from .hidden import Encoded, encode, find_newline_ids, make_batches, pool_answer, read_hidden, span_counts
+from .hidden import Encoded, encode, make_batches, pool_answer, read_hidden, span_counts
 from .shards import compute_shards, plan_shards
 
 

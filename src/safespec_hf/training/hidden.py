@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import SafeSpecConfig, SafetyHeadConfig
 from ..errors import SafeSpecError
 from ..head import SafetyHead
-from ..scoring import pool, pooling_weights, segment_counts
+from ..scoring import find_newline_ids, pool, pooling_weights, segment_counts
 from ..tap import read_tap, tap_arguments
 from .data import Example
 
@@ -110,14 +110,6 @@ def span_counts(
 def pool_answer(hidden_TF: Tensor, counts: Sequence[int], pooling: str, decay: float) -> Tensor:
     """The pooled state after every token of an answer, float32, of shape `(T, F)`."""
     return pool(None, hidden_TF, pooling_weights(counts, pooling, decay))
-
-
-def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that hold a newline."""
-    ids = range(len(tokenizer))
-    return frozenset(
-        i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in text
-    )
 
 
 def score_answers(
