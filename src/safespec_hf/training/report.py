@@ -35,7 +35,8 @@ def provenance(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     sha = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # a published file should not tell where on a machine things lay
+        "argv": [Path(part).name if os.path.isabs(part) else part for part in sys.argv],
         "git_sha": sha or None,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "platform": platform.platform(),
