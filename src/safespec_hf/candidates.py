@@ -209,10 +209,10 @@ def sample_segments(
     row: Row,
     *,
     max_tokens: int,
-    vocab_size: int | None,
     end_ids: frozenset[int],
     steer: LogitsProcessor,
     generator: torch.Generator,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Samples one segment for every row of `sampler`, all of which continue the same context.
 
@@ -220,10 +220,10 @@ def sample_segments(
         sampler ([`CachedModel`]): K copies of the row's cache, in the draft or in the target.
         row ([`Row`]): The row.
         max_tokens (`int`): Longest segment, >= 1.
-        vocab_size (`int`, *optional*): The target's.
         end_ids (`frozenset[int]`): Tokens that end an answer.
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
         generator (`torch.Generator`): Of the row's device.
+        vocab_size (`int`, *optional*): The target's, where the sampler's may be padded differently.
 
     Returns:
         `list[list[int]]`: K segments, none of them empty.
