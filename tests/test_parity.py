@@ -199,7 +199,7 @@ def decode(model, with_head, source, num_rows=2):
         refusal_ids=[6, 9],
         separator_ids=[8],
         max_context=512,
-        seed=0,
+        seeds=[0],
     )
     decoder = Decoder(model, rows, candidates, plan)
     decoder.run()

@@ -72,7 +72,7 @@ def stream_once(model, draft, seed):
         refusal_ids=[6, 9],
         separator_ids=[8],
         max_context=512,
-        seed=seed,
+        seeds=[seed],
     )
     candidates = make_candidates(model, draft if drafting == "draft" else None, model.generation_config, 1)
     decoder = Decoder(model, rows, candidates, plan, streamer)
