@@ -110,7 +110,13 @@ def show_recovery(model: Any, tokenizer: Any, num_tokens: int) -> None:
     risks = [risk for risk in silent.risks[0].tolist() if not math.isnan(risk)]
     # nothing is wrong with this answer: the threshold is put just under its own highest risk, to see the head fire
     threshold = max(risks) * 0.999
-    policy = SafeSpecConfig(risk_threshold=threshold, num_candidates=4, max_recoveries=3, max_segment_tokens=24)
+    policy = SafeSpecConfig(
+        risk_threshold=threshold,
+        num_candidates=4,
+        max_recoveries=3,
+        max_segment_tokens=24,
+        recovery_temperature=0.7,
+    )
     console.print(
         f"prompt: {MILD}\nthreshold lowered to {threshold:.3f} for show, just under this answer's highest risk"
     )
