@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..card import to_table
 from . import metrics
 from .data import hash_file
 from .metrics import Scored
@@ -94,28 +95,6 @@ def write_report(
     (path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (path / "report.md").write_text(_to_markdown(report, pictures))
     return report
-
-
-def to_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table.
-
-    Example:
-
-        >>> print(to_table([{"source": "garden", "auroc": 0.51234}]))
-        | source | auroc |
-        |---|---|
-        | garden | 0.512 |
-    """
-    names = list(rows[0])
-    lines = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
-    text = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([text[0], "|" + "---|" * len(names), *text[1:]])
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
