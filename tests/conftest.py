@@ -1,8 +1,14 @@
-"""Fixtures: tiny random models in float32, a real tokenizer of 40 words, and heads that never or often flag."""
+"""Fixtures: tiny random models in float32, a real tokenizer of 40 words, heads that never or often flag, and a folder
+that a head is published from."""
 
 import pytest
 import tiny
 import torch
+
+from safespec_hf.hub import save_head
+
+ROW = {"num_safe": 50, "num_unsafe": 60, "auroc": 0.93, "auroc_non_refusal": 0.9, "recall": 0.7, "false_alarms": 0.02}
+SAFE_ONLY = {"num_safe": 9, "num_unsafe": 0, "auroc": None, "recall": float("nan"), "false_alarms": 0.0}
 
 torch.set_num_threads(1)  # the models are too small for more, and one thread gives the same sums every time
 
@@ -44,3 +50,32 @@ def never(target):
 def noisy(target):
     """A head that flags about a third of all tokens."""
     return tiny.build_noisy_head(target)
+
+
+@pytest.fixture
+def head(target, tokenizer):
+    """A head that names its target."""
+    target.config.name_or_path = "owner/target"
+    return tiny.build_head(target, 0.875, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def report():
+    """What `safespec report` writes, as far as cards use it."""
+    return {
+        "provenance": {"time": "2026-01-02T03:04:05Z", "data": {"test.jsonl": "ab" * 32}},
+        "results": {
+            "risk_threshold": 0.875,
+            "sources": {"owner/benchmark": ROW, "held_out": ROW, "chat": SAFE_ONLY},
+            "calibration": {"alpha": 0.02, "num_answers": 480, "risk_threshold": 0.875, "by_source": {"chat": {}}},
+        },
+        "training": {"provenance": {"data": {"train.jsonl": "cd" * 32}}},
+        "data": [{"name": "owner/corpus", "license": "cc-by-4.0", "use": "training"}],
+    }
+
+
+@pytest.fixture
+def folder(head, report, tmp_path):
+    """The head, saved with its report and card."""
+    save_head(head, tmp_path / "head", report)
+    return tmp_path / "head"

@@ -7,50 +7,21 @@ import sys
 
 import pytest
 import torch
-import yaml
 from hub_server import TOKEN, serve
-from huggingface_hub import HfApi, ModelCard, close_session, constants, parse_eval_result_entries
+from huggingface_hub import HfApi, ModelCard, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from tiny import build_head, build_model
 from transformers import AutoModel
 
 from safespec_hf import HeadFileError, HeadMismatchError, SafeSpecError, SafetyHead, attach_safety_head
-from safespec_hf.hub import model_card, push_head, save_head, show_head
+from safespec_hf.hub import push_head, save_head, show_head
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its HTTP library deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 ID = "owner/head"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-ROW = {"num_safe": 50, "num_unsafe": 60, "auroc": 0.93, "auroc_non_refusal": 0.9, "recall": 0.7, "false_alarms": 0.02}
-SAFE_ONLY = {"num_safe": 9, "num_unsafe": 0, "auroc": None, "recall": float("nan"), "false_alarms": 0.0}
-
-
-@pytest.fixture
-def head(target, tokenizer):
-    target.config.name_or_path = "owner/target"
-    return build_head(target, 0.875, tokenizer=tokenizer)
-
-
-@pytest.fixture
-def report():
-    return {
-        "provenance": {"time": "2026-01-02T03:04:05Z", "data": {"test.jsonl": "ab" * 32}},
-        "results": {
-            "risk_threshold": 0.875,
-            "sources": {"owner/benchmark": ROW, "held_out": ROW, "chat": SAFE_ONLY},
-            "calibration": {"alpha": 0.02, "num_answers": 480, "risk_threshold": 0.875, "by_source": {"chat": {}}},
-        },
-        "training": {"provenance": {"data": {"train.jsonl": "cd" * 32}}},
-        "data": [{"name": "owner/corpus", "license": "cc-by-4.0", "use": "training"}],
-    }
-
-
-@pytest.fixture
-def folder(head, report, tmp_path):
-    save_head(head, tmp_path / "head", report)
-    return tmp_path / "head"
 
 
 @pytest.fixture
@@ -160,6 +131,11 @@ def test_a_dry_run_checks_and_sends_nothing(hub, folder):
     with pytest.raises(HeadFileError):
         push_head(folder, ID, dry_run=True)
     assert hub.requests == []
+
+
+def test_the_hub_accepts_the_metadata(hub, folder):
+    push_head(folder, ID, token=TOKEN)
+    assert "POST /api/validate-yaml" in hub.requests
 
 
 OFFLINE = f"""
@@ -353,89 +329,7 @@ def test_an_interrupted_save_leaves_no_weights(folder, head, report, monkeypatch
         SafetyHead.from_pretrained(folder)
 
 
-# The card
-
-
-def test_the_metadata_of_a_card_parses(folder):
-    data = ModelCard.load(folder / "README.md").data
-    assert (data.library_name, data.license, data.base_model) == ("safespec-hf", "apache-2.0", "owner/target")
-    assert data.tags == ["safety", "guardrail", "speculative-decoding", "safespec"]
-    assert (data.datasets, data.metrics) == (["owner/corpus"], ["roc_auc"])
-    assert [(r.dataset_name, r.metric_value) for r in data.eval_results] == [
-        ("owner/benchmark", 0.93),
-        ("held_out", 0.93),
-    ]
-
-
-def test_the_hub_accepts_the_metadata(hub, folder):
-    push_head(folder, ID, token=TOKEN)
-    assert "POST /api/validate-yaml" in hub.requests
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "arXiv:2606.19755",
-        "Xu et al.",
-        "independent implementation",
-        "| architecture | LlamaForCausalLM |",
-        "Hidden states 2 of 2",
-        "0.875 or more",
-        "480 whole benign answers from chat, with α = 0.02",
-        "at most 2.00%",
-        "| owner/corpus | cc-by-4.0 | training |",
-        "| train.jsonl | cdcd",
-        "| held_out | 50 | 60 | 0.930 | 0.900 | 0.700 | 0.020 |",
-        "| chat | 9 | 0 | – | – | – | 0.000 |",
-        "A guarantee, where one is stated, bounds false alarms",
-    ],
-)
-def test_a_card_says(head, report, said):
-    assert said in model_card(head, report=report).text
-
-
-def test_a_guarantee_is_not_claimed_for_another_threshold(head, report):
-    head.config.risk_threshold = 0.5
-    text = model_card(head, report=report).text
-    assert "It was calibrated at 0.875: that guarantee does not hold" in text
-    assert "with probability at most" not in text
-
-
-def test_a_guarantee_is_for_the_very_threshold_also_close_to_one(head, report):
-    report["results"]["calibration"]["risk_threshold"] = 0.99999994
-    head.config.risk_threshold = 0.99999988
-    assert "It was calibrated at 0.99999994" in model_card(head, report=report).text
-
-
-def test_a_guarantee_ends_where_calibration_cut_its_answers(head, report):
-    report["results"]["calibration"]["max_response_tokens"] = 256
-    assert "flagged in its first 256 tokens with probability" in model_card(head, report=report).text
-
-
-def test_a_card_without_a_report_claims_nothing(head):
-    card = model_card(head)
-    assert "no rate of false alarms is guaranteed" in card.text
-    assert card.data.eval_results is None
-
-
-def test_the_code_of_a_card_is_python(head):
-    code = model_card(head, repo_id=ID).text.split("```python\n")[1].split("```")[0]
-    assert compile(code, "card", "exec")
-    assert '"owner/target"' in code
-
-
-def test_results_are_written_for_sources_with_a_data_set_on_the_hub(folder):
-    rows = yaml.safe_load((folder / ".eval_results/safespec.yaml").read_text())
-    (entry,) = parse_eval_result_entries(rows)
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("owner/benchmark", "default", 0.93)
-    assert entry.date == "2026-01-02T03:04:05Z"
-
-
-def test_a_source_can_be_mapped_to_a_benchmark(head, report, tmp_path):
-    benchmarks = {"held_out": {"dataset_id": "org/set", "task_id": "unsafe"}}
-    save_head(head, tmp_path, {**report, "benchmarks": benchmarks})
-    rows = yaml.safe_load((tmp_path / ".eval_results/safespec.yaml").read_text())
-    assert {"id": "org/set", "task_id": "unsafe"} in [row["dataset"] for row in rows]
+# Showing
 
 
 def test_showing_a_folder_says_what_it_reads_and_how_well_it_does(folder):
