@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from safespec_hf.card import to_json
 
 
 def provenance() -> dict[str, Any]:
@@ -32,4 +33,4 @@ def provenance() -> dict[str, Any]:
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Results with their provenance."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=2) + "\n")
+    path.write_text(to_json({"provenance": provenance(), "results": results}))

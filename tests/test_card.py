@@ -1,5 +1,7 @@
 """A card claims what was measured for the head that it comes with, in metadata that the Hub reads."""
 
+import json
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -76,6 +78,13 @@ def test_results_are_written_for_sources_with_a_data_set_on_the_hub(folder):
     (entry,) = parse_eval_result_entries(rows)
     assert (entry.dataset_id, entry.task_id, entry.value) == ("owner/benchmark", "default", 0.93)
     assert entry.date == "2026-01-02T03:04:05Z"
+
+
+def test_a_saved_report_has_null_for_what_is_not_a_number(folder, report):
+    assert "NaN" in json.dumps(report)
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["results"]["sources"]["chat"]["recall"] is None
+    assert saved["results"]["sources"]["held_out"] == report["results"]["sources"]["held_out"]
 
 
 def test_a_source_can_be_mapped_to_a_benchmark(head, report, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -219,6 +220,20 @@ def _describe_metrics(report: Report) -> str:
         f"are flagged anywhere at {threshold}; `auroc_non_refusal` leaves out safe answers that refuse.\n\n"
         + to_table(rows)
     )
+
+
+def to_json(content: Any) -> str:
+    """Indented JSON, with `null` for NaN and infinities: Python would write these, but other readers refuse them.
+
+    Example:
+
+        >>> print(to_json({"auroc": float("nan")}), end="")
+        {
+          "auroc": null
+        }
+    """
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, allow_nan=False) + "\n"
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> str:

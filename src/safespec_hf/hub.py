@@ -24,6 +24,7 @@ from .card import (
     eval_results,
     format_threshold,
     model_card,
+    to_json,
     to_table,
 )
 from .errors import HeadFileError
@@ -80,7 +81,7 @@ def _write_texts(head: SafetyHead, folder: Path, report: Report | None, repo_id:
     if not (folder / _CARD).exists():
         model_card(head, report=report, repo_id=repo_id).save(folder / _CARD)
     if report and not (folder / _REPORT).exists():
-        (folder / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (folder / _REPORT).write_text(to_json(report), encoding="utf-8")
     entries = eval_results(report or {}, repo_id)
     if entries and not (folder / _EVAL_RESULTS).exists():
         (folder / _EVAL_RESULTS).parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..card import to_table
+from ..card import to_json, to_table
 from . import metrics
 from .data import hash_file
 from .metrics import Scored
@@ -82,7 +82,7 @@ def write_report(
         training (`dict`, *optional*): The head's `training.json`: its sweep is drawn, its calibration is shown.
 
     Returns:
-        `dict`: The content of `report.json`.
+        `dict`: The content of `report.json`, with NaN where the file has `null`.
     """
     from .plots import draw_all
 
@@ -92,7 +92,7 @@ def write_report(
     results = evaluate(scored, risk_threshold) | {key: training.get(key) for key in ("sweep", "calibration")}
     pictures = draw_all(scored, results, path)
     report = {"provenance": provenance(files), "results": results}
-    (path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (path / "report.json").write_text(to_json(report))
     (path / "report.md").write_text(_to_markdown(report, pictures))
     return report
 
