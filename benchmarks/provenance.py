@@ -14,13 +14,14 @@ import torch
 import transformers
 
 from safespec_hf.card import to_json
+from safespec_hf.training.data import base_names
 
 
 def provenance() -> dict[str, Any]:
     """What is written beside every result."""
     sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "argv": sys.argv,
+        "argv": base_names(sys.argv),
         "git_sha": sha,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),

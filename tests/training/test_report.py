@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from samples import make_examples
 
 from safespec_hf.card import measured_sources, to_table
 from safespec_hf.training.metrics import Scored
-from safespec_hf.training.report import write_report
+from safespec_hf.training.report import provenance, write_report
 
 
 @pytest.fixture
@@ -33,3 +35,27 @@ def test_a_report_reads_back_with_the_same_tables(scored, tmp_path):
     assert list(measured_sources(read)) == list(measured_sources(written)) == ["garden"]
     tables = [to_table(list(report["results"]["sources"].values())) for report in (written, read)]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("{folder}", "head"),
+        ("{folder}/", "head"),
+        ("{folder}/test.jsonl", "test.jsonl"),
+        ("--out={folder}", "--out=head"),
+        ("../elsewhere/missing.csv", "missing.csv"),
+        ("--benign", "--benign"),
+        ("12,18,24", "12,18,24"),
+        (".", "."),
+        ("", ""),
+    ],
+)
+def test_provenance_tells_base_names_of_paths_only(argument, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{tmp_path}/bin/safespec", argument.format(folder=tmp_path / "head")])
+    assert provenance()["argv"] == ["safespec", said]
+
+
+def test_provenance_of_data_names_no_folder(tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    assert os.sep not in "".join(provenance([tmp_path / "test.jsonl", "owner/corpus"])["data"])

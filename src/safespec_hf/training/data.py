@@ -100,6 +100,19 @@ def hash_file(path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def base_names(arguments: Sequence[str]) -> list[str]:
+    """A command line without folders, for provenance: a published file should not tell where on a machine things lay.
+
+    Example:
+
+        >>> base_names(["/opt/bin/safespec", "report", "data/test.jsonl", "--out=~/report/", "--alpha", "0.02"])
+        ['safespec', 'report', 'test.jsonl', '--out=report', '--alpha', '0.02']
+    """
+    # only an option has a value behind `=`; in a path it is part of the name
+    parts = [part.partition("=") if part.startswith("-") else ("", "", part) for part in arguments]
+    return [option + equals + (Path(value).name or value) for option, equals, value in parts]
+
+
 def hash_examples(examples: Sequence[Example]) -> str:
     """16 hex digits over everything in the examples."""
     return hashlib.sha256("\n".join(example.to_json() for example in examples).encode()).hexdigest()[:16]

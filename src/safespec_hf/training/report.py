@@ -15,7 +15,7 @@ from typing import Any
 
 from ..card import to_json, to_table
 from . import metrics
-from .data import hash_file
+from .data import base_names, hash_file
 from .metrics import Scored
 
 PACKAGES = ("safespec-hf", "torch", "transformers", "scikit-learn", "safetensors", "numpy")
@@ -36,8 +36,7 @@ def provenance(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     sha = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        # a published file should not tell where on a machine things lay
-        "argv": [Path(part).name if os.path.isabs(part) else part for part in sys.argv],
+        "argv": base_names(sys.argv),
         "git_sha": sha or None,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "platform": platform.platform(),
