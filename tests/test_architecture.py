@@ -17,7 +17,9 @@ ORDER = [
     "scoring",
     "verification",
     "recovery",
+    "loading",
     "head",
+    "draft",
     "rows",
     "monitor",
     "logits",
@@ -38,6 +40,8 @@ ORDER = [
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
 PUBLIC_NAMES = [
     "DEFAULT_TARGET_ID",
+    "DraftHead",
+    "DraftHeadConfig",
     "HeadFileError",
     "HeadMismatchError",
     "Provenance",

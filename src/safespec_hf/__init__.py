@@ -3,6 +3,7 @@
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig, SafetyHeadConfig
 from .default_target import DEFAULT_TARGET_ID, load_default_head, load_default_target, load_truncated_draft
+from .draft import DraftHead, DraftHeadConfig
 from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
 from .head import SafetyHead, target_binding
 from .logits import SafeSpecLogitsProcessor
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_TARGET_ID",
+    "DraftHead",
+    "DraftHeadConfig",
     "HeadFileError",
     "HeadMismatchError",
     "Provenance",

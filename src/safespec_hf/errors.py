@@ -18,21 +18,22 @@ class HeadFileError(SafeSpecError, OSError):
 
 
 class HeadMismatchError(SafeSpecError):
-    """A safety head was given to a target that it was not trained for.
+    """A head was given to a target that it was not trained for.
 
     Args:
         mismatches (`dict[str, tuple[object, object]]`):
             Field name to (value the head is bound to, value the target has).
+        title (`str`, *optional*, defaults to `"safety head"`): What kind of head it is.
     """
 
-    def __init__(self, mismatches: dict[str, tuple[object, object]]):
+    def __init__(self, mismatches: dict[str, tuple[object, object]], title: str = "safety head"):
         self.mismatches = mismatches
         fields = "; ".join(
             f"`{name}`: the head is bound to {bound!r}, the target has {found!r}"
             for name, (bound, found) in mismatches.items()
         )
         super().__init__(
-            f"This safety head was trained for another target. {fields}. Its scores mean nothing here: load the head "
+            f"This {title} was trained for another target. {fields}. Its scores mean nothing here: load the head "
             "made for this target, or train one. For a fine-tune whose hidden states you have checked, pass "
             "`ignore_mismatches=(...)` with the names of the fields to excuse."
         )

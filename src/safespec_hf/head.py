@@ -9,18 +9,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from .config import SafetyHeadConfig
-from .errors import HeadFileError, HeadMismatchError
+from .errors import HeadMismatchError
+from .loading import StrictModel
 
 
-class SafetyHead(PreTrainedModel):
+class SafetyHead(StrictModel):
     """An MLP from pooled hidden states to one logit (Section 3 of the paper: d -> d/2 -> 1, ReLU, dropout 0.1).
 
     Saved as `config.json` and `model.safetensors`, loaded with `SafetyHead.from_pretrained(folder_or_hub_id)` or
@@ -41,6 +38,7 @@ class SafetyHead(PreTrainedModel):
         torch.Size([2, 3])
     """
 
+    title = "safety head"
     config_class = SafetyHeadConfig
     config: SafetyHeadConfig
     base_model_prefix = "mlp"
@@ -89,71 +87,6 @@ class SafetyHead(PreTrainedModel):
         logits = self(features).float()
         return torch.sigmoid(logits if self.config.unsafe_label == 1 else -logits)
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # transformers' own keywords are in `kwargs`
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
-    ) -> SafetyHead:
-        """[`~transformers.PreTrainedModel.from_pretrained`], but strict, from safetensors only and in eval mode.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or id on the Hub.
-            kwargs: For loading: `revision`, `token`, `cache_dir`, `local_files_only`, `dtype`, ...
-
-        Raises:
-            HeadFileError: If a file is missing or damaged, or a weight is missing, unknown, misshapen or not finite.
-        """
-        name = pretrained_model_name_or_path
-        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
-        config, weights = _read_files(name, kwargs.pop("config", None), hub_kwargs)
-        # What transformers would resolve by itself may be a pickle, or a bot's conversion of one. It gets no choice.
-        kwargs |= {"config": config, "state_dict": weights, "use_safetensors": True}
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = super().from_pretrained(None, *model_args, **kwargs)
-        head: SafetyHead = loaded[0]
-        _check_weights(name, head, info=loaded[1])
-        head.config.name_or_path = head.name_or_path = str(name)
-        return head.eval()
-
-
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def _read_files(
-    name: str | os.PathLike[str], config: SafetyHeadConfig | None, hub_kwargs: dict[str, Any]
-) -> tuple[SafetyHeadConfig, dict[str, Tensor]]:
-    try:
-        config = config or SafetyHeadConfig.from_pretrained(name, **hub_kwargs)
-        file = cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)
-        assert file is not None  # it raises by itself
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise HeadFileError(
-            f"The `{SAFE_WEIGHTS_NAME}` of {str(name)!r} is not a whole safetensors file ({error}): it is cut short, "
-            "damaged, or in another format, such as a pickle, which is never read. Download or save the head again."
-        ) from error
-    except (OSError, TypeError, ValueError) as error:  # the latter two from values in config.json
-        raise HeadFileError(f"No safety head could be loaded from {str(name)!r}: {error}") from error
-    if config.model_type != SafetyHeadConfig.model_type or config.num_features == 0:
-        raise HeadFileError(
-            f"{str(name)!r} holds no safety head: its `config.json` is of model type {config.model_type!r}, with "
-            f"hidden_size={config.hidden_size} and hidden_layers={config.hidden_layers}."
-        )
-    return config, weights
-
-
-def _check_weights(name: str | os.PathLike[str], head: SafetyHead, info: dict[str, Any]) -> None:
-    # transformers only warns of these, and goes on with random weights
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "unknown": sorted(info["unexpected_keys"]),
-        "of another shape than the config asks for": sorted(key for key, *_ in info["mismatched_keys"]),
-        # a risk of nan would never reach a threshold
-        "not finite": [key for key, weight in head.named_parameters() if not bool(weight.isfinite().all())],
-    }
-    found = "; ".join(f"{', '.join(keys)} {what}" for what, keys in problems.items() if keys)
-    if found:
-        raise HeadFileError(f"The weights of the safety head {str(name)!r} don't fit its config, or are bad: {found}.")
-
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits over every token and its id: equal iff the vocabularies are."""
@@ -185,8 +118,8 @@ def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     }
 
 
-def check_binding(head: SafetyHead, found: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
-    """Raises unless `head` may score the target that `found` (a [`target_binding`]) describes.
+def check_binding(head: StrictModel, found: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
+    """Raises unless `head` may read the target that `found` (a [`target_binding`]) describes.
 
     A field that either side does not know (`None`) is not compared, except for a head without any binding.
 
@@ -195,7 +128,7 @@ def check_binding(head: SafetyHead, found: dict[str, Any], ignore: tuple[str, ..
     """
     bound = head.config.target
     if bound is None:
-        raise HeadMismatchError({"target": (None, found["model_id"] or found["architecture"])})
+        raise HeadMismatchError({"target": (None, found["model_id"] or found["architecture"])}, head.title)
     mismatches = {
         name: (bound.get(name), value)
         for name, value in found.items()
@@ -206,7 +139,7 @@ def check_binding(head: SafetyHead, found: dict[str, Any], ignore: tuple[str, ..
     if max(head.config.hidden_layers or [0]) > found["num_layers"]:
         mismatches["hidden_layers"] = (head.config.hidden_layers, f"{found['num_layers']} layers")
     if mismatches:
-        raise HeadMismatchError(mismatches)
+        raise HeadMismatchError(mismatches, head.title)
 
 
 AutoConfig.register("safespec_head", SafetyHeadConfig, exist_ok=True)
