@@ -13,9 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from tiny import build_head, build_model
 from transformers import AutoModel
+from typer.testing import CliRunner
 
 from safespec_hf import HeadFileError, HeadMismatchError, SafeSpecError, SafetyHead, attach_safety_head
-from safespec_hf.hub import push_head, save_head, show_head
+from safespec_hf.cli import app
+from safespec_hf.hub import describe_push, push_head, save_head, show_head
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its HTTP library deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -131,6 +133,26 @@ def test_a_dry_run_checks_and_sends_nothing(hub, folder):
     with pytest.raises(HeadFileError):
         push_head(folder, ID, dry_run=True)
     assert hub.requests == []
+
+
+def test_a_described_push_is_what_a_push_publishes(hub, folder):
+    (folder / "notes.txt").write_text("mine")
+    said = describe_push(folder, ID, revision="v2")
+    assert hub.requests == []
+    push_head(folder, ID, token=TOKEN)
+    rows = [f"  {name}, {len(content):,} bytes" for name, content in sorted(hub.files(ID).items())]
+    card = hub.files(ID)["README.md"].decode()
+    assert said.split("\n", len(rows) + 2) == [f"To {hub.endpoint}/{ID}/tree/v2:", *rows, "README.md:", card]
+
+
+def test_the_command_pushes_to_a_branch_or_only_shows_what_it_would(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    command = ["push", str(folder), ID, "--revision", "v2"]
+    assert WEIGHTS in CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).output
+    assert hub.requests == []
+    assert CliRunner().invoke(app, command, catch_exceptions=False).stdout == f"{hub.endpoint}/{ID}/tree/v2\n"
+    assert WEIGHTS in hub.files(ID, "v2")
+    assert hub.files(ID) == {}
 
 
 def test_the_hub_accepts_the_metadata(hub, folder):

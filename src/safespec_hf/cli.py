@@ -216,14 +216,19 @@ def push(
     head: Annotated[Path, typer.Argument(help="Folder of the head.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
     private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is missing.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and send nothing.")] = False,
 ) -> None:
     """Publishes a head, with its card, on the Hub.
 
-    Example: `safespec push head owner/smollm2-135m-safety-head`
+    Example: `safespec push head owner/smollm2-135m-safety-head --dry-run`
     """
-    from .hub import push_head
+    from .hub import describe_push, push_head
 
-    typer.echo(push_head(head, repo_id, private=private))
+    if dry_run:
+        typer.echo(describe_push(head, repo_id, revision=revision))
+    else:
+        typer.echo(push_head(head, repo_id, private=private, revision=revision))
 
 
 @app.command()

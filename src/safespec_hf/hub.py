@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from .card import (
 from .errors import HeadFileError
 from .head import SafetyHead
 
-__all__ = ["model_card", "push_head", "save_head", "show_head"]
+__all__ = ["describe_push", "model_card", "push_head", "save_head", "show_head"]
 
 logger = logging.get_logger(__name__)
 
@@ -128,19 +130,55 @@ def push_head(
         'https://huggingface.co/owner/head'
     """
     api = HfApi(token=token)
-    address = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    with _publication(head, repo_id) as folder:
+        if not dry_run:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+    return _address(repo_id, revision)
+
+
+def describe_push(head: SafetyHead | str | os.PathLike[str], repo_id: str, *, revision: str | None = None) -> str:
+    """What [`push_head`] would publish: the address, every file with its size, and the card. Sends nothing.
+
+    Args:
+        head ([`SafetyHead`], `str` or `os.PathLike`): The head, or the folder it is saved in.
+        repo_id (`str`): `owner/name`.
+        revision (`str`, *optional*): Branch. Default: the main one.
+
+    Raises:
+        HeadFileError: As [`push_head`].
+
+    Example:
+
+        >>> from safespec_hf import SafetyHead, SafetyHeadConfig
+        >>> from safespec_hf.hub import describe_push
+        >>> config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], target={"model_id": "owner/target"})
+        >>> print(describe_push(SafetyHead(config), "owner/head").splitlines()[0])
+        To https://huggingface.co/owner/head:
+    """
+    with _publication(head, repo_id) as folder:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        rows = [f"  {file.relative_to(folder).as_posix()}, {file.stat().st_size:,} bytes" for file in files]
+        card = (folder / _CARD).read_text(encoding="utf-8")
+    return "\n".join([f"To {_address(repo_id, revision)}:", *rows, f"{_CARD}:", card])
+
+
+def _address(repo_id: str, revision: str | None) -> str:
+    return f"{HfApi().endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+@contextlib.contextmanager
+def _publication(head: SafetyHead | str | os.PathLike[str], repo_id: str) -> Iterator[Path]:
+    """A folder with exactly what is published of a head, checked; it is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(head, SafetyHead):
             head.save_pretrained(folder)
         else:
             _copy_published(Path(head), Path(folder))
         _prepare(Path(folder), repo_id)
-        if not dry_run:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
-    return address
+        yield Path(folder)
 
 
 def _copy_published(source: Path, folder: Path) -> None:
