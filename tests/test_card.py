@@ -58,7 +58,10 @@ def test_a_guarantee_is_for_the_very_threshold_also_close_to_one(head, report):
 
 def test_a_guarantee_ends_where_calibration_cut_its_answers(head, report):
     report["results"]["calibration"]["max_response_tokens"] = 256
-    assert "flagged in its first 256 tokens with probability" in model_card(head, report=report).text
+    text = model_card(head, report=report).text
+    assert "480 benign answers from chat" in text
+    assert "Answers were read up to 256 tokens." in text
+    assert "flagged in its first 256 tokens with probability" in text
 
 
 def test_a_card_without_a_report_claims_nothing(head):

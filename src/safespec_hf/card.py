@@ -183,12 +183,15 @@ def describe_threshold(threshold: float, report: Report) -> str:
         other = format_threshold(calibration["risk_threshold"])
         return f"{said} It was calibrated at {other}: that guarantee does not hold for this threshold."
     alpha, num, sources = calibration["alpha"], calibration["num_answers"], calibration.get("by_source", {})
-    where = f"in its first {tokens} tokens" if (tokens := calibration.get("max_response_tokens")) else "anywhere"
+    tokens = calibration.get("max_response_tokens")
+    kind, read, where = "whole ", "", "anywhere"
+    if tokens:
+        kind, read, where = "", f" Answers were read up to {tokens} tokens.", f"in its first {tokens} tokens"
     return (
-        f"{said} It was chosen by split conformal prediction on {num} whole benign answers"
+        f"{said} It was chosen by split conformal prediction on {num} {kind}benign answers"
         f"{' from ' + ', '.join(sources) if sources else ''}, with α = {alpha:g}: it lies just above the "
-        f"⌈(n+1)(1−α)⌉-th smallest of their highest risks. A new benign answer that is exchangeable with these is "
-        f"flagged {where} with probability at most {alpha:.2%}, over the draw of both. On other sources of answers "
+        f"⌈(n+1)(1−α)⌉-th smallest of their highest risks.{read} A new benign answer that is exchangeable with these "
+        f"is flagged {where} with probability at most {alpha:.2%}, over the draw of both. On other sources of answers "
         "the rate may differ."
     )
 
