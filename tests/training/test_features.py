@@ -13,7 +13,7 @@ from safespec_hf import SafeSpecConfig, modeling
 from safespec_hf.scoring import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
 from safespec_hf.training.data import load_examples
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
-from safespec_hf.training.hidden import encode, score_answers
+from safespec_hf.training.hidden import encode, read_hidden, score_answers
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 
@@ -49,6 +49,17 @@ def test_features_are_what_decoding_computes(target, chat_tokenizer, examples, f
     for num_tokens, state in zip(features.num_tokens[is_mine], features.states[reading.name][is_mine], strict=True):
         # bfloat16 keeps 8 bits of mantissa
         torch.testing.assert_close(state.float().flatten(), expected[num_tokens - 1], rtol=2**-7, atol=2**-7)
+
+
+def test_layers_above_the_highest_one_read_do_not_run(chat_tokenizer, examples):
+    model, text, calls = tiny.build_model(num_hidden_layers=4), encode(chat_tokenizer, examples[0], 99, 99), []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: calls.append(number))
+    (hidden_TF,) = read_hidden(model, [text], [1])
+    assert calls == [0, 1]
+    assert model.config.num_hidden_layers == 4
+    full = model(torch.tensor([text.prompt_ids + text.response_ids]), output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(hidden_TF, full[0, len(text.prompt_ids) :])
 
 
 def test_risks_are_what_decoding_computes(target, chat_tokenizer, examples):

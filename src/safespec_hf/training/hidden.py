@@ -6,6 +6,7 @@ Shapes: T tokens of an answer, F features (hidden size times layers).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,21 @@ def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+@contextmanager
+def first_layers(model: PreTrainedModel, num_layers: int) -> Iterator[None]:
+    """Lets a model run its first layers only: nothing above the highest one that is read can change it.
+
+    transformers' decoders run as many layers as their config says. Where one does not look, all its layers run.
+    """
+    config = model.config.get_text_config(decoder=True)
+    total = config.num_hidden_layers
+    config.num_hidden_layers = min(num_layers, total)
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = total
+
+
 @torch.inference_mode()
 def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
     """Hidden states of every answer token, from one forward.
@@ -85,7 +101,8 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     rows = [text.prompt_ids + text.response_ids for text in batch]
     # padded on the right: causal attention then needs no mask, and positions count from 0
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
+    with first_layers(model, max(layers) + 1):
+        outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
     states = read_tap(outputs, layers, width).cpu()
     return [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
 
