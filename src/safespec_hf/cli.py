@@ -212,6 +212,45 @@ def report(
 
 
 @app.command()
+def distill_draft(
+    answers: Annotated[list[str], typer.Argument(help="The target's own greedy answers, as `collect` writes them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the draft head.")],
+    target: Target = None,
+    layers: Annotated[str | None, typer.Option(help="Hidden states to read. Default: such as 2,15,27 of 30.")] = None,
+    draft_vocab_size: Annotated[int, typer.Option(help="Tokens that can be drafted.")] = 8192,
+    depths: Annotated[int, typer.Option(help="Draft steps that training unrolls.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = 4,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, prompts included.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(help="The highest one.")] = 1e-3,
+    held_out_fraction: Annotated[float, typer.Option(help="Share of the prompts kept for measuring.")] = 0.05,
+    start: Annotated[Path | None, typer.Option(help="A draft head to train further.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop then; the same command goes on later.")] = None,
+    cache: Cache = DEFAULT_CACHE,
+    dtype: Dtype = "float32",
+) -> None:
+    """Distils a draft head: one layer that reads the target's hidden states and drafts what it says next.
+
+    Example: `safespec distill-draft answers.jsonl --out draft --max-minutes 60`
+    """
+    from .training.distill import DistillSettings, distill_draft
+
+    settings = DistillSettings(
+        draft_vocab_size=draft_vocab_size,
+        num_depths=depths,
+        num_epochs=epochs,
+        num_step_tokens=step_tokens,
+        learning_rate=learning_rate,
+        held_out_fraction=held_out_fraction,
+    )
+    where = (*_load_target(target, dtype), answers, out, cache)
+    chosen = _parse_layers(layers) if layers else None
+    record = distill_draft(*where, layers=chosen, settings=settings, start=start, max_minutes=max_minutes)
+    done = f"Step {record['step']} of {record.get('num_steps', 'many')}"
+    hint = "" if record["is_finished"] else " Run the same command again to go on."
+    typer.echo(f"{done}: {record.get('tokens_per_round', 1.0):.2f} tokens per round on held-out answers.{hint}")
+
+
+@app.command()
 def push(
     head: Annotated[Path, typer.Argument(help="Folder of the head.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],

@@ -11,7 +11,7 @@ from safespec_hf import SafetyHead
 from safespec_hf.cli import app, main
 from safespec_hf.errors import SafeSpecError
 
-COMMANDS = ["collect", "features", "train", "calibrate", "report", "push", "show"]
+COMMANDS = ["collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
 
 
 def run(*arguments):
