@@ -20,11 +20,15 @@ ORDER = [
     "loading",
     "head",
     "draft",
+    "draft_length",
+    "lookup",
     "rows",
     "monitor",
     "logits",
     "cache",
+    "drafters",
     "candidates",
+    "plan",
     "decoding",
     "request",
     "modeling",
@@ -104,7 +108,9 @@ def test_imports_point_one_way(unit):
     assert set(own_imports(unit)) <= set(ORDER[: ORDER.index(unit)])
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "scoring", "verification", "recovery"])
+@pytest.mark.parametrize(
+    "module", ["errors", "config", "scoring", "verification", "recovery", "draft_length", "lookup"]
+)
 def test_decisions_and_errors_know_no_model(module):
     assert set(own_imports(module)) == set()
 

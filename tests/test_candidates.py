@@ -11,7 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 
 from safespec_hf import Provenance, SafeSpecCandidateGenerator, SafeSpecConfig, SafeSpecLogitsProcessor
 from safespec_hf.cache import CachedModel
-from safespec_hf.candidates import NgramIndex, sample_segments
+from safespec_hf.candidates import sample_segments
+from safespec_hf.lookup import NgramIndex
 from safespec_hf.rows import Row
 
 
@@ -37,7 +38,7 @@ def test_a_lookup_in_a_growing_context_equals_a_search_of_all_of_it(max_size, se
     prompt, tokens, index = [choose.randrange(4) for _ in range(choose.randint(1, 9))], [], NgramIndex(max_size)
     for _ in range(30):
         num = choose.randint(0, 4)
-        assert index.continuation(prompt, tokens, num) == reference_lookup(prompt + tokens, max_size, num)
+        assert index.continuation(prompt, tokens, num)[0] == reference_lookup(prompt + tokens, max_size, num)
         tokens = tokens + [choose.randrange(4) for _ in range(choose.randint(1, 3))]
 
 
@@ -49,7 +50,7 @@ def test_after_rollbacks_a_lookup_still_tells_what_really_followed(seed):
         tokens = tokens[: choose.randint(max(0, len(tokens) - 6), len(tokens))]
         index.keep(len(prompt) + len(tokens))
         tokens = tokens + [choose.randrange(4) for _ in range(choose.randint(1, 8))]
-        found = index.continuation(prompt, tokens, 3)
+        found, _ = index.continuation(prompt, tokens, 3)
         assert found == reference_lookup(prompt + tokens, 2, 3)
         num_found += bool(found)
     assert num_found > 5
@@ -60,19 +61,19 @@ def test_tokens_that_replaced_rolled_back_ones_are_found():
     index.continuation(prompt, [1, 2, 3, 4, 5, 6], 1)  # all but the last are indexed
     # four of them are rolled back, and five others come in their place before the next lookup
     index.keep(3)
-    assert index.continuation(prompt, [1, 2, 30, 31, 32, 33, 30], 2) == [31, 32]
+    assert index.continuation(prompt, [1, 2, 30, 31, 32, 33, 30], 2) == ([31, 32], 1)
 
 
 def test_a_rolled_back_occurrence_does_not_hide_an_earlier_one():
     index, prompt = NgramIndex(1), [1, 2, 3]
     index.continuation(prompt, [1, 8, 9], 1)  # the last 1 is now at the fourth place
     index.keep(3)
-    assert index.continuation(prompt, [7, 1], 2) == [2, 3]
+    assert index.continuation(prompt, [7, 1], 2) == ([2, 3], 1)
 
 
 @pytest.mark.parametrize("prompt", [[5], [5, 6], [5, 6, 7]])
 def test_without_a_repetition_nothing_is_found(prompt):
-    assert NgramIndex(2).continuation(prompt, [], 4) == []
+    assert NgramIndex(2).continuation(prompt, [], 4) == ([], 0)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ TURNS = {THINK: {20: 0.5, 30: 0.5}}
 def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=(10,), **arguments):
     """One guarded answer; policy fields and arguments of `generate` are told apart by name."""
     fields = {"max_segment_tokens": 3, "rollback_segments": 0, "reflection": REFLECTION, "refusal": REFUSAL}
+    fields |= {"num_draft_tokens": 5, "adaptive_drafts": False, "lookup_drafts": False}
     fields |= {name: arguments.pop(name) for name in SafeSpecConfig.__slots__ if name in arguments}
     model = ScriptedModel(script or count_after(TURNS), risks)
     attach_safety_head(model, probe(model, **(head or {})), tokenizer=tokenizer)

@@ -3,27 +3,34 @@
 On tiny random models, against plain `generate` of transformers.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import chisquare
 from scripted import ScriptedModel, count_after, probe
-from tiny import CONFIGS, build_head, build_model, build_noisy_head, perturb
+from tiny import CONFIGS, build_draft_head, build_head, build_model, build_noisy_head, perturb
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head
 from safespec_hf.config import SafetyHeadConfig
-from safespec_hf.decoding import Decoder, Plan
+from safespec_hf.decoding import Decoder
 from safespec_hf.monitor import RiskMonitor
+from safespec_hf.plan import Plan
 from safespec_hf.request import make_candidates, make_rows
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
-POLICY = SafeSpecConfig(
-    max_segment_tokens=6, min_segment_tokens=2, num_candidates=3, reflection="pause think", refusal="no thanks"
-)
-DRAFTING = ["draft", "lookup", "none"]
+FIELDS = {"max_segment_tokens": 6, "min_segment_tokens": 2, "num_candidates": 3}
+FIELDS |= {"reflection": "pause think", "refusal": "no thanks", "num_draft_tokens": 5}
+# drafts of constant length: which token was drafted then depends on nothing but the text
+POLICY = SafeSpecConfig(**FIELDS, adaptive_drafts=False, lookup_drafts=False)
+ADAPTIVE = SafeSpecConfig(**FIELDS)
+DRAFTING = ["draft", "head", "lookup", "none"]
 
 
 def drafting(source, target):
+    if source == "head":
+        return {"assistant_model": build_draft_head(target)}
     return {
         "draft": {"assistant_model": perturb(target)},
         "lookup": {"prompt_lookup_num_tokens": 4},
@@ -83,14 +90,15 @@ def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft,
     assert 0.3 < output.statistics.acceptance_rate < 0.9
 
 
+@pytest.mark.parametrize("policy", [POLICY, ADAPTIVE], ids=["constant", "adaptive"])
 @pytest.mark.parametrize("source", DRAFTING)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_greedy_text_is_that_of_plain_generate(target, tokenizer, name, source):
+def test_greedy_text_is_that_of_plain_generate(target, tokenizer, name, source, policy):
     arguments = {"max_new_tokens": 14, "do_sample": False, **SETTINGS[name]}
     expected = target.generate(PROMPT, **arguments)
     free = target.generate(PROMPT, max_new_tokens=14, do_sample=False)
     assert (expected.tolist() == free.tolist()) is (name == "plain")  # or else the setting does nothing here
-    guarded = attach(target, tokenizer).generate(PROMPT, **arguments, **drafting(source, target), safespec=POLICY)
+    guarded = attach(target, tokenizer).generate(PROMPT, **arguments, **drafting(source, target), safespec=policy)
     assert guarded.tolist() == expected.tolist()
 
 
@@ -113,7 +121,7 @@ def test_an_end_token_anywhere_in_an_accepted_block_ends_the_answer(target, toke
     # the target as its own draft: everything is accepted
     extra = {"assistant_model": build_model()} if source == "draft" else drafting(source, target)
     output = attach(target, tokenizer).generate(
-        PROMPT, **arguments, **extra, num_assistant_tokens=7, safespec=POLICY, return_dict_in_generate=True
+        PROMPT, **arguments, **extra, safespec=replace(POLICY, num_draft_tokens=7), return_dict_in_generate=True
     )
     assert output.sequences.tolist() == expected.tolist()
     assert output.finish_reasons == ["eos"]
@@ -174,7 +182,7 @@ def test_a_row_in_a_batch_is_what_it_is_alone(tokenizer, kind, source, forced):
 
 def decode(model, with_head, source, num_rows=2):
     """The loop itself, with or without a head."""
-    draft = build_model() if source == "draft" else None
+    draft = {"draft": build_model(), "head": build_draft_head(model)}.get(source)
     prompts = PROMPT.expand(num_rows, -1)
     config = model.generation_config
     config.prompt_lookup_num_tokens = 4 if source == "lookup" else None
@@ -186,7 +194,7 @@ def decode(model, with_head, source, num_rows=2):
         newline_ids=frozenset({7, 8}),
         processors=LogitsProcessorList(),
     )
-    candidates = make_candidates(model, draft, config, num_rows)
+    candidates = make_candidates(model, draft, config, POLICY, num_rows)
     plan = Plan(
         policy=POLICY,
         monitor=RiskMonitor(build_head(model)) if with_head else None,
@@ -244,7 +252,7 @@ DRAFT_CHANCES = {
 JOINT = {(one, two): CHANCES[10][one] * CHANCES[one][two] for one in CHANCES[10] for two in (30, 31)}
 
 
-@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("source", ["draft", "lookup", "none"])
 def test_samples_are_distributed_as_the_targets(tokenizer, source):
     model = ScriptedModel(count_after(CHANCES))
     attach(model, tokenizer, probe(model))
@@ -259,6 +267,26 @@ def test_samples_are_distributed_as_the_targets(tokenizer, source):
     assert sum(counts) == SAMPLES
     # a right sampler fails once in ten thousand seeds, and the seed is fixed
     assert chisquare(counts, [chance * SAMPLES for chance in JOINT.values()]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("policy", [POLICY, ADAPTIVE], ids=["constant", "adaptive"])
+def test_samples_from_head_drafts_are_distributed_as_the_targets(tokenizer, policy):
+    target, length = build_model(vocab_size=8), 3
+    tokens = torch.cartesian_prod(*[torch.arange(8)] * length)
+    with torch.no_grad():
+        log_probs = target(torch.cat([torch.tensor([[1, 2]]).expand(len(tokens), -1), tokens], 1)).logits.log_softmax(
+            -1
+        )
+    joint = log_probs[:, 1:-1].gather(2, tokens[..., None]).sum((1, 2)).exp().double()
+    draft = build_draft_head(target, draft_vocab_size=2)  # it knows two of the eight tokens
+    attach(target, tokenizer)
+    ids, arguments = torch.tensor([[1, 2]]).expand(ROWS, -1), {"do_sample": True, "top_k": 0, "assistant_model": draft}
+    found = [target.generate(ids, max_new_tokens=length, safespec=policy, **arguments)[:, 2:] for _ in range(8)]
+    counts = torch.cat(found).matmul(8 ** torch.arange(length - 1, -1, -1)).bincount(minlength=len(tokens)).double()
+    is_rare, expected = joint * counts.sum() < 5, joint * counts.sum()
+    pairs = [torch.cat([part[~is_rare], part[is_rare].sum()[None]]) for part in (counts, expected)]
+    # a right sampler fails once in ten thousand seeds, and the seed is fixed
+    assert chisquare(*pairs, sum_check=False).pvalue > 1e-4
 
 
 def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tiny import build_coin_head, build_model, perturb
+from tiny import build_coin_head, build_draft_head, build_model, perturb
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -41,11 +41,13 @@ def random_policy(choose):
         max_recoveries=choose.randint(0, 3),
         keep_reflection=choose.random() < 0.3,
         score_last_token=choose.random() < 0.3,
+        adaptive_drafts=choose.random() < 0.5,
+        lookup_drafts=choose.random() < 0.5,
         seed=choose.randrange(100),
     )
 
 
-def stream_once(model, draft, seed):
+def stream_once(model, drafts, seed):
     """One run under random flags and a random policy; gives the decoder and what was streamed."""
     choose, streamer = random.Random(seed), Recorder()
     policy = random_policy(choose)
@@ -58,7 +60,7 @@ def stream_once(model, draft, seed):
         newline_ids=frozenset({7, 8, 20, 30}),
         processors=LogitsProcessorList(),
     )
-    drafting = choose.choice(["draft", "lookup", "none"])
+    drafting = choose.choice([*drafts, "lookup", "none"])
     model.generation_config.prompt_lookup_num_tokens = 3 if drafting == "lookup" else None
     plan = Plan(
         policy=policy,
@@ -74,7 +76,7 @@ def stream_once(model, draft, seed):
         max_context=512,
         seeds=[seed],
     )
-    candidates = make_candidates(model, draft if drafting == "draft" else None, model.generation_config, 1)
+    candidates = make_candidates(model, drafts.get(drafting), model.generation_config, policy, 1)
     decoder = Decoder(model, rows, candidates, plan, streamer)
     decoder.run()
     return decoder, streamer
@@ -95,9 +97,9 @@ def no_retraction(monkeypatch):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(part, no_retraction):
     model = build_model(**SMALL)
-    draft, num_flags = perturb(model), 0
+    drafts, num_flags = {"draft": perturb(model), "head": build_draft_head(model)}, 0
     for seed in range(part * NUM_RUNS // PARTS, (part + 1) * NUM_RUNS // PARTS):
-        decoder, streamer = stream_once(model, draft, seed)
+        decoder, streamer = stream_once(model, drafts, seed)
         output = decoder.output(PROMPT, 0)
         # a stream can't be changed, so being the answer in the end means having been its beginning all the time
         assert streamer.tokens == output.sequences[0, 3:].tolist(), seed

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from safespec_hf import SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf import DraftHead, DraftHeadConfig, SafetyHead, SafetyHeadConfig, target_binding
 
 VOCAB_SIZE = 40
 PAUSE, THINK, NO, THANKS = 4, 5, 6, 9  # the words of the stand-in reflection and refusal
@@ -117,6 +117,22 @@ def build_noisy_head(model: PreTrainedModel, quantile: float = 0.7, **config: ob
     features = torch.cat([states[layer] for layer in head.config.hidden_layers], dim=-1)
     head.config.risk_threshold = float(head.risk(features).quantile(quantile))
     return head
+
+
+@torch.no_grad()
+def build_draft_head(target: PreTrainedModel, draft_vocab_size: int = 12) -> DraftHead:
+    """A random draft head that reads all hidden states of `target` and drafts every third token."""
+    torch.manual_seed(5)
+    text: PreTrainedConfig = target.config.get_text_config()
+    sizes = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size, "intermediate_size": 48, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    layers = list(range(text.num_hidden_layers + 1))
+    config = {**sizes, **heads, "hidden_layers": layers, "draft_vocab_size": draft_vocab_size}
+    draft = DraftHead(DraftHeadConfig(**config, target=target_binding(target))).eval()
+    for weight in draft.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    draft.token_ids.copy_(torch.arange(3, 3 + 3 * draft_vocab_size, 3))
+    return draft.bind(target)
 
 
 class CoinHead(SafetyHead):

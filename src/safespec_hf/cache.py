@@ -32,7 +32,8 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         logits_BTV (`torch.Tensor` of shape `(B, T, V)`): Of the last positions asked for.
-        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): Tapped hidden states of the whole block.
+        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*):
+            Tapped hidden states of the whole block; a draft head's own where it was given states.
     """
 
     logits_BTV: Tensor
@@ -78,13 +79,16 @@ class CachedModel:
         is_local = "local" in (getattr(model.config, "attention_layers", None) or [])  # GPT-Neo's own sliding window
         self._is_sliding = is_local or any(DynamicCache(config=model.config).is_sliding)
 
-    def forward(self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int) -> BlockOutput:
+    def forward(
+        self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int, states_BTF: Tensor | None = None
+    ) -> BlockOutput:
         """Appends a block of tokens to every row.
 
         Args:
             blocks (`Sequence[Sequence[int]]` or `torch.LongTensor` of shape `(B, T)`):
                 The tokens of each row, at least one; rows may differ in length.
             num_logits (`int`): Logits are returned for this many of the last positions.
+            states_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): For a [`DraftHead`], aligned to the right.
         """
         start = time.perf_counter()
         self._compact()
@@ -96,9 +100,13 @@ class CachedModel:
         positions_BT = np.maximum(np.array(self.lengths)[:, None] + added_BT.cumsum(axis=1) - 1, 0)
         self.lengths = [length + int(new) for length, new in zip(self.lengths, added_BT.sum(axis=1), strict=True)]
         arguments = self._arguments(input_ids, positions_BT, input_ids.shape[1] if is_shifted else num_logits)
+        if states_BTF is not None:
+            arguments["states"] = states_BTF
         outputs = self.model(**arguments, return_dict=True)
         self.usage.num_forwards += 1
         hidden = read_tap(outputs, self.layers, input_ids.shape[1]) if self.layers else None
+        if states_BTF is not None:
+            hidden = outputs.hidden_states
         logits = outputs.logits
         if is_shifted:
             logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
@@ -12,37 +12,27 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import CachedModel
 from .config import SafeSpecConfig
-from .logits import process_rows
+from .draft import DraftHead
+from .draft_length import DraftCosts, DraftLength
+from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
 from .rows import Row
 
 
-class Proposal(NamedTuple):
-    """What is proposed to the target in one round.
-
-    Attributes:
-        drafts (`list[list[int]]`): Draft tokens of each row; rows may differ in length.
-        probs_BGV (`torch.FloatTensor` of shape `(B, G, V)`, *optional*):
-            The distributions they were sampled from, when they were sampled.
-    """
-
-    drafts: list[list[int]]
-    probs_BGV: Tensor | None = None
-
-
 class SafeSpecCandidateGenerator(CandidateGenerator):
-    """Drafts with a smaller model of the same tokenizer, with prompt lookup, or not at all.
+    """Drafts with a smaller model of the same tokenizer, with a draft head, with prompt lookup, or not at all.
 
     The draft model's cache is kept across rounds and rolled back with the target's. Also usable wherever transformers
     takes a `CandidateGenerator`, through `get_candidates`.
 
     Args:
-        assistant_model ([`~transformers.PreTrainedModel`], *optional*): The draft model.
+        assistant_model ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft model.
         num_rows (`int`, defaults to 1): Rows of the batch.
         num_draft_tokens (`int`, defaults to 5): Drafts per round, >= 0.
         vocab_size (`int`, *optional*): The target's; drafts are limited to it. Default: the draft model's.
         max_matching_ngram_size (`int`, *optional*): Turns on prompt lookup, with n-grams of at most this size.
         logits_processor ([`~transformers.LogitsProcessorList`], *optional*): For `get_candidates` only.
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
+        costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
 
     Example:
 
@@ -63,72 +53,93 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         max_matching_ngram_size: int | None = None,
         logits_processor: LogitsProcessorList | None = None,
         do_sample: bool = False,
+        costs: DraftCosts | None = None,
     ):
-        self.assistant = None if assistant_model is None else CachedModel(assistant_model, num_rows)
         self.num_draft_tokens = num_draft_tokens
         self.vocab_size = vocab_size
         self.logits_processor = logits_processor
         self.do_sample = do_sample
-        self._ngrams = (
-            [NgramIndex(max_matching_ngram_size) for _ in range(num_rows)] if max_matching_ngram_size else []
-        )
+        self.num_plain_rounds = 0
+        costs, is_adaptive = costs or DraftCosts(), costs is not None
+        length = DraftLength(costs, is_adaptive)
+        self.model: ModelDrafter | None = None
+        if assistant_model is not None:
+            drafter = HeadDrafter if isinstance(assistant_model, DraftHead) else ModelDrafter
+            self.model = drafter(assistant_model, num_rows, length, vocab_size, do_sample)  # type: ignore[arg-type]
+        self.lookup: LookupDrafter | None = None
+        if max_matching_ngram_size:
+            lookup_length = DraftLength(DraftCosts(verify=costs.verify), is_adaptive)
+            self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
+        self._drafters = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
+        self._from_model: list[bool] = []
+        self._kinds: list[list[int]] | None = None
         self._rows: list[Row] = []
 
+    @property
+    def layers(self) -> list[int]:
+        """The target's hidden states that the drafts are made from, for `observe`."""
+        return list(self.model.head.config.hidden_layers or []) if isinstance(self.model, HeadDrafter) else []
+
+    @property
+    def sampler(self) -> CachedModel | None:
+        """A draft model that can sample whole segments by itself, if there is one."""
+        return None if self.model is None or isinstance(self.model, HeadDrafter) else self.model.cached
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the draft model or head."""
+        return 0 if self.model is None else self.model.cached.usage.num_forwards
+
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        """At most `num_tokens[row]` drafts for each row."""
-        if self.assistant is not None and max(num_tokens) > 0:
-            return self._draft_with_model(rows, num_tokens)
-        if self._ngrams:
-            pairs = zip(rows, self._ngrams, num_tokens, strict=True)
-            return Proposal([ngrams.continuation(row.prompt, row.tokens, num) for row, ngrams, num in pairs])
-        return Proposal([[] for _ in rows])
+        """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
+        nothing: Proposal = Proposal([[] for _ in rows])
+        found = nothing if self.lookup is None else self.lookup.draft(rows, num_tokens)
+        uses_model = self.model is not None and max(num_tokens) > 0 and self._prefers_model(found, max(num_tokens))
+        made = self.model.draft(rows, num_tokens) if uses_model and self.model is not None else nothing
+        proposal, self._from_model = _merge(found, made)
+        self._kinds = proposal.kinds
+        self.num_plain_rounds += bool(self._drafters) and not any(proposal.drafts)
+        return proposal
 
-    def _draft_with_model(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        assert self.assistant is not None
-        blocks: Sequence[Sequence[int]] | Tensor
-        blocks = [row.context(length) for row, length in zip(rows, self.assistant.lengths, strict=True)]
-        tokens: list[Tensor] = []
-        probs: list[Tensor] = []
-        has_processors = bool(rows[0].processors)
-        for _ in range(max(num_tokens)):
-            logits_BV = fit_vocabulary(self.assistant.forward(blocks, 1).logits_BTV[:, -1], self.vocab_size)
-            # reading the drafts so far makes the host wait, so only where a processor needs them
-            extras = torch.stack(tokens, 1).tolist() if tokens and has_processors else [[] for _ in rows]
-            token_B, probs_BV = self._pick(process_rows(rows, extras, logits_BV))
-            tokens.append(token_B)
-            probs.append(probs_BV)
-            blocks = token_B[:, None]
-        drafts = [row[:num] for row, num in zip(torch.stack(tokens, 1).tolist(), num_tokens, strict=True)]
-        return Proposal(drafts, self._align_right(torch.stack(probs, 1), drafts) if self.do_sample else None)
+    def _prefers_model(self, found: Proposal, most: int) -> bool:
+        assert self.model is not None
+        if any(found.drafts) and self.lookup is not None:
+            gains = [self.lookup.length.gain(kinds) for kinds in found.kinds or []]
+            if min(gains) >= self.model.length.gain(most=most):
+                return False
+        return self.model.length.starts()
 
-    def _pick(self, scores_BV: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.do_sample:
-            return scores_BV.argmax(dim=-1), scores_BV
-        probs_BV = scores_BV.softmax(dim=-1)
-        return torch.multinomial(probs_BV, 1)[:, 0], probs_BV
+    def record(self, num_accepted: Sequence[int]) -> None:
+        """Learns how many of each row's drafts the target accepted."""
+        for from_model, kinds, num in zip(self._from_model, self._kinds or [], num_accepted, strict=False):
+            drafter = self.model if from_model else self.lookup
+            if drafter is not None and kinds:
+                drafter.length.record(kinds, num)
 
-    @staticmethod
-    def _align_right(probs_BGV: Tensor, drafts: list[list[int]]) -> Tensor:
-        most = max(len(tokens) for tokens in drafts)
-        return torch.stack(
-            [
-                torch.nn.functional.pad(probs[: len(tokens)], (0, 0, most - len(tokens), 0))
-                for probs, tokens in zip(probs_BGV, drafts, strict=True)
-            ]
-        )
+    def observe(
+        self, starts: Sequence[int], blocks: Sequence[Sequence[int]], states_BTF: Tensor, first_row: int = 0
+    ) -> None:
+        """Takes the target's states of `layers` for blocks of context tokens.
+
+        Args:
+            starts (`Sequence[int]`): Where in its row's context each block begins.
+            blocks (`Sequence[Sequence[int]]`): The tokens of consecutive rows.
+            states_BTF (`torch.Tensor` of shape `(B, T, F)`): Their states, aligned to the right.
+            first_row (`int`, *optional*, defaults to 0): The row of the first block.
+        """
+        if isinstance(self.model, HeadDrafter):
+            for index, (start, block, states_TF) in enumerate(zip(starts, blocks, states_BTF, strict=True)):
+                self.model.observe(first_row + index, start, states_TF[states_TF.shape[0] - len(block) :])
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""
-        if self.assistant is not None:
-            self.assistant.keep(lengths)
-        for ngrams, length in zip(self._ngrams, lengths, strict=False):
-            ngrams.keep(length)
+        for drafter in self._drafters:
+            drafter.keep(lengths)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows of the batch."""
-        if self.assistant is not None:
-            self.assistant.select(rows)
-        self._ngrams = [self._ngrams[row] for row in rows] if self._ngrams else []
+        for drafter in self._drafters:
+            drafter.select(rows)
 
     def get_candidates(self, input_ids: LongTensor, **kwargs: object) -> tuple[LongTensor, Any]:
         """transformers' `CandidateGenerator` contract.
@@ -155,53 +166,8 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         return Row(index, ids, is_real, max_new_tokens=0, policy=SafeSpecConfig(), processors=self.logits_processor)
 
     def update_candidate_strategy(self, input_ids: LongTensor, scores: Tensor, num_matches: int) -> None:
-        """transformers' `CandidateGenerator` contract. The number of drafts is constant: nothing to adapt."""
-
-
-def fit_vocabulary(logits_BV: Tensor, size: int | None) -> Tensor:
-    """Cuts or fills a draft's logits to the target's vocabulary, where the two differ by padding rows.
-
-    Example:
-
-        >>> import torch
-        >>> fit_vocabulary(torch.zeros(1, 2), 3)
-        tensor([[0., 0., -inf]])
-    """
-    if size is None or logits_BV.shape[1] == size:
-        return logits_BV
-    return torch.nn.functional.pad(logits_BV[:, :size], (0, max(size - logits_BV.shape[1], 0)), value=-torch.inf)
-
-
-class NgramIndex:
-    """Where each n-gram of a growing context occurred, so that a lookup does not read the context again."""
-
-    def __init__(self, max_size: int):
-        self.max_size = max_size
-        self._ends: dict[tuple[int, ...], list[int]] = {}
-        self._ngrams_at: list[list[tuple[int, ...]]] = [[]]  # by where they end, to take them back
-
-    def keep(self, length: int) -> None:
-        """Forgets what reaches beyond the first `length` context tokens."""
-        while len(self._ngrams_at) > length + 1:
-            for ngram in self._ngrams_at.pop():
-                self._ends[ngram].pop()
-
-    def continuation(self, prompt: Sequence[int], tokens: Sequence[int], num_tokens: int) -> list[int]:
-        """What followed the last earlier occurrence of the longest n-gram that the context ends with."""
-        total, split = len(prompt) + len(tokens), len(prompt)
-
-        def part(start: int, end: int) -> list[int]:
-            return [*prompt[start : min(end, split)], *tokens[max(start - split, 0) : max(end - split, 0)]]
-
-        # an n-gram that ends with the context has no continuation yet, so the last token is not indexed
-        for end in range(len(self._ngrams_at), total):
-            self._ngrams_at.append([tuple(part(end - size, end)) for size in range(1, min(self.max_size, end) + 1)])
-            for ngram in self._ngrams_at[-1]:
-                self._ends.setdefault(ngram, []).append(end)
-        for size in range(min(self.max_size, total - 1), 0, -1):
-            if ends := self._ends.get(tuple(part(total - size, total))):
-                return part(ends[-1], ends[-1] + num_tokens)
-        return []
+        """transformers' `CandidateGenerator` contract. Learns from what was accepted."""
+        self.record([num_matches])
 
 
 def sample_segments(
@@ -248,6 +214,26 @@ def sample_segments(
             break
         ids_KL, blocks = torch.cat([ids_KL, token_K1], dim=1), token_K1
     return segments
+
+
+def _merge(found: Proposal, made: Proposal) -> tuple[Proposal, list[bool]]:
+    """For each row what the model drafted, or else what the lookup found; and which of them it was."""
+    from_model = [bool(drafts) for drafts in made.drafts]
+    if not any(from_model) or not any(found.drafts):
+        return (made if any(from_model) else found), from_model
+    chosen = [model if model else lookup for model, lookup in zip(made.drafts, found.drafts, strict=True)]
+    no_kinds: list[list[int]] = [[] for _ in chosen]
+    pairs = zip(from_model, made.kinds or no_kinds, found.kinds or no_kinds, strict=True)
+    kinds = [model if is_model else lookup for is_model, model, lookup in pairs]
+    probs_BGV = None
+    if made.probs_BGV is not None:
+        most = max(len(tokens) for tokens in chosen)
+        probs_BGV = torch.nn.functional.pad(made.probs_BGV, (0, 0, most - made.probs_BGV.shape[1], 0))
+        for row, (is_model, tokens) in enumerate(zip(from_model, chosen, strict=True)):
+            if not is_model and tokens:
+                # a token that was looked up is certain
+                probs_BGV[row, most - len(tokens) + torch.arange(len(tokens)), torch.tensor(tokens)] = 1.0
+    return Proposal(chosen, probs_BGV, kinds), from_model
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

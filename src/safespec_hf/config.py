@@ -91,8 +91,13 @@ class SafeSpecConfig:
     Args:
         risk_threshold (`float`, *optional*): Overrides the head's own calibrated threshold, in (0, 1].
         num_draft_tokens (`int`, *optional*):
-            Draft tokens per round, >= 1. Default: `num_assistant_tokens` or `prompt_lookup_num_tokens` if given to
-            `generate`, else 5.
+            Draft tokens per round at most, >= 1. Default: `num_assistant_tokens` or `prompt_lookup_num_tokens` if
+            given to `generate`, else 8.
+        adaptive_drafts (`bool`, defaults to `True`):
+            Draft as many of them as pay, by how often drafts like these were accepted in this answer, and none while
+            speculation loses. `False` always drafts that many.
+        lookup_drafts (`bool`, defaults to `True`):
+            With a draft model, also draft what followed the same tokens earlier, where that promises more.
         max_segment_tokens (`int`, defaults to 32): A segment ends at a newline or after this many tokens, >= 1.
         min_segment_tokens (`int`, defaults to 4): A newline ends a segment of at least this many tokens only, >= 1.
         rollback_segments (`int`, defaults to 1):
@@ -128,6 +133,8 @@ class SafeSpecConfig:
 
     risk_threshold: float | None = None
     num_draft_tokens: int | None = None
+    adaptive_drafts: bool = True
+    lookup_drafts: bool = True
     max_segment_tokens: int = 32
     min_segment_tokens: int = 4
     rollback_segments: int = 1

@@ -11,55 +11,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import CachedModel
-from .candidates import Proposal, SafeSpecCandidateGenerator, sample_segments
-from .config import SafeSpecConfig
+from .candidates import SafeSpecCandidateGenerator, sample_segments
+from .drafters import Proposal
 from .logits import SafeSpecLogitsProcessor, process_rows
-from .monitor import RiskMonitor
 from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics
+from .plan import Plan
 from .recovery import choose, next_step
 from .rows import Row, pad_rows
 from .verification import Verification, mean_log_prob, verify_greedy, verify_sampled
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything about a call that stays the same while it runs.
-
-    Attributes:
-        policy ([`SafeSpecConfig`]): What to do on risk.
-        monitor ([`RiskMonitor`], *optional*): Scores the risk. `None` decodes unguarded, to measure what safety costs.
-        risk_threshold (`float`): A token is unsafe iff its risk is >= this.
-        num_draft_tokens (`int`): Drafts per round.
-        do_sample (`bool`): Speculative sampling instead of greedy acceptance.
-        eos_ids (`frozenset[int]`): Tokens that end an answer.
-        criteria ([`~transformers.StoppingCriteriaList`]): All others that can end it.
-        reflection_ids, refusal_ids (`list[int]`): The policy's texts, tokenised.
-        separator_ids (`list[int]`): Comes between an answer's beginning and a refusal.
-        max_context (`int`): Tokens the target can attend to.
-        seeds (`list[int]`): Of candidate sampling, per row.
-    """
-
-    policy: SafeSpecConfig
-    monitor: RiskMonitor | None
-    risk_threshold: float
-    num_draft_tokens: int
-    do_sample: bool
-    eos_ids: frozenset[int]
-    criteria: StoppingCriteriaList
-    reflection_ids: list[int]
-    refusal_ids: list[int]
-    separator_ids: list[int]
-    max_context: int
-    seeds: list[int]
 
 
 class Flag(NamedTuple):
@@ -99,7 +66,10 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
-        self.target = CachedModel(model, len(rows), [] if plan.monitor is None else plan.monitor.layers)
+        risk_layers = [] if plan.monitor is None else plan.monitor.layers
+        self.target = CachedModel(model, len(rows), [*risk_layers, *candidates.layers])
+        # of the tapped states, the first ones are the safety head's and the others the draft head's
+        self._draft_share = len(candidates.layers) / max(len(self.target.layers), 1)
         self.rows = rows
         self.live = list(rows)
         self.candidates = candidates
@@ -124,11 +94,16 @@ class Decoder:
             for row, length, drafts in zip(self.live, self.target.lengths, proposal.drafts, strict=True)
         ]
         num_logits = 1 + max(len(drafts) for drafts in proposal.drafts)
+        starts = list(self.target.lengths)
         output = self.target.forward(blocks, num_logits)
+        risk_states_BTF, draft_states_BTF = self._split(output.hidden_BTF)
+        if draft_states_BTF is not None:
+            self.candidates.observe(starts, blocks, draft_states_BTF)
         verification = self._verify(proposal, output.logits_BTV)
-        scored = self._score(proposal, verification, output.hidden_BTF)
+        scored = self._score(proposal, verification, risk_states_BTF)
         triples = zip(self.live, proposal.drafts, scored, strict=True)
         flags = [self._commit(row, drafts, result) for row, drafts, result in triples]
+        self.candidates.record([result.num_accepted for result in scored])
         self._roll_back_caches()
         for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):
             if flag is not None:
@@ -147,6 +122,13 @@ class Decoder:
         proposal = self.candidates.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
+
+    def _split(self, hidden_BTF: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The safety head's part of the tapped states, and the draft head's."""
+        if hidden_BTF is None or self._draft_share == 0:
+            return hidden_BTF, None
+        num_own = round(hidden_BTF.shape[-1] * (1 - self._draft_share))
+        return hidden_BTF[..., :num_own], hidden_BTF[..., num_own:]
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification:
         device, num_positions = logits_BTV.device, logits_BTV.shape[1]
@@ -267,10 +249,11 @@ class Decoder:
         """One attempt. Returns whether a safe continuation was found."""
         segments = self._sample(index, row, flag, max_tokens)
         scorer = self.target.fork(index, len(segments))
-        context = row.context(scorer.lengths[0])
-        num_logits = 1 + max(len(tokens) for tokens in segments)
-        output = scorer.forward([context + tokens for tokens in segments], num_logits)
-        risks, pooled = self._score_segments(row, segments, output.hidden_BTF)
+        start = scorer.lengths[0]
+        blocks = [row.context(start) + tokens for tokens in segments]
+        output = scorer.forward(blocks, 1 + max(len(tokens) for tokens in segments))
+        risk_states_BTF, draft_states_BTF = self._split(output.hidden_BTF)
+        risks, pooled = self._score_segments(row, segments, risk_states_BTF)
         log_probs = [mean_log_prob(logits, tokens) for logits, tokens in zip(output.logits_BTV, segments, strict=True)]
         # not max(): a nan must never pass for safe
         worst = [max(values, key=lambda risk: 2.0 if risk != risk else risk) for values in risks]
@@ -285,16 +268,20 @@ class Decoder:
         num_added = row.num_unscored()
         self._settle(row, risks[choice.candidate][:num_added], pooled[choice.candidate], reason)
         self.target.replace(index, scorer, choice.candidate)
+        if draft_states_BTF is not None:
+            best = slice(choice.candidate, choice.candidate + 1)
+            self.candidates.observe([start], blocks[best], draft_states_BTF[best], first_row=index)
         lengths = list(self.target.lengths)
         lengths[index] = row.num_context - 1
         self.target.keep(lengths)
+        self.candidates.keep(lengths)
         return True
 
     def _sample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> list[list[int]]:
         """K candidate segments, in one batch that shares the row's cache."""
         start, policy = time.perf_counter(), self.plan.policy
-        from_target = self.candidates.assistant is None or policy.candidate_source == "target"
-        parent = self.target if self.candidates.assistant is None or from_target else self.candidates.assistant
+        draft = None if policy.candidate_source == "target" else self.candidates.sampler
+        parent = self.target if draft is None else draft
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
@@ -307,7 +294,7 @@ class Decoder:
             steer=steer,
             generator=self._generator(row),
         )
-        if not from_target:
+        if draft is not None:
             self.statistics.draft_seconds += time.perf_counter() - start
         return segments
 
@@ -375,9 +362,10 @@ class Decoder:
             row = self.rows[0]
             hidden = (index for index in range(len(row.tokens)) if not row.is_visible(index))
             self.target.leave(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
-        target, draft = self.target.usage, self.candidates.assistant
+        target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
-        self.statistics.num_draft_forwards = draft.usage.num_forwards if draft is not None else 0
+        self.statistics.num_draft_forwards = self.candidates.num_forwards
+        self.statistics.num_plain_rounds = self.candidates.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
     def _is_plain(self, prompt_ids: Tensor) -> bool:

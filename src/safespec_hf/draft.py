@@ -199,8 +199,11 @@ class DraftHead(StrictModel):
             HeadMismatchError: If it was distilled from another target.
             UnsupportedRequestError: If the target's embeddings or LM head are not plain matrices of its hidden size.
         """
-        check_binding(self, target_binding(target), ignore_mismatches)
         inputs, outputs = target.get_input_embeddings(), target.get_output_embeddings()
+        is_bound = bool(self._embedding) and self._embedding[0] is getattr(inputs, "weight", None)
+        if is_bound and self.output_VD.dtype == self.dtype and self.output_VD.device == self.device:
+            return self
+        check_binding(self, target_binding(target), ignore_mismatches)
         matrices = [module.weight for module in (inputs, outputs) if isinstance(module, (nn.Embedding, nn.Linear))]
         if [matrix.shape[-1] for matrix in matrices] != [self.width, self.width]:
             raise UnsupportedRequestError(

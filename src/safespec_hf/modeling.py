@@ -23,11 +23,13 @@ from transformers.utils import logging
 
 from .cache import check_user_cache
 from .config import SafeSpecConfig
-from .decoding import Decoder, Plan
+from .decoding import Decoder
+from .draft import DraftHead
 from .errors import UnsupportedRequestError
 from .head import SafetyHead, check_binding, target_binding
 from .monitor import RiskMonitor
 from .outputs import SafeSpecOutput
+from .plan import Plan
 from .request import (
     DEFAULT_NUM_DRAFT_TOKENS,
     check_assistant,
@@ -255,7 +257,7 @@ class GuardedCall:
             newline_ids=attachment.newline_ids,
             processors=logits_processor,
         )
-        candidates = make_candidates(model, self.assistant, generation_config, len(rows))
+        candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
         plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get("past_key_values")
@@ -279,8 +281,13 @@ class GuardedCall:
         check_generation_config(config)
         check_model_kwargs(model_kwargs, input_ids)
         check_processors(processors, input_ids.shape[0])
-        if self.policy.candidate_source == "draft" and self.assistant is None:
-            raise UnsupportedRequestError("`candidate_source='draft'` needs an `assistant_model`, and there is none.")
+        if self.policy.candidate_source == "draft" and (
+            self.assistant is None or isinstance(self.assistant, DraftHead)
+        ):
+            raise UnsupportedRequestError(
+                "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
+                f"{'none' if self.assistant is None else 'a draft head'}."
+            )
         if self.assistant is not None:
             check_assistant(model, self.assistant, len(attachment.tokenizer))
         cache: Any = model_kwargs.get("past_key_values")

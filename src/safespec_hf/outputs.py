@@ -55,8 +55,9 @@ class SafeSpecStatistics:
 
     Attributes:
         num_rounds (`int`): General Mode rounds.
+        num_plain_rounds (`int`): Those of them in which nothing was drafted although there was a drafter.
         num_target_forwards (`int`): Forwards of the target, recovery included.
-        num_draft_forwards (`int`): Forwards of the draft model.
+        num_draft_forwards (`int`): Forwards of the draft model or head.
         num_draft_tokens (`int`): Tokens drafted in General Mode.
         num_accepted_tokens (`int`): Those of them that the target accepted.
         num_flags (`int`): Tokens that were flagged.
@@ -69,6 +70,7 @@ class SafeSpecStatistics:
     """
 
     num_rounds: int = 0
+    num_plain_rounds: int = 0
     num_target_forwards: int = 0
     num_draft_forwards: int = 0
     num_draft_tokens: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
@@ -22,10 +22,13 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from .cache import check_cache_layers
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig
+from .draft import DraftHead
+from .draft_length import DraftCosts
 from .errors import UnsupportedRequestError
 from .rows import Row
 
-DEFAULT_NUM_DRAFT_TOKENS = 5
+DEFAULT_NUM_DRAFT_TOKENS = 8
+LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -125,13 +128,17 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
 
 
 def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
-    """Raises unless the draft model speaks the target's vocabulary.
+    """Raises unless the draft model speaks the target's vocabulary. A draft head is bound to the target.
 
     Vocabulary sizes may differ by padding, that is above the number of tokens the tokenizer knows.
 
     Raises:
         UnsupportedRequestError: Names both sizes.
+        HeadMismatchError: If a draft head was distilled from another target.
     """
+    if isinstance(assistant, DraftHead):
+        assistant.bind(model)
+        return
     check_model(assistant)
     target_size = model.config.get_text_config().vocab_size
     draft_size = assistant.config.get_text_config().vocab_size
@@ -201,17 +208,40 @@ def make_rows(
 
 
 def make_candidates(
-    model: PreTrainedModel, assistant: PreTrainedModel | None, config: GenerationConfig, num_rows: int
+    model: PreTrainedModel,
+    assistant: PreTrainedModel | None,
+    config: GenerationConfig,
+    policy: SafeSpecConfig,
+    num_rows: int,
 ) -> SafeSpecCandidateGenerator:
-    """Prompt lookup if it is asked for, else the draft model if there is one."""
-    lookup = config.prompt_lookup_num_tokens is not None
+    """Prompt lookup if it is asked for, else the draft model if there is one, beside which a lookup costs nothing."""
+    if config.prompt_lookup_num_tokens is not None:
+        assistant, ngram_size = None, config.max_matching_ngram_size or 2
+    else:
+        ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts else 0
     return SafeSpecCandidateGenerator(
-        None if lookup else assistant,
+        assistant,
         num_rows=num_rows,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_matching_ngram_size=(config.max_matching_ngram_size or 2) if lookup else None,
+        max_matching_ngram_size=ngram_size,
         do_sample=bool(config.do_sample),
+        costs=draft_costs(model, assistant) if policy.adaptive_drafts else None,
     )
+
+
+def draft_costs(model: PreTrainedModel, assistant: PreTrainedModel | None) -> DraftCosts:
+    """Costs by the weights that a forward reads, which is what a forward over few tokens spends its time on."""
+    return DraftCosts(draft=0.0 if assistant is None else num_read(assistant) / num_read(model))
+
+
+def num_read(model: PreTrainedModel) -> int:
+    """Weights that a forward reads: all but the rows of the embeddings."""
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    num = sum(weight.numel() for weight in model.parameters() if id(weight) not in embedded - multiplied)
+    if isinstance(model, DraftHead):
+        num += model.config.draft_vocab_size * model.config.hidden_size
+    return max(num, 1)
 
 
 def other_criteria(criteria: StoppingCriteriaList, max_length: int) -> StoppingCriteriaList:
