@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: env demo test lint check doctest docs format bench-invariants clean
+.PHONY: env demo test lint check doctest docs format bench bench-invariants clean
 .DEFAULT_GOAL := env
 
 env: .venv/.stamp
@@ -48,6 +48,10 @@ check: lint test doctest docs
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Some minutes. The whole benchmark needs data and hours: see docs/performance.md.
+bench: env
+	$(BIN)/python benchmarks/speed.py --prompts 3 --tokens 32 --tuning-prompts 1
 
 bench-invariants: env
 	$(BIN)/python benchmarks/invariants.py
