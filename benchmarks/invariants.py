@@ -41,6 +41,8 @@ from refusals import not_refused, refusals
 
 TIE = 1e-4
 NEVER = 1.0
+# the drafts are there to be rejected: as many as asked for, whether they pay or not
+CONSTANT = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False)
 TINY_POLICY: dict[str, Any] = {
     "max_segment_tokens": 5,
     "num_candidates": 2,
@@ -128,7 +130,7 @@ def i1_float32(options: argparse.Namespace) -> Result:
     figures, holds = [], True
     for name, kwargs in drafting(model, options.draft_layers).items():
         for batch in (1, 4):
-            ours = answers(model, tokenizer, prompts, batch, options.tokens, safespec=True, **kwargs)
+            ours = answers(model, tokenizer, prompts, batch, options.tokens, safespec=CONSTANT, **kwargs)
             parts = [first_difference(*pair) for pair in zip(plain, ours, strict=True)]
             differing = [index for index, at in enumerate(parts) if at is not None]
             ties = sum(is_tie(model, tokenizer, prompts[i], plain[i], ours[i], parts[i] or 0) for i in differing)
@@ -148,7 +150,7 @@ def i1_bfloat16(options: argparse.Namespace) -> Result:
         kwargs_theirs = {key: value for key, value in kwargs.items() if key != "num_assistant_tokens"}
         if "assistant_model" in kwargs:
             kwargs["assistant_model"].generation_config.num_assistant_tokens = kwargs["num_assistant_tokens"]
-        ours = answers(model, tokenizer, prompts, 1, options.tokens, safespec=True, **kwargs)
+        ours = answers(model, tokenizer, prompts, 1, options.tokens, safespec=CONSTANT, **kwargs)
         theirs = answers(model, tokenizer, prompts, 1, options.tokens, **kwargs_theirs)
         num_ours, num_theirs = (sum(a != b for a, b in zip(plain, other, strict=True)) for other in (ours, theirs))
         holds &= num_ours <= num_theirs
@@ -187,7 +189,7 @@ def i1_sampling(options: argparse.Namespace) -> Result:
         counts = torch.zeros(len(expected))
         for _ in range(options.draws // rows):
             out = target.generate(
-                prompt.repeat(rows, 1), max_new_tokens=length, do_sample=True, top_k=0, safespec=True, **kwargs
+                prompt.repeat(rows, 1), max_new_tokens=length, do_sample=True, top_k=0, safespec=CONSTANT, **kwargs
             )
             codes = (out[:, prompt.shape[1] :] * 5 ** torch.arange(length - 1, -1, -1)).sum(1)
             counts += torch.bincount(codes, minlength=len(expected))
@@ -201,11 +203,12 @@ def i2(options: argparse.Namespace) -> Result:
     """As many target forwards with the head on as with it off."""
     model, tokenizer = real_target(torch.float32)
     figures, holds = [], True
-    for name, kwargs in drafting(model, options.draft_layers).items():
+    cases = itertools.product(drafting(model, options.draft_layers).items(), (CONSTANT, SafeSpecConfig()))
+    for (name, kwargs), policy in cases:
         counts = []
         for is_monitored in (True, False):
             call = GuardedCall(
-                SafeSpecConfig(), kwargs.get("assistant_model"), None, kwargs.get("num_assistant_tokens"), is_monitored
+                policy, kwargs.get("assistant_model"), None, kwargs.get("num_assistant_tokens"), is_monitored
             )
             lookup = {key: value for key, value in kwargs.items() if key == "prompt_lookup_num_tokens"}
             with count_forwards(model) as seconds:
@@ -214,7 +217,8 @@ def i2(options: argparse.Namespace) -> Result:
                     model.generate(**inputs, max_new_tokens=48, do_sample=False, custom_generate=call, **lookup)
             counts.append(len(seconds))
         holds &= counts[0] == counts[1]
-        figures.append(f"{name}: {counts[0]} forwards on, {counts[1]} off")
+        kind = "adaptive" if policy.adaptive_drafts else "constant"
+        figures.append(f"{name}, {kind}: {counts[0]} forwards on, {counts[1]} off")
     return Result(holds, "; ".join(figures))
 
 
@@ -242,7 +246,9 @@ def i3(options: argparse.Namespace) -> Result:
         attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
         recorder = Recorder()
         kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
-        policy = SafeSpecConfig(rollback_segments=run % 3, max_recoveries=8, **TINY_POLICY)
+        policy = SafeSpecConfig(
+            rollback_segments=run % 3, max_recoveries=8, adaptive_drafts=run % 2 == 0, **TINY_POLICY
+        )
         out = target.generate(
             torch.randint(9, 40, (1, 6), generator=torch.Generator().manual_seed(run)),
             max_new_tokens=24,
@@ -291,7 +297,9 @@ def i4(options: argparse.Namespace) -> Result:
         for run in range(12):
             head = tiny.build_coin_head(target, chance=0.08, seed=run)
             attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
-            policy = SafeSpecConfig(rollback_segments=run % 3, max_recoveries=8, **TINY_POLICY)
+            policy = SafeSpecConfig(
+                rollback_segments=run % 3, max_recoveries=8, adaptive_drafts=run % 2 == 0, **TINY_POLICY
+            )
             kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
             prompt = torch.randint(9, 40, (3, 8), generator=torch.Generator().manual_seed(run))
             target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)
@@ -335,7 +343,7 @@ def round_costs(model: Any, length: int, rounds: int) -> list[float]:
             prompt = torch.randint(100, 40000, (1, length), generator=torch.Generator().manual_seed(0))
             model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=rounds, min_new_tokens=rounds,
-                do_sample=False, safespec=True, prompt_lookup_num_tokens=4,
+                do_sample=False, safespec=CONSTANT, prompt_lookup_num_tokens=4,
             )  # fmt: skip
         finally:
             Decoder._round = one_round  # type: ignore[method-assign]
