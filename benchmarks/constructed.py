@@ -180,7 +180,10 @@ def make_arms(draft: Any, text: Text, settings: Settings) -> list[Arm]:
     for acceptance in settings.acceptances:
         set_draft = partial(set_successors, draft, successors(text, acceptance))
         for gamma in settings.gammas:
-            policy = SafeSpecConfig(num_draft_tokens=gamma or None, risk_threshold=1.0)
+            fixed: dict[str, Any] = (
+                {"num_draft_tokens": gamma, "adaptive_drafts": False, "lookup_drafts": False} if gamma else {}
+            )
+            policy = SafeSpecConfig(risk_threshold=1.0, **fixed)
             prepare = partial(lambda _, set_draft: set_draft(), set_draft=set_draft)
             arms.append(Arm(arm_name(acceptance, gamma), {}, True, policy, draft, prepare=prepare))
     return arms

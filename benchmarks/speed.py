@@ -37,7 +37,7 @@ import torch
 from provenance import provenance, write_json
 from rich.console import Console
 from rich.table import Table
-from speed_log import Log
+from speed_log import Log, read_results
 from speed_parts import Target
 from speed_statistics import Bar
 from transformers.utils import logging
@@ -166,7 +166,7 @@ def run_parts(options: argparse.Namespace, parts: Sequence[str]) -> Results:
     log = Log(log_path, [name for part in parts for name in (part, f"{part} tuning")], options.resume)
     results: Results = {}
     if options.json is not None and options.json.exists():
-        results = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+        results = read_results(options.json)
     targets: dict[str, Target] = {}
     for part in parts:
         if part == "constructed":
@@ -199,7 +199,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     add("--device", default="cpu")
     add("--temperature", type=float, default=1.0, help="of the part `sampled`")
-    add("--draft", default="default", help="default, none, lookup, truncated:N or a folder; +lookup for both")
+    add("--draft", default="default", help="default, none, lookup, truncated:N, or a folder")
+    add("--no-lookup", action="store_true", help="our draft model alone, without the lookup beside it")
+    add("--no-adaptive", action="store_true", help="always as many drafts, whatever they are worth")
     add("--draft-tokens", type=int, help="drafts per round of ours; default: as the engine chooses")
     add("--lookup-tokens", type=int, default=5, help="prompt_lookup_num_tokens of ours, where it looks up")
     add("--their-drafts", default="2:2,20:3", help="LAYERS:TOKENS of truncated drafts for transformers' own decoding")

@@ -78,6 +78,7 @@ class Run:
     blocks: dict[int, int]
     num_draft_forwards: int = 0
     draft_forward_seconds: float = 0.0
+    num_plain_rounds: int = 0
     num_flags: int = 0
     num_discarded: int = 0
     engine: dict[str, Any] | None = None
@@ -151,6 +152,7 @@ def our_run(output: SafeSpecOutput, seconds: float, forwards: Sequence[Forward])
         counts.num_accepted_tokens,
         blocks,
         num_draft_forwards=counts.num_draft_forwards,
+        num_plain_rounds=counts.num_plain_rounds,
         num_flags=counts.num_flags,
         num_discarded=counts.num_discarded_tokens,
         engine=asdict(counts),

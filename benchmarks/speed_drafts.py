@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,50 +11,45 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import safespec_hf
-from safespec_hf import load_truncated_draft
-
-LOOKUP = "lookup"
+from safespec_hf import DraftHead, DraftHeadConfig, load_truncated_draft
 
 
 class Draft(NamedTuple):
-    """What our arms draft with: a model of any kind, prompt lookup, both or nothing."""
+    """What our arms draft with: a model or head with a lookup beside it, prompt lookup alone, or nothing."""
 
     name: str
     model: Any = None
-    has_lookup: bool = False
+    is_lookup: bool = False
 
 
 def load_draft(name: str, target: PreTrainedModel) -> Draft:
-    """Reads `--draft`: parts joined by `+`, such as `default+lookup`.
+    """Reads `--draft`.
 
     Args:
         name: `default` (the package's own draft for the target; prompt lookup while there is none), `none`, `lookup`,
-            `truncated:N`, or a path.
+            `truncated:N`, or the folder of a draft head or of a language model.
         target: The model it is for.
     """
-    parts = name.split("+")
-    names = [part for part in parts if part not in (LOOKUP, "none")]
-    if len(names) > 1:
-        raise ValueError(f"`--draft` takes one draft model, with or without `+{LOOKUP}`, but got {name!r}.")
+    if name in ("none", "lookup"):
+        return Draft(name, None, name == "lookup")
     load_default: Any = getattr(safespec_hf, "load_default_draft", None)
-    if names == ["default"] and load_default is None:
+    if name == "default" and load_default is None:
         print("This version of safespec_hf has no draft of its own: prompt lookup is used in its place.")
-        return Draft("lookup (no default draft yet)", None, True)
-    has_lookup = LOOKUP in parts
-    if not names:
-        return Draft(name, None, has_lookup)
-    return Draft(name, load_default(target) if names == ["default"] else load_model(names[0], target), has_lookup)
-
-
-def load_model(name: str, target: PreTrainedModel) -> Any:
+        return Draft("lookup, as there is no default draft yet", None, True)
+    if name == "default":
+        return Draft(name, load_default(target))
     if name.startswith("truncated:"):
-        return load_truncated_draft(target, int(name.partition(":")[2]))
-    folder = Path(name)
+        return Draft(name, load_truncated_draft(target, int(name.partition(":")[2])))
+    return Draft(Path(name).name, load_folder(Path(name), target))
+
+
+def load_folder(folder: Path, target: PreTrainedModel) -> Any:
     if not folder.is_dir():
-        raise FileNotFoundError(f"`--draft` names no draft and no folder: {name!r}.")
-    draft_head = getattr(safespec_hf, "DraftHead", None)
-    if draft_head is not None and '"LlamaForCausalLM"' not in (folder / "config.json").read_text(encoding="utf-8"):
-        return draft_head.from_pretrained(folder).to(target.device, target.dtype).eval()
+        raise FileNotFoundError(f"`--draft` names no draft and no folder: {str(folder)!r}.")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if model_type == DraftHeadConfig.model_type:
+        head: Any = DraftHead.from_pretrained(folder)
+        return head.to(target.device, target.dtype).eval().bind(target)
     draft: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=target.dtype)
     return draft.to(target.device).eval()
 

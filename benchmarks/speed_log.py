@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,18 @@ def read_lines(path: Path | None) -> list[dict[str, Any]]:
                 break
             records.append(json.loads(line))
     return records
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The parts of a JSON. A figure that does not exist is `null` in the file and `nan` here."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {part: restore_nan(figures) for part, figures in results.items()}
+
+
+def restore_nan(value: Any, name: str = "") -> Any:
+    """Leaves `settings` alone, where `None` is a setting."""
+    if isinstance(value, dict):
+        return value if name == "settings" else {key: restore_nan(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [restore_nan(inner) for inner in value]
+    return math.nan if value is None else value

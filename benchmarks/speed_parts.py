@@ -64,10 +64,16 @@ class Target:
 
     def ours(self, name: str, **fields: Any) -> Arm:
         """Our arm with the draft that was asked for."""
-        lookup = {"prompt_lookup_num_tokens": self.options.lookup_tokens} if self.draft.has_lookup else {}
-        kwargs = {**lookup, **fields.pop("kwargs", {})}
-        policy = fields.pop("policy", SafeSpecConfig(num_draft_tokens=self.options.draft_tokens))
-        return Arm(name, kwargs, True, policy, self.draft.model, **fields)
+        lookup = {"prompt_lookup_num_tokens": self.options.lookup_tokens} if self.draft.is_lookup else {}
+        policy = fields.pop("policy", self.policy())
+        return Arm(name, lookup, True, policy, self.draft.model, **fields)
+
+    def policy(self, **fields: Any) -> SafeSpecConfig:
+        """The default one, but for what was asked for."""
+        fields = {"lookup_drafts": not self.options.no_lookup, **fields}
+        return SafeSpecConfig(
+            num_draft_tokens=self.options.draft_tokens, adaptive_drafts=not self.options.no_adaptive, **fields
+        )
 
     def bench(self, log: Log, part: str, tokens: int, **common: Any) -> Bench:
         settings = {
@@ -75,6 +81,7 @@ class Target:
             "draft": self.draft.name,
             "draft_tokens": self.options.draft_tokens,
             "lookup_tokens": self.options.lookup_tokens,
+            "policy": {"lookup_drafts": not self.options.no_lookup, "adaptive_drafts": not self.options.no_adaptive},
             "tokens": tokens,
             "generate": common,
             "data": self.options.data is not None,
@@ -193,9 +200,7 @@ def summarise_efficiency(records: Sequence[dict[str, Any]], ours: str) -> dict[s
 
 def measure_parity(target: Target, log: Log) -> dict[str, Any]:
     """I1: with a head that never fires, float32 answers are token-identical to target.generate."""
-    silent = target.ours(
-        "ours", policy=SafeSpecConfig(risk_threshold=1.0, num_draft_tokens=target.options.draft_tokens)
-    )
+    silent = target.ours("ours", policy=target.policy(risk_threshold=1.0))
     bench = target.bench(log, "parity", target.options.tokens)
     records = bench.interleave([Arm("plain"), silent], load_prompts(target.options, PARITY_PER_CATEGORY))
     differing = [record["key"] for record in records if not record["arms"]["ours"]["is_as_plain"]]
@@ -286,7 +291,7 @@ def measure_hopeless(target: Target, log: Log) -> dict[str, Any]:
     options = target.options
     unique = {"no_repeat_ngram_size": 1}
     random_draft = load_hopeless_draft(target.model, options.hopeless_layers)
-    policy = SafeSpecConfig(num_draft_tokens=options.draft_tokens)
+    policy = target.policy(lookup_drafts=False)  # which would help even a hopeless draft, as text repeats itself
     lookup = {"prompt_lookup_num_tokens": options.lookup_tokens, **unique}
     arms = [
         Arm("plain"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,15 @@ import matplotlib as mpl
 mpl.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from speed_log import read_results
 
+LEGEND: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 2,
+    "frameon": False,
+    "fontsize": "small",
+}
 ONE: dict[str, Any] = {"color": "0.6", "linewidth": 1, "linestyle": "--"}
 
 
@@ -39,7 +46,7 @@ def draw_categories(part: dict[str, Any], axes: Axes) -> None:
     axes.set_yticks(range(len(categories)), categories)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second over target.generate (median, 95 % interval)")
-    axes.legend(fontsize="small")
+    axes.legend(**LEGEND)
 
 
 def draw_rounds(part: dict[str, Any], axes: Axes) -> None:
@@ -76,7 +83,7 @@ def draw_constructed(part: dict[str, Any], axes: Axes) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("parameters of the target (dashed: theory with the measured costs)")
     axes.set_ylabel("speedup over target.generate")
-    axes.legend(fontsize="small")
+    axes.legend(**LEGEND)
 
 
 FIGURES: list[tuple[str, str, Callable[[dict[str, Any], Axes], None], tuple[float, float]]] = [
@@ -103,4 +110,4 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:3])
-    print(*draw(json.loads(source.read_text(encoding="utf-8"))["results"], target), sep="\n")
+    print(*draw(read_results(source), target), sep="\n")

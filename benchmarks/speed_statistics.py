@@ -104,7 +104,15 @@ def summarise_arm(records: Sequence[Mapping[str, Any]], arm: str, base: str) -> 
     runs = [record["arms"][arm] for record in records]
     totals = {
         name: sum(run[name] or 0 for run in runs)
-        for name in ("num_tokens", "num_target_forwards", "num_drafted", "num_accepted", "num_flags", "is_as_plain")
+        for name in (
+            "num_tokens",
+            "num_target_forwards",
+            "num_plain_rounds",
+            "num_drafted",
+            "num_accepted",
+            "num_flags",
+            "is_as_plain",
+        )
     }
     own = ratios(records, arm, base)
     categories = [record["category"] for record in records]
@@ -119,6 +127,7 @@ def summarise_arm(records: Sequence[Mapping[str, Any]], arm: str, base: str) -> 
         "tokens_per_round": divide(totals["num_tokens"], totals["num_target_forwards"]),
         "target_forwards_per_token": divide(totals["num_target_forwards"], totals["num_tokens"]),
         "num_identical_to_plain": int(totals["is_as_plain"]),
+        "num_plain_rounds": int(totals["num_plain_rounds"]),
         "num_flags": int(totals["num_flags"]),
         "num_prompts": len(runs),
     }

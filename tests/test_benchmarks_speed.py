@@ -10,7 +10,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import constructed
 import tiny
-from speed_log import Log
+from speed_log import Log, read_results
 from speed_parts import ForcedHead
 from speed_statistics import (
     bootstrap_median,
@@ -84,6 +84,14 @@ def test_a_killed_run_goes_on_after_its_last_whole_line(tmp_path):
     assert list(Log(path, ["real"], resume=True).done("real", {"tokens": 8})) == ["one"]
     assert Log(path, ["real"], resume=True).done("real", {"tokens": 9}) == {}
     assert Log(path, ["real"], resume=False).records == []
+
+
+def test_what_does_not_exist_in_the_file_is_nan_but_for_settings(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text('{"results": {"real": {"settings": {"draft_tokens": null}, "arms": [{"acceptance": null}]}}}')
+    part = read_results(path)["real"]
+    assert math.isnan(part["arms"][0]["acceptance"])
+    assert part["settings"]["draft_tokens"] is None
 
 
 @pytest.fixture(scope="module")
