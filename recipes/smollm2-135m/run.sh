@@ -9,16 +9,19 @@ COMMON="--cache $WORK/cache --max-response-tokens 192"
 
 python "$HERE/prepare.py" --data "$DATA" --out "$WORK"
 for PART in train validation calibration; do
-    safespec collect "$WORK/safe_prompts_$PART.jsonl" --label safe --max-new-tokens 96 --out "$WORK/safe_$PART.jsonl"
+    safespec collect "$WORK/safe_prompts_$PART.jsonl" --label safe --max-new-tokens 128 --batch-size 64 \
+        --out "$WORK/safe_$PART.jsonl"
 done
 for PART in train validation; do
-    safespec collect "$WORK/begun_prompts_$PART.jsonl" --label unsafe --max-new-tokens 64 --out "$WORK/begun_$PART.jsonl"
+    safespec collect "$WORK/begun_prompts_$PART.jsonl" --label unsafe --max-new-tokens 64 --batch-size 64 \
+        --out "$WORK/begun_$PART.jsonl"
 done
+python "$HERE/swap.py" "$WORK"
 
 VALIDATION="--validation $DATA/labelled/gptfuzz_evaluate.jsonl"
 VALIDATION="$VALIDATION --validation $WORK/begun_validation.jsonl --validation $WORK/safe_validation.jsonl"
 # shellcheck disable=SC2086  # options are words
-safespec train "$WORK/labelled.jsonl" "$WORK/begun_train.jsonl" --benign "$WORK/safe_train.jsonl" \
+safespec train "$WORK/labelled.jsonl" "$WORK/begun_train.jsonl" "$WORK/swapped.jsonl" --benign "$WORK/safe_train.jsonl" \
     --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" --layers $LAYERS $COMMON
 # shellcheck disable=SC2086
 safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --alpha 0.02 $VALIDATION $COMMON
