@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from prompts import PROMPTS
@@ -30,9 +31,11 @@ from safespec_hf import (
     attach_safety_head,
     load_default_target,
     load_truncated_draft,
+    request,
     target_binding,
 )
 from safespec_hf.decoding import Decoder
+from safespec_hf.draft_length import DraftCosts
 from safespec_hf.modeling import GuardedCall
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -43,12 +46,20 @@ TIE = 1e-4
 NEVER = 1.0
 # the drafts are there to be rejected: as many as asked for, whether they pay or not
 CONSTANT = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False)
+# as many as there can be, and other guesses beside them: a draft of 20 layers would not pay for itself
+TREES = SafeSpecConfig(lookup_drafts=False)
+CHEAP = DraftCosts(draft=0.01, verify=0.002)
 TINY_POLICY: dict[str, Any] = {
     "max_segment_tokens": 5,
     "num_candidates": 2,
     "reflection": tiny.REFLECTION,
     "refusal": tiny.REFUSAL,
 }
+
+
+def cheap_drafts() -> Any:
+    """Makes adaptive decoding believe that drafts cost next to nothing, so that it drafts trees."""
+    return patch.object(request, "draft_costs", lambda *_: CHEAP)
 
 
 class Result(NamedTuple):
@@ -128,9 +139,12 @@ def i1_float32(options: argparse.Namespace) -> Result:
     prompts = PROMPTS[: options.prompts]
     plain = answers(model, tokenizer, prompts, 1, options.tokens)
     figures, holds = [], True
-    for name, kwargs in drafting(model, options.draft_layers).items():
+    ways = [(name, kwargs, CONSTANT) for name, kwargs in drafting(model, options.draft_layers).items()]
+    ways.append((f"{ways[-1][0]}, trees", ways[-1][1], TREES))
+    for name, kwargs, policy in ways:
         for batch in (1, 4):
-            ours = answers(model, tokenizer, prompts, batch, options.tokens, safespec=CONSTANT, **kwargs)
+            with cheap_drafts():
+                ours = answers(model, tokenizer, prompts, batch, options.tokens, safespec=policy, **kwargs)
             parts = [first_difference(*pair) for pair in zip(plain, ours, strict=True)]
             differing = [index for index, at in enumerate(parts) if at is not None]
             ties = sum(is_tie(model, tokenizer, prompts[i], plain[i], ours[i], parts[i] or 0) for i in differing)
@@ -252,15 +266,16 @@ def i3(options: argparse.Namespace) -> Result:
         policy = SafeSpecConfig(
             rollback_segments=run % 3, max_recoveries=8, adaptive_drafts=run % 2 == 0, **TINY_POLICY
         )
-        out = target.generate(
-            torch.randint(9, 40, (1, 6), generator=torch.Generator().manual_seed(run)),
-            max_new_tokens=24,
-            do_sample=run % 2 == 1,
-            safespec=policy,
-            streamer=recorder,
-            return_dict_in_generate=True,
-            **kwargs,
-        )
+        with cheap_drafts():
+            out = target.generate(
+                torch.randint(9, 40, (1, 6), generator=torch.Generator().manual_seed(run)),
+                max_new_tokens=24,
+                do_sample=run % 2 == 1,
+                safespec=policy,
+                streamer=recorder,
+                return_dict_in_generate=True,
+                **kwargs,
+            )
         is_flagged = out.risks[0] >= head.config.risk_threshold
         num_wrong += recorder.tokens != out.sequences[0].tolist() or bool(is_flagged.any()) or not recorder.has_ended
         num_flags, num_tokens = num_flags + out.statistics.num_flags, num_tokens + len(recorder.tokens)
@@ -305,7 +320,8 @@ def i4(options: argparse.Namespace) -> Result:
             )
             kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
             prompt = torch.randint(9, 40, (3, 8), generator=torch.Generator().manual_seed(run))
-            target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)
+            with cheap_drafts():
+                target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)
     num_tiny = len(differences)
     model, tokenizer = real_target(torch.float32)
     model._safespec.head = tiny.build_coin_head(model, chance=0.05, seed=0)

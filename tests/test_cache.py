@@ -10,7 +10,8 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCach
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from safespec_hf import UnsupportedRequestError
-from safespec_hf.cache import CachedModel, Usage, check_cache_layers, check_user_cache
+from safespec_hf.cache import CachedModel, Usage, check_cache_layers, check_user_cache, takes_trees
+from safespec_hf.draft_tree import path_to
 
 KINDS = list(CONFIGS)
 # The same float32 sums in another order, through two layers of a model whose logits reach about 10: 1e-5 is seen.
@@ -112,6 +113,48 @@ def test_tapped_states_are_those_of_a_plain_forward(kind):
     states = model(torch.tensor([[11, 12, 13, 14, 15]]), output_hidden_states=True).hidden_states
     expected = torch.cat([states[1], states[2]], dim=-1)[:, -2:]
     torch.testing.assert_close(hidden_BTF, expected, **TOLERANCE)
+
+
+def random_tree(choose, num):
+    return [choose.randint(-1, draft - 1) for draft in range(num)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@torch.no_grad()
+def test_every_draft_of_a_tree_sees_its_own_continuation_only(kind, num_rows, attention):
+    # 2 x 2 x 2 kinds of 12 rounds with about 5 drafts in each row
+    choose = random.Random(f"{kind}{num_rows}")
+    shadow = Shadow(build_model(kind, attn_implementation=attention), num_rows, choose)
+    cached = shadow.cached
+    shadow.forward_and_check(3, 12)
+    for _ in range(12):
+        waiting = [random_tokens(choose, 1, 3) for _ in range(num_rows)]
+        drafts = [random_tokens(choose, 0, 9) for _ in range(num_rows)]
+        trees = [random_tree(choose, len(row)) for row in drafts]
+        blocks = [first + row for first, row in zip(waiting, drafts, strict=True)]
+        width = max(map(len, blocks))
+        logits_BTV = cached.forward(blocks, width, parents=trees).logits_BTV
+        for row, (first, tree) in enumerate(zip(waiting, trees, strict=True)):
+            shadow.rows[row] = shadow.rows[row] + first
+            for draft in range(len(tree)):
+                tokens = shadow.rows[row] + [drafts[row][index] for index in path_to(draft, tree)]
+                found = logits_BTV[row, width - len(tree) + draft]
+                torch.testing.assert_close(found, prefill(shadow.model, tokens), **TOLERANCE)
+            path = path_to(choose.randrange(len(tree)), tree) if tree else []
+            if tree:
+                cached.keep_drafts(row, len(tree), path)
+            shadow.rows[row] = shadow.rows[row] + [drafts[row][index] for index in path]
+        cached.keep(cached.lengths)
+        assert cached.lengths == [len(row) for row in shadow.rows]
+        assert num_rows > 1 or cached.used_BL.shape[1] == cached.lengths[0] == cached.cache.get_seq_length()
+        shadow.forward_and_check()
+
+
+@pytest.mark.parametrize(("kind", "is_fit"), [("llama", True), ("gpt2", True), ("sliding", False)])
+def test_trees_need_attention_to_the_whole_context(kind, is_fit):
+    assert takes_trees(build_model(kind)) is is_fit
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safespec_hf.draft_length import Chance, DraftCosts, DraftLength, confidence_kind, match_kind
+from safespec_hf.draft_length import Chance, DraftCosts, DraftLength, confidence_kind, match_kind, other_kind
 
 SURE, UNSURE = confidence_kind(0.99), confidence_kind(0.05)
 
@@ -10,7 +10,7 @@ SURE, UNSURE = confidence_kind(0.99), confidence_kind(0.05)
 def learned(num_accepted, kinds, costs=None, rounds=100):
     length = DraftLength(costs or DraftCosts(draft=0.1, verify=0.01))
     for _ in range(rounds):
-        length.record(kinds, num_accepted)
+        length.record(kinds, range(num_accepted))
     return length
 
 
@@ -29,6 +29,17 @@ def test_after_the_first_rejection_nothing_is_learned():
     assert length.chance(SURE) > 0.99
 
 
+def test_of_a_tree_only_what_continues_accepted_drafts_is_learned_from():
+    kinds, parents = [confidence_kind(0.95), other_kind(0.3), confidence_kind(0.75), other_kind(0.1)], [-1, -1, 0, 0]
+    length = DraftLength(DraftCosts(draft=0.1, verify=0.01))
+    untouched = length.chance(kinds[2])
+    for _ in range(100):
+        length.record(kinds, [1], parents)  # the other guess was right, so what continued the first was never tried
+    assert length.chance(kinds[0]) < 0.02
+    assert length.chance(kinds[1]) > 0.98
+    assert length.chance(kinds[2]) == untouched
+
+
 def test_drafts_that_are_accepted_are_made_until_the_limit():
     length = learned(3, [SURE] * 3)
     assert length.starts()
@@ -45,7 +56,7 @@ def test_an_unsure_draft_ends_what_is_verified():
 def test_half_of_the_drafts_accepted_pay_if_a_draft_is_cheap(cost, is_worth_it):
     length = DraftLength(DraftCosts(draft=cost, verify=0.01))
     for index in range(200):
-        length.record([UNSURE], index % 2)
+        length.record([UNSURE], range(index % 2))
     assert length.starts() is is_worth_it
 
 
@@ -54,7 +65,7 @@ def test_a_hopeless_draft_is_given_up_within_few_rounds_and_tried_again_ever_mor
     for index in range(256):
         if length.starts():
             tried.append(index)
-            length.record([confidence_kind(0.5)], 0)
+            length.record([confidence_kind(0.5)], [])
     assert len(tried) <= 16
     assert length.num_paused == 256 - len(tried)
     assert tried[-1] - tried[-2] > 60
@@ -65,7 +76,7 @@ def test_a_draft_that_becomes_good_is_found_again():
     started = [length.starts() for _ in range(200)]
     assert any(started[100:])
     for _ in range(40):
-        length.record([SURE], 1)
+        length.record([SURE], [0])
     assert all(length.starts() for _ in range(20))
 
 

@@ -27,7 +27,7 @@ def states_of(model, tokens):
 def observe(generator, model, row, index=0):
     """What a round of decoding would show: the states of all tokens but the last."""
     context = row.prompt + row.tokens
-    generator.observe([0], [context[:-1]], states_of(model, context[:-1]), first_row=index)
+    generator.observe(index, 0, states_of(model, context[:-1])[0])
 
 
 def fresh_drafts(model, context, num):
@@ -88,7 +88,7 @@ def test_a_longer_match_is_preferred_to_a_draft_model_that_is_never_right(model)
     generator = SafeSpecCandidateGenerator(model, max_matching_ngram_size=3, costs=DraftCosts(draft=0.3))
     row = make_row([11, 12, 13, 14, 15, 11, 12, 13])
     for _ in range(30):
-        generator.model.length.record([5], 0)
+        generator.model.length.record([5], [])
     assert generator.draft([row], [2]).drafts == [[14, 15]]
     assert generator.num_forwards == 0
 

@@ -12,9 +12,11 @@ from scripted import ScriptedModel, count_after, probe
 from tiny import CONFIGS, build_draft_head, build_head, build_model, build_noisy_head, perturb
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head
+from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head, request
+from safespec_hf.cache import CachedModel
 from safespec_hf.config import SafetyHeadConfig
 from safespec_hf.decoding import Decoder
+from safespec_hf.draft_length import DraftCosts
 from safespec_hf.monitor import RiskMonitor
 from safespec_hf.plan import Plan
 from safespec_hf.request import make_candidates, make_rows
@@ -78,6 +80,12 @@ SETTINGS = {
 }
 
 
+@pytest.fixture
+def cheap_drafts(monkeypatch):
+    """Here a draft model is as large as its target, and would not pay."""
+    monkeypatch.setattr(request, "draft_costs", lambda *_: DraftCosts(draft=0.02, verify=0.002))
+
+
 def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft, tokenizer):
     output = attach(target, tokenizer).generate(
         PROMPT,
@@ -93,6 +101,7 @@ def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft,
 @pytest.mark.parametrize("policy", [POLICY, ADAPTIVE], ids=["constant", "adaptive"])
 @pytest.mark.parametrize("source", DRAFTING)
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.usefixtures("cheap_drafts")
 def test_greedy_text_is_that_of_plain_generate(target, tokenizer, name, source, policy):
     arguments = {"max_new_tokens": 14, "do_sample": False, **SETTINGS[name]}
     expected = target.generate(PROMPT, **arguments)
@@ -110,6 +119,30 @@ def test_greedy_text_of_every_kind_of_model_is_that_of_plain_generate(tokenizer,
     expected = model.generate(PROMPT, **arguments)
     guarded = attach(model, tokenizer).generate(PROMPT, **arguments, **drafting(source, model), safespec=POLICY)
     assert guarded.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("source", ["draft", "head"])
+@pytest.mark.usefixtures("cheap_drafts")
+def test_trees_of_drafts_leave_greedy_text_as_it_is(tokenizer, monkeypatch, attention, kind, source):
+    model, trees, forward = build_model(kind, attn_implementation=attention), [], CachedModel.forward
+
+    def record(*args, parents=None, **kwargs):
+        trees.append(parents)
+        return forward(*args, parents=parents, **kwargs)
+
+    monkeypatch.setattr(CachedModel, "forward", record)
+    ids = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(ids, **arguments)
+    # a draft that is often wrong, so that its other guesses are accepted
+    extra = {"assistant_model": perturb(model, 0.03)} if source == "draft" else drafting(source, model)
+    output = attach(model, tokenizer).generate(
+        ids, **arguments, **extra, safespec=ADAPTIVE, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected.tolist()
+    assert any(trees) is (kind in ("llama", "gpt2"))  # sliding windows are not for trees
 
 
 @pytest.mark.parametrize("source", DRAFTING)

@@ -1,10 +1,16 @@
 """Pooled states equal a plain loop over tokens, block by block as at once, and after a rollback as if never added."""
 
+import random
 from itertools import pairwise
 
 import pytest
 import torch
+from test_candidates import make_row
+from tiny import VOCAB_SIZE, build_head
 
+from safespec_hf import Provenance, SafeSpecConfig
+from safespec_hf.draft_tree import path_to
+from safespec_hf.monitor import RiskMonitor
 from safespec_hf.scoring import PooledStates, pool, pooling_weights, segment_counts
 
 DECAY = 0.75
@@ -32,6 +38,31 @@ def reference_pool(hidden_TF, counts, pooling):
 def random_counts(generator, num_tokens):
     newlines = (torch.rand(num_tokens, generator=generator) < 0.2).tolist()
     return segment_counts(0, newlines, 2, 7)[0]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+@pytest.mark.parametrize("span", ["segment", "answer"])
+@pytest.mark.parametrize("seed", range(4))
+def test_along_a_tree_every_draft_is_pooled_with_its_own_continuation(target, pooling, span, seed):
+    choose = random.Random(seed)
+    monitor = RiskMonitor(build_head(target, pooling=pooling, span=span))
+    policy = SafeSpecConfig(max_segment_tokens=4, min_segment_tokens=2)
+    row = make_row([11, 12], policy=policy, newline_ids=frozenset({7, 8}))
+    settled, waiting = [13, 7, 14, 15], [16, 17]
+    for token in settled:
+        row.append(token, Provenance.TARGET)
+    states = {token: torch.randn(32, generator=torch.Generator().manual_seed(token)) for token in range(VOCAB_SIZE)}
+    row.settle([0.0] * 4, monitor.pool(row, [], torch.stack([states[token] for token in settled])))
+    for token in waiting:
+        row.append(token, Provenance.TARGET)
+    drafts = [choose.choice([7, 8, 20, 21, 22]) for _ in range(9)]
+    parents = [choose.randint(-1, draft - 1) for draft in range(9)]
+    read = torch.stack([states[token] for token in waiting + drafts])
+    pooled = monitor.pool(row, drafts, read, parents)
+    for draft in range(9):
+        path = path_to(draft, parents)
+        alone = monitor.pool(row, [drafts[index] for index in path], read[[0, 1, *(2 + index for index in path)]])
+        torch.testing.assert_close(pooled[2 + draft], alone[-1], **TOLERANCE)
 
 
 @pytest.mark.parametrize(

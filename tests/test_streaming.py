@@ -8,9 +8,11 @@ from tiny import build_coin_head, build_draft_head, build_model, perturb
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from safespec_hf import SafeSpecConfig, attach_safety_head
-from safespec_hf.decoding import Decoder, Plan
+from safespec_hf import SafeSpecConfig, attach_safety_head, request
+from safespec_hf.decoding import Decoder
+from safespec_hf.draft_length import DraftCosts
 from safespec_hf.monitor import RiskMonitor
+from safespec_hf.plan import Plan
 from safespec_hf.request import make_candidates, make_rows
 from safespec_hf.rows import Row
 
@@ -95,7 +97,9 @@ def no_retraction(monkeypatch):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(part, no_retraction):
+def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(part, no_retraction, monkeypatch):
+    # here a draft model is as large as its target, and would not pay: without this there would be no trees
+    monkeypatch.setattr(request, "draft_costs", lambda *_: DraftCosts(draft=0.02, verify=0.002))
     model = build_model(**SMALL)
     drafts, num_flags = {"draft": perturb(model), "head": build_draft_head(model)}, 0
     for seed in range(part * NUM_RUNS // PARTS, (part + 1) * NUM_RUNS // PARTS):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from safespec_hf.verification import mean_log_prob, verify_greedy, verify_sampled
+from safespec_hf.draft_tree import accept_greedy, chain_parents, is_chain, path_to
+from safespec_hf.verification import mean_log_prob, verify_sampled
 
 NUM_DRAWS = 40_000
 # A right sampler fails such a test once in ten thousand seeds, and these seeds are fixed: it passes for ever or never.
@@ -36,19 +37,41 @@ def one_hot(tokens, num=4):
     ],
 )
 def test_greedy_acceptance_stops_at_the_first_difference(drafts, num_accepted, next_token):
-    verified = verify_greedy(one_hot([1, 2, 3, 0])[None], torch.tensor([drafts]), torch.tensor([3]))
-    assert [part.tolist() for part in verified] == [[num_accepted], [next_token]]
+    assert accept_greedy([1, 2, 3, 0], drafts, chain_parents(3)) == (list(range(num_accepted)), next_token)
 
 
-@pytest.mark.parametrize("verify", [verify_greedy, verify_sampled])
-def test_without_drafts_the_next_token_is_the_targets(verify):
-    scores = one_hot([2]).mul(1e4)[None]
-    verified = verify(scores, torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
+def test_without_drafts_the_next_token_is_the_targets():
+    assert accept_greedy([2], [], []) == ([], 2)
+    verified = verify_sampled(one_hot([2]).mul(1e4)[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
     assert [part.tolist() for part in verified] == [[0], [2]]
 
 
+# a tree: 5 or 6 after the context, 7 or 8 after the 5, 9 after the 6
+TREE, PARENTS = [5, 6, 7, 8, 9], [-1, -1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("choices", "path", "next_token"),
+    [
+        ([5, 8, 0, 0, 1, 0], [0, 3], 1),
+        ([5, 7, 0, 2, 0, 0], [0, 2], 2),
+        ([5, 9, 0, 0, 0, 0], [0], 9),
+        ([6, 0, 9, 0, 0, 3], [1, 4], 3),
+        ([7, 8, 9, 0, 0, 0], [], 7),
+    ],
+)
+def test_greedy_acceptance_follows_the_branch_that_the_target_takes(choices, path, next_token):
+    assert accept_greedy(choices, TREE, PARENTS) == (path, next_token)
+    assert all(path_to(draft, PARENTS) == path[: index + 1] for index, draft in enumerate(path))
+
+
+def test_a_chain_is_the_tree_without_branches():
+    assert is_chain(chain_parents(4))
+    assert not is_chain(PARENTS)
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_ragged_rows_give_what_each_row_gives_alone(seed):
+def test_sampling_without_a_choice_is_greedy_acceptance_row_by_row(seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 5, (3,), generator=generator)
     scores_BTV = torch.randn(3, 5, 4, generator=generator)
@@ -56,10 +79,12 @@ def test_ragged_rows_give_what_each_row_gives_alone(seed):
     noise_BG = torch.randint(0, 4, (3, 4), generator=generator)
     is_right_BG = torch.rand(3, 4, generator=generator) < 0.5
     drafts_BG = torch.where(is_right_BG, scores_BTV[:, :-1].argmax(-1), noise_BG)
-    together = verify_greedy(scores_BTV, drafts_BG, lengths)
+    # scores so far apart that sampling has no choice
+    together = verify_sampled(scores_BTV * 1e6, drafts_BG, lengths)
     for row, length in enumerate(lengths.tolist()):
-        own = scores_BTV[row : row + 1, 4 - length :], drafts_BG[row : row + 1, 4 - length :], lengths[row : row + 1]
-        assert [part[row].item() for part in together] == [part.item() for part in verify_greedy(*own)]
+        choices, drafts = scores_BTV[row, 4 - length :].argmax(-1).tolist(), drafts_BG[row, 4 - length :].tolist()
+        path, next_token = accept_greedy(choices, drafts, chain_parents(length))
+        assert [part[row].item() for part in together] == [len(path), next_token]
 
 
 def test_a_draft_the_target_finds_at_least_as_likely_is_always_kept():

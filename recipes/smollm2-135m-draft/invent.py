@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from safespec_hf import load_default_target
 
-BATCH_SIZE = 64
+BATCH_SIZE = 192
 
 
 def user_header(tokenizer: Any) -> str:
@@ -31,7 +31,7 @@ def invent(model: Any, tokenizer: Any, seed: int, max_tokens: int) -> list[str]:
     """One batch of prompts; those that did not come to an end are left out."""
     encoded = tokenizer([user_header(tokenizer)] * BATCH_SIZE, add_special_tokens=False, return_tensors="pt")
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 64}
     tokens = model.generate(**encoded.to(model.device), max_new_tokens=max_tokens, **sampling)
     rows = tokens[:, encoded["input_ids"].shape[1] :].tolist()
     ended = [row[: row.index(tokenizer.eos_token_id)] for row in rows if tokenizer.eos_token_id in row]
@@ -42,12 +42,12 @@ def main() -> None:
     """Appends batches until there are enough prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="JSON lines, appended to")
-    parser.add_argument("--num-batches", type=int, default=48, help=f"of {BATCH_SIZE} prompts")
-    parser.add_argument("--max-tokens", type=int, default=160, help="of a prompt; longer ones are left out")
+    parser.add_argument("--num-batches", type=int, default=10, help=f"of {BATCH_SIZE} prompts")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of a prompt; longer ones are left out")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.open(encoding="utf-8")] if arguments.out.exists() else []
     done = {row["batch"] for row in rows}
-    model, tokenizer = load_default_target(dtype=torch.float32)
+    model, tokenizer = load_default_target(dtype=torch.bfloat16)
     for batch in tqdm(range(arguments.num_batches), desc="prompts", unit="batch"):
         if batch in done:
             continue

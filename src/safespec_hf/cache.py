@@ -7,6 +7,7 @@ count. Trailing columns that no row uses are cropped, so a single row never has 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .draft_tree import path_to
 from .errors import UnsupportedRequestError
 from .tap import read_tap, tap_arguments
 
@@ -80,7 +82,11 @@ class CachedModel:
         self._is_sliding = is_local or any(DynamicCache(config=model.config).is_sliding)
 
     def forward(
-        self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int, states_BTF: Tensor | None = None
+        self,
+        blocks: Sequence[Sequence[int]] | Tensor,
+        num_logits: int,
+        states_BTF: Tensor | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> BlockOutput:
         """Appends a block of tokens to every row.
 
@@ -89,6 +95,9 @@ class CachedModel:
                 The tokens of each row, at least one; rows may differ in length.
             num_logits (`int`): Logits are returned for this many of the last positions.
             states_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): For a [`DraftHead`], aligned to the right.
+            parents (`Sequence[Sequence[int]]`, *optional*):
+                For each row, the parents of its last tokens, which are a tree after the tokens before them. Only if
+                [`takes_trees`].
         """
         start = time.perf_counter()
         self._compact()
@@ -98,8 +107,11 @@ class CachedModel:
         is_shifted = is_left_aligned and not added_BT.all()
         self.used_BL = np.concatenate([self.used_BL, added_BT], axis=1)
         positions_BT = np.maximum(np.array(self.lengths)[:, None] + added_BT.cumsum(axis=1) - 1, 0)
+        mask_BTL = None if parents is None else self._tree_mask(parents, positions_BT)
         self.lengths = [length + int(new) for length, new in zip(self.lengths, added_BT.sum(axis=1), strict=True)]
         arguments = self._arguments(input_ids, positions_BT, input_ids.shape[1] if is_shifted else num_logits)
+        if mask_BTL is not None:
+            arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
         if states_BTF is not None:
             arguments["states"] = states_BTF
         outputs = self.model(**arguments, return_dict=True)
@@ -134,6 +146,44 @@ class CachedModel:
         if self._keeps_logits:
             arguments["logits_to_keep"] = num_logits
         return arguments | tap_arguments(self.layers)
+
+    def _tree_mask(self, parents: Sequence[Sequence[int]], positions_BT: np.ndarray) -> np.ndarray:
+        """What each token of the block sees, `(B, T, L)`; moves the positions of trees, in place."""
+        width, num_columns = positions_BT.shape[1], self.used_BL.shape[1]
+        causal_TL = np.tril(np.ones((width, num_columns), dtype=bool), num_columns - width)
+        mask_BTL = causal_TL & self.used_BL[:, None]
+        for row, tree in enumerate(parents):
+            first = width - len(tree)
+            for draft in range(len(tree)):
+                path = path_to(draft, tree)
+                positions_BT[row, first + draft] = positions_BT[row, first - 1] + len(path)
+                mask_BTL[row, first + draft, num_columns - len(tree) :] = False
+                mask_BTL[row, first + draft, num_columns - len(tree) + np.array(path)] = True
+        # a column of padding sees itself: with nothing to see it would become nan, and spread
+        mask_BTL |= np.eye(num_columns, dtype=bool)[num_columns - width :]
+        return mask_BTL
+
+    def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
+        mask = torch.from_numpy(mask_BTL).to(self.model.device, non_blocking=True)[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def keep_drafts(self, row: int, num_drafts: int, path: Sequence[int]) -> None:
+        """Of a row's last `num_drafts` tokens, a tree, keeps those of a path."""
+        columns = np.flatnonzero(self.used_BL[row])[-num_drafts:]
+        kept, where = columns[list(path)], columns[: len(path)]
+        self.used_BL[row, columns] = False
+        self.lengths[row] -= num_drafts - len(path)
+        if len(self.lengths) > 1:
+            self.used_BL[row, kept] = True
+            return
+        # a single row never has a hole
+        for layer in self.cache.layers if not np.array_equal(kept, where) else ():
+            for state in (layer.keys, layer.values):
+                state[:, :, torch.from_numpy(where)] = state[:, :, torch.from_numpy(kept)]
+        self.used_BL[row, where] = True
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is."""
@@ -251,6 +301,18 @@ def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | 
             "`past_key_values` can be continued for one unpadded row that is longer than the cache, but there are "
             f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
         )
+
+
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether a model can read a tree in one forward.
+
+    A mask of who sees whom has to reach its attention as it is, and positions alone must tell the order of tokens.
+    """
+    text = model.config.get_text_config()
+    has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
+    has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
+    is_sliding = any(DynamicCache(config=model.config).is_sliding)
+    return model.config._attn_implementation in ("sdpa", "eager") and not (has_own_mask or has_bias or is_sliding)
 
 
 def _is_attention(layer: Any) -> bool:

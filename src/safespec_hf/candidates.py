@@ -14,8 +14,12 @@ from .cache import CachedModel
 from .config import SafeSpecConfig
 from .draft import DraftHead
 from .draft_length import DraftCosts, DraftLength
+from .draft_tree import chain_parents
 from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
 from .rows import Row
+
+NUM_OTHERS = 3
+"""Guesses for a token that may be verified beside the draft's first one."""
 
 
 class SafeSpecCandidateGenerator(CandidateGenerator):
@@ -33,6 +37,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         logits_processor ([`~transformers.LogitsProcessorList`], *optional*): For `get_candidates` only.
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
+        takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
 
     Example:
 
@@ -54,6 +59,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         logits_processor: LogitsProcessorList | None = None,
         do_sample: bool = False,
         costs: DraftCosts | None = None,
+        takes_trees: bool = False,
     ):
         self.num_draft_tokens = num_draft_tokens
         self.vocab_size = vocab_size
@@ -65,14 +71,17 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         self.model: ModelDrafter | None = None
         if assistant_model is not None:
             drafter = HeadDrafter if isinstance(assistant_model, DraftHead) else ModelDrafter
-            self.model = drafter(assistant_model, num_rows, length, vocab_size, do_sample)  # type: ignore[arg-type]
+            # to be lossless, sampling takes its drafts one after the other
+            num_others = NUM_OTHERS if takes_trees and is_adaptive and not do_sample else 0
+            how = (num_rows, length, vocab_size, do_sample, num_others)
+            self.model = drafter(assistant_model, *how)  # type: ignore[arg-type]
         self.lookup: LookupDrafter | None = None
         if max_matching_ngram_size:
             lookup_length = DraftLength(DraftCosts(verify=costs.verify), is_adaptive)
             self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
         self._drafters = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
         self._from_model: list[bool] = []
-        self._kinds: list[list[int]] | None = None
+        self._last: Proposal = Proposal([])
         self._rows: list[Row] = []
 
     @property
@@ -97,7 +106,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         uses_model = self.model is not None and max(num_tokens) > 0 and self._prefers_model(found, max(num_tokens))
         made = self.model.draft(rows, num_tokens) if uses_model and self.model is not None else nothing
         proposal, self._from_model = _merge(found, made)
-        self._kinds = proposal.kinds
+        self._last = proposal
         self.num_plain_rounds += bool(self._drafters) and not any(proposal.drafts)
         return proposal
 
@@ -109,27 +118,23 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
                 return False
         return self.model.length.starts()
 
-    def record(self, num_accepted: Sequence[int]) -> None:
-        """Learns how many of each row's drafts the target accepted."""
-        for from_model, kinds, num in zip(self._from_model, self._kinds or [], num_accepted, strict=False):
+    def record(self, paths: Sequence[Sequence[int]]) -> None:
+        """Learns which of each row's drafts the target accepted."""
+        no_trees: list[Sequence[int] | None] = [None for _ in paths]
+        rows = zip(self._from_model, self._last.kinds or [], self._last.parents or no_trees, paths, strict=False)
+        for from_model, kinds, parents, path in rows:
             drafter = self.model if from_model else self.lookup
             if drafter is not None and kinds:
-                drafter.length.record(kinds, num)
+                drafter.length.record(kinds, path, parents)
+        for row, path in enumerate(paths):
+            num_first = sum(draft == index for index, draft in enumerate(path))
+            if self.model is not None and num_first < len(path):
+                self.model.reject_after(row, num_first)
 
-    def observe(
-        self, starts: Sequence[int], blocks: Sequence[Sequence[int]], states_BTF: Tensor, first_row: int = 0
-    ) -> None:
-        """Takes the target's states of `layers` for blocks of context tokens.
-
-        Args:
-            starts (`Sequence[int]`): Where in its row's context each block begins.
-            blocks (`Sequence[Sequence[int]]`): The tokens of consecutive rows.
-            states_BTF (`torch.Tensor` of shape `(B, T, F)`): Their states, aligned to the right.
-            first_row (`int`, *optional*, defaults to 0): The row of the first block.
-        """
+    def observe(self, row: int, start: int, states_TF: Tensor) -> None:
+        """Takes the target's states of `layers` of a row's context, from position `start` on."""
         if isinstance(self.model, HeadDrafter):
-            for index, (start, block, states_TF) in enumerate(zip(starts, blocks, states_BTF, strict=True)):
-                self.model.observe(first_row + index, start, states_TF[states_TF.shape[0] - len(block) :])
+            self.model.observe(row, start, states_TF)
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""
@@ -167,7 +172,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: LongTensor, scores: Tensor, num_matches: int) -> None:
         """transformers' `CandidateGenerator` contract. Learns from what was accepted."""
-        self.record([num_matches])
+        self.record([range(num_matches)])
 
 
 def sample_segments(
@@ -223,8 +228,8 @@ def _merge(found: Proposal, made: Proposal) -> tuple[Proposal, list[bool]]:
         return (made if any(from_model) else found), from_model
     chosen = [model if model else lookup for model, lookup in zip(made.drafts, found.drafts, strict=True)]
     no_kinds: list[list[int]] = [[] for _ in chosen]
-    pairs = zip(from_model, made.kinds or no_kinds, found.kinds or no_kinds, strict=True)
-    kinds = [model if is_model else lookup for is_model, model, lookup in pairs]
+    triples = zip(from_model, made.kinds or no_kinds, found.kinds or no_kinds, strict=True)
+    kinds = [model if is_model else lookup for is_model, model, lookup in triples]
     probs_BGV = None
     if made.probs_BGV is not None:
         most = max(len(tokens) for tokens in chosen)
@@ -233,6 +238,10 @@ def _merge(found: Proposal, made: Proposal) -> tuple[Proposal, list[bool]]:
             if not is_model and tokens:
                 # a token that was looked up is certain
                 probs_BGV[row, most - len(tokens) + torch.arange(len(tokens)), torch.tensor(tokens)] = 1.0
+    if made.parents is not None:
+        pairs = zip(from_model, made.parents, chosen, strict=True)
+        parents = [tree if is_model else chain_parents(len(tokens)) for is_model, tree, tokens in pairs]
+        return Proposal(chosen, probs_BGV, kinds, parents), from_model
     return Proposal(chosen, probs_BGV, kinds), from_model
 
 

@@ -1,4 +1,4 @@
-"""The decoding loop: draft, score, verify, commit, or recover. It alone calls models and owns caches.
+"""The decoding loop: draft, score, verify, commit, or recover. Here and in `safety_mode` models are called.
 
 One round of General Mode is ONE forward of the target. Its logits verify the draft, its hidden states give the risk of
 every position. A row whose risk reaches the threshold goes through Safety Mode and comes back. Rows are independent:
@@ -19,29 +19,27 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import CachedModel
-from .candidates import SafeSpecCandidateGenerator, sample_segments
+from .candidates import SafeSpecCandidateGenerator
+from .commit import Committer, Flag
+from .draft_tree import accept_greedy, chain_parents, path_to
 from .drafters import Proposal
-from .logits import SafeSpecLogitsProcessor, process_rows
-from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics
+from .logits import process_rows
+from .outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .plan import Plan
-from .recovery import choose, next_step
 from .rows import Row, pad_rows
-from .verification import Verification, mean_log_prob, verify_greedy, verify_sampled
-
-
-class Flag(NamedTuple):
-    """What was taken back for an unsafe token; the fields are those of [`SafeSpecEvent`]."""
-
-    position: int
-    risk: float
-    kept: int
-    num_discarded: int
+from .safety_mode import SafetyMode
+from .tap import split_tap
+from .verification import Verification, verify_sampled
 
 
 class Scored(NamedTuple):
-    """A row's share of a round, on the host; pooled states stay on the device."""
+    """A row's share of a round, on the host; pooled states stay on the device.
 
-    num_accepted: int
+    `path` names the drafts that were accepted; risks and pooled states are of the tokens that waited and of all
+    drafts.
+    """
+
+    path: list[int]
     next_token: int
     risks: list[float]
     pooled_TF: Tensor | None
@@ -66,17 +64,19 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
-        risk_layers = [] if plan.monitor is None else plan.monitor.layers
-        self.target = CachedModel(model, len(rows), [*risk_layers, *candidates.layers])
         # of the tapped states, the first ones are the safety head's and the others the draft head's
-        self._draft_share = len(candidates.layers) / max(len(self.target.layers), 1)
+        self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
+        self.target = CachedModel(model, len(rows), [*self._risk_layers, *candidates.layers])
         self.rows = rows
         self.live = list(rows)
         self.candidates = candidates
         self.plan = plan
         self.streamer = streamer
         self.statistics = SafeSpecStatistics()
-        self._generators: dict[int, torch.Generator] = {}
+        self.commits = Committer(plan, self.statistics)
+        self.safety_mode: SafetyMode | None = None
+        if plan.monitor is not None:
+            self.safety_mode = SafetyMode(self.target, candidates, plan, plan.monitor, self.commits)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -93,21 +93,19 @@ class Decoder:
             row.context(length) + drafts
             for row, length, drafts in zip(self.live, self.target.lengths, proposal.drafts, strict=True)
         ]
-        num_logits = 1 + max(len(drafts) for drafts in proposal.drafts)
-        starts = list(self.target.lengths)
-        output = self.target.forward(blocks, num_logits)
-        risk_states_BTF, draft_states_BTF = self._split(output.hidden_BTF)
-        if draft_states_BTF is not None:
-            self.candidates.observe(starts, blocks, draft_states_BTF)
-        verification = self._verify(proposal, output.logits_BTV)
-        scored = self._score(proposal, verification, risk_states_BTF)
+        starts, num_logits = list(self.target.lengths), 1 + max(len(drafts) for drafts in proposal.drafts)
+        output = self.target.forward(blocks, num_logits, parents=proposal.parents)
+        risk_states_BTF, draft_states_BTF = split_tap(
+            output.hidden_BTF, len(self._risk_layers), len(self.target.layers)
+        )
+        scored = self._score(proposal, self._verify(proposal, output.logits_BTV), risk_states_BTF)
         triples = zip(self.live, proposal.drafts, scored, strict=True)
         flags = [self._commit(row, drafts, result) for row, drafts, result in triples]
-        self.candidates.record([result.num_accepted for result in scored])
+        self._keep_accepted(proposal, [result.path for result in scored], starts, blocks, draft_states_BTF)
         self._roll_back_caches()
         for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):
-            if flag is not None:
-                self._recover(index, row, flag)
+            if flag is not None and self.safety_mode is not None:
+                self.safety_mode.recover(index, row, flag)
         self.statistics.num_rounds += 1
         self._stream()
         self._drop_finished()
@@ -123,220 +121,110 @@ class Decoder:
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
 
-    def _split(self, hidden_BTF: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The safety head's part of the tapped states, and the draft head's."""
-        if hidden_BTF is None or self._draft_share == 0:
-            return hidden_BTF, None
-        num_own = round(hidden_BTF.shape[-1] * (1 - self._draft_share))
-        return hidden_BTF[..., :num_own], hidden_BTF[..., num_own:]
+    def _keep_accepted(
+        self,
+        proposal: Proposal,
+        paths: Sequence[list[int]],
+        starts: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        states_BTF: Tensor | None,
+    ) -> None:
+        """What a round leaves to caches and drafters: of a tree, the path that was accepted."""
+        self.candidates.record(paths)
+        for index, (drafts, path) in enumerate(zip(proposal.drafts, paths, strict=True)):
+            is_prefix = path == list(range(len(path)))
+            if not is_prefix:
+                self.target.keep_drafts(index, len(drafts), path)
+            if states_BTF is not None:
+                num_others = len(blocks[index]) - len(drafts)
+                states_TF = states_BTF[index, states_BTF.shape[1] - len(blocks[index]) :]
+                if not is_prefix:
+                    states_TF = torch.cat([states_TF[:num_others], states_TF[num_others:][path]])
+                self.candidates.observe(index, starts[index], states_TF)
 
-    def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification:
+    def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
+        """What sampling accepted, or the target's greedy choice at every position."""
+        scores_BTV = self._process(proposal, logits_BTV)
+        if not self.plan.do_sample:
+            return scores_BTV.argmax(dim=-1)
         device, num_positions = logits_BTV.device, logits_BTV.shape[1]
         padded = [[0] * (num_positions - 1 - len(drafts)) + drafts for drafts in proposal.drafts]
         drafts_BG = torch.tensor(padded, dtype=torch.long).view(len(padded), -1).to(device, non_blocking=True)
         num_drafts_B = torch.tensor([len(drafts) for drafts in proposal.drafts]).to(device, non_blocking=True)
-        scores_BTV = self._process(proposal.drafts, logits_BTV)
-        if not self.plan.do_sample:
-            return verify_greedy(scores_BTV, drafts_BG, num_drafts_B)
         probs = None if proposal.probs_BGV is None else proposal.probs_BGV.to(device)
         return verify_sampled(scores_BTV.float(), drafts_BG, num_drafts_B, probs)
 
-    def _process(self, drafts: Sequence[Sequence[int]], logits_BTV: Tensor) -> Tensor:
+    def _process(self, proposal: Proposal, logits_BTV: Tensor) -> Tensor:
         """The caller's processors, once per position; rows are aligned to the right."""
         if not self.live[0].processors:
             return logits_BTV
         num_positions = logits_BTV.shape[1]
         columns = []
         for position in range(num_positions):
-            extras = [tokens[: max(position - (num_positions - 1 - len(tokens)), 0)] for tokens in drafts]
+            extras = []
+            for index, drafts in enumerate(proposal.drafts):
+                last = position - (num_positions - len(drafts))
+                parents = chain_parents(len(drafts)) if proposal.parents is None else proposal.parents[index]
+                extras.append([drafts[draft] for draft in path_to(last, parents)] if last >= 0 else [])
             columns.append(process_rows(self.live, extras, logits_BTV[:, position]))
         return torch.stack(columns, dim=1)
 
-    def _score(self, proposal: Proposal, verified: Verification, hidden_BTF: Tensor | None) -> list[Scored]:
+    def _score(self, proposal: Proposal, verified: Verification | Tensor, hidden_BTF: Tensor | None) -> list[Scored]:
         """Risks of all tokens that wait for one, drafts included, and the round's only transfer to the host."""
         start = time.perf_counter()
-        parts = [verified.num_accepted_B, verified.next_token_B]
+        parts = [verified.flatten()] if isinstance(verified, Tensor) else list(verified)
+        trees: Sequence[Sequence[int] | None] = proposal.parents or [None for _ in self.live]
         pooled: list[Tensor] = []
         if self.plan.monitor is not None and hidden_BTF is not None:
-            triples = zip(self.live, proposal.drafts, hidden_BTF, strict=True)
-            pooled = [self.plan.monitor.pool(row, drafts, hidden_TF) for row, drafts, hidden_TF in triples]
+            pool = self.plan.monitor.pool
+            pooled = [pool(*args) for args in zip(self.live, proposal.drafts, hidden_BTF, trees, strict=True)]
             parts.append(self.plan.monitor.risks(pooled))
-        device = verified.next_token_B.device  # float32 holds every token id below 2**24
-        values = iter(torch.cat([part.float().to(device) for part in parts]).tolist())
-        num_accepted, next_tokens = [[int(next(values)) for _ in self.live] for _ in range(2)]
-        risks = [[next(values) for _ in states] for states in pooled] or [[] for _ in self.live]
+        device = parts[0].device  # float32 holds every token id below 2**24
+        values = torch.cat([part.float().to(device) for part in parts]).tolist()
+        accepted = self._read_accepted(proposal, verified, values)
+        after = iter(values[sum(part.numel() for part in parts[: len(parts) - bool(pooled)]) :])
+        risks = [[next(after) for _ in states] for states in pooled]
         self.statistics.head_seconds += time.perf_counter() - start
-        states: Sequence[Tensor | None] = pooled or [None for _ in self.live]
-        return [Scored(*fields) for fields in zip(num_accepted, next_tokens, risks, states, strict=True)]
+        if not pooled:
+            return [Scored(path, token, [], None) for path, token in accepted]
+        triples = zip(accepted, risks, pooled, strict=True)
+        return [Scored(path, token, values, states) for (path, token), values, states in triples]
+
+    def _read_accepted(
+        self, proposal: Proposal, verified: Verification | Tensor, values: Sequence[float]
+    ) -> list[tuple[list[int], int]]:
+        """For each row the path that was accepted, and the target's token after it."""
+        num_rows = len(self.live)
+        if not isinstance(verified, Tensor):
+            pairs = zip(values[:num_rows], values[num_rows : 2 * num_rows], strict=True)
+            return [(list(range(int(num))), int(token)) for num, token in pairs]
+        width, found = verified.shape[1], []
+        for index, drafts in enumerate(proposal.drafts):
+            choices = [int(value) for value in values[(index + 1) * width - 1 - len(drafts) : (index + 1) * width]]
+            parents = chain_parents(len(drafts)) if proposal.parents is None else proposal.parents[index]
+            found.append(accept_greedy(choices, drafts, parents))
+        return found
 
     def _commit(self, row: Row, drafts: Sequence[int], scored: Scored) -> Flag | None:
         """Adds a row's verified tokens up to its end; takes back an unsafe one with its segment."""
         self.statistics.num_draft_tokens += len(drafts)
-        self.statistics.num_accepted_tokens += scored.num_accepted
+        self.statistics.num_accepted_tokens += len(scored.path)
         num_waiting, reason = row.num_unscored(), row.closing
-        new = [(token, Provenance.DRAFTED) for token in drafts[: scored.num_accepted]]
+        new = [(drafts[index], Provenance.DRAFTED) for index in scored.path]
         if reason is None:
-            reason = self._append(row, [*new, (scored.next_token, Provenance.TARGET)])
-        num_read = min(num_waiting + len(drafts[: scored.num_accepted]), row.num_unscored())
-        return self._settle(row, scored.risks[:num_read], scored.pooled_TF, reason)
-
-    def _append(self, row: Row, tokens: Sequence[tuple[int, Provenance]]) -> str | None:
-        """Adds tokens until one ends the answer; returns why it ended."""
-        for token, origin in tokens:
-            row.append(token, origin)
-            if token in self.plan.eos_ids:
-                return "eos"
-            # hidden text uses up context as well, which `max_length` does not know
-            if row.room <= 0 or (row.has_hidden and row.num_context > self.plan.max_context):
-                return "length"
-            if self.plan.criteria and bool(self.plan.criteria(row.visible_ids(), None).all()):
-                return "stop"
-        return None
-
-    def _settle(self, row: Row, risks: Sequence[float], pooled_TF: Tensor | None, reason: str | None) -> Flag | None:
-        """Records risks; on an unsafe one takes tokens back, otherwise ends the answer if there is a `reason`."""
-        # not "risk >= threshold": a nan must never pass for safe
-        unsafe = [index for index, risk in enumerate(risks) if not risk < self.plan.risk_threshold]
-        num_safe = unsafe[0] if unsafe else len(risks)
+            reason = self.commits.append(row, [*new, (scored.next_token, Provenance.TARGET)])
+        num_read = min(num_waiting + len(scored.path), row.num_unscored())
+        read = [*range(num_waiting), *(num_waiting + index for index in scored.path)][:num_read]
+        risks, pooled_TF = [scored.risks[index] for index in read] if scored.risks else [], scored.pooled_TF
         if pooled_TF is not None:
-            row.settle(risks[:num_safe], pooled_TF[:num_safe])
-        elif self.plan.monitor is None:
-            row.num_settled = len(row.tokens)
-        if unsafe:
-            return self._take_back(row, row.num_settled, risks[num_safe])
-        row.finalize()
-        # an answer of one token would otherwise come back without any score
-        is_wanted = self.plan.policy.score_last_token or (row.num_settled == 0 and reason != "eos")
-        needs_score = is_wanted and pooled_TF is not None and row.num_unscored() > 0
-        row.closing = reason if needs_score else None
-        row.finish_reason = None if needs_score else reason
-        return None
-
-    def _take_back(self, row: Row, flagged: int, risk: float) -> Flag:
-        position = len(row.visible(0, flagged))
-        kept, num_discarded = row.rollback(flagged)
-        row.closing = None
-        self.statistics.num_flags += 1
-        self.statistics.num_discarded_tokens += num_discarded
-        return Flag(position, risk, kept, num_discarded)
+            pooled_TF = pooled_TF[:num_read] if read == list(range(num_read)) else pooled_TF[read]
+        return self.commits.settle(row, risks, pooled_TF, reason)
 
     def _roll_back_caches(self) -> None:
         """Every cache forgets what was not kept; the last token of a row always waits for the next forward."""
         lengths = [row.num_context - 1 for row in self.live]
         self.target.keep(lengths)
         self.candidates.keep(lengths)
-
-    def _recover(self, index: int, row: Row, flag: Flag) -> None:
-        """Safety Mode: reflect, sample K continuations, keep the safest; refuse when attempts run out."""
-        policy, reflection_ids = self.plan.policy, self.plan.reflection_ids
-        num_shown = len(reflection_ids) if policy.keep_reflection else 0
-        room = min(
-            policy.max_segment_tokens,
-            row.room - num_shown,
-            self.plan.max_context - row.num_context - len(reflection_ids),
-        )
-        if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            for token in reflection_ids:
-                row.append(token, Provenance.REFLECTION)
-        while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            row.num_recoveries += 1
-            self.statistics.num_recovery_attempts += 1
-            if self._resample(index, row, flag, room):
-                return
-        self._refuse(row, flag)
-
-    def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
-        """One attempt. Returns whether a safe continuation was found."""
-        segments = self._sample(index, row, flag, max_tokens)
-        scorer = self.target.fork(index, len(segments))
-        start = scorer.lengths[0]
-        blocks = [row.context(start) + tokens for tokens in segments]
-        output = scorer.forward(blocks, 1 + max(len(tokens) for tokens in segments))
-        risk_states_BTF, draft_states_BTF = self._split(output.hidden_BTF)
-        risks, pooled = self._score_segments(row, segments, risk_states_BTF)
-        log_probs = [mean_log_prob(logits, tokens) for logits, tokens in zip(output.logits_BTV, segments, strict=True)]
-        # not max(): a nan must never pass for safe
-        worst = [max(values, key=lambda risk: 2.0 if risk != risk else risk) for values in risks]
-        choice = choose(worst, log_probs, self.plan.risk_threshold)
-        outcome = "recovered" if choice.is_safe else "retried"
-        chosen = choice.candidate if choice.is_safe else None
-        self._record(row, flag, outcome, tuple(worst), tuple(log_probs), chosen)
-        if not choice.is_safe:
-            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments)
-            return False
-        reason = self._append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
-        num_added = row.num_unscored()
-        self._settle(row, risks[choice.candidate][:num_added], pooled[choice.candidate], reason)
-        self.target.replace(index, scorer, choice.candidate)
-        if draft_states_BTF is not None:
-            best = slice(choice.candidate, choice.candidate + 1)
-            self.candidates.observe([start], blocks[best], draft_states_BTF[best], first_row=index)
-        lengths = list(self.target.lengths)
-        lengths[index] = row.num_context - 1
-        self.target.keep(lengths)
-        self.candidates.keep(lengths)
-        return True
-
-    def _sample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> list[list[int]]:
-        """K candidate segments, in one batch that shares the row's cache."""
-        start, policy = time.perf_counter(), self.plan.policy
-        draft = None if policy.candidate_source == "target" else self.candidates.sampler
-        parent = self.target if draft is None else draft
-        steer = SafeSpecLogitsProcessor(
-            row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
-        )
-        segments = sample_segments(
-            parent.fork(index, policy.num_candidates),
-            row,
-            max_tokens=max_tokens,
-            vocab_size=self.candidates.vocab_size,
-            end_ids=self.plan.eos_ids,
-            steer=steer,
-            generator=self._generator(row),
-        )
-        if draft is not None:
-            self.statistics.draft_seconds += time.perf_counter() - start
-        return segments
-
-    def _generator(self, row: Row) -> torch.Generator:
-        """Each row has its own, so that a row recovers in a batch as it would alone."""
-        if row.index not in self._generators:
-            self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
-        return self._generators[row.index]
-
-    def _score_segments(
-        self, row: Row, segments: Sequence[Sequence[int]], hidden_BTF: Tensor | None
-    ) -> tuple[list[list[float]], list[Tensor]]:
-        start, monitor = time.perf_counter(), self.plan.monitor
-        assert monitor is not None
-        assert hidden_BTF is not None
-        pairs = zip(segments, hidden_BTF, strict=True)
-        pooled = [monitor.pool(row, tokens, hidden_TF) for tokens, hidden_TF in pairs]
-        values = iter(monitor.risks(pooled).tolist())
-        risks = [[next(values) for _ in tokens] for tokens in segments]
-        self.statistics.head_seconds += time.perf_counter() - start
-        return risks, pooled
-
-    def _refuse(self, row: Row, flag: Flag) -> None:
-        row.truncate(flag.kept)
-        for token in (self.plan.separator_ids if row.num_visible else []) + self.plan.refusal_ids:
-            if row.room > 0:
-                row.append(token, Provenance.REFUSAL)
-        row.finish_reason = "safety_refusal"
-        self._record(row, flag, "refused")
-
-    def _record(
-        self,
-        row: Row,
-        flag: Flag,
-        outcome: str,
-        risks: tuple[float, ...] = (),
-        log_probs: tuple[float, ...] = (),
-        chosen: int | None = None,
-    ) -> None:
-        kept = len(row.visible(0, flag.kept))
-        event = SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, risks, log_probs, chosen, outcome)
-        row.events.append(event)
 
     def _stream(self) -> None:
         if self.streamer is None:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 NUM_CONFIDENCES = 10
 """Kinds of evidence of a draft model: tenths of its probability. The kinds after them are lengths of matches."""
 MAX_MATCH = 8
+NUM_OTHER_CONFIDENCES = 10
+"""And the last ones are of other guesses beside a draft model's first: twentieths of their probability."""
+FIRST_OTHER = NUM_CONFIDENCES + MAX_MATCH
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without drafts, when drafts have not paid
 
 
@@ -63,7 +66,7 @@ class DraftLength:
         >>> length.starts()
         True
         >>> for _ in range(20):
-        ...     length.record([9, 9], num_accepted=0)
+        ...     length.record([9, 9], path=[])
         >>> length.starts()
         False
     """
@@ -76,6 +79,8 @@ class DraftLength:
         self._next = Chance(0.6)
         self._chances = [Chance((kind + 0.5) / NUM_CONFIDENCES) for kind in range(NUM_CONFIDENCES)]
         self._chances += [Chance(0.3 + 0.6 * size / MAX_MATCH) for size in range(1, MAX_MATCH + 1)]
+        others = [Chance((kind + 0.5) / 2 / NUM_OTHER_CONFIDENCES) for kind in range(NUM_OTHER_CONFIDENCES)]
+        self._chances += others
         self._tokens_per_round = 1.5
         self._pause = self._left = FIRST_PAUSE
 
@@ -103,10 +108,14 @@ class DraftLength:
         reach, num = 1.0, 0
         for kind in kinds:
             reach *= self.chance(kind)
-            if self._worth(reach) <= self.costs.verify:
+            if not self.verifies(reach):
                 break
             num += 1
         return num
+
+    def verifies(self, reach: float) -> bool:
+        """Whether a draft that is there, and is accepted with this chance, is worth verifying."""
+        return not self.is_adaptive or self._worth(reach) > self.costs.verify
 
     def goes_on(self, reach: float) -> bool:
         """Whether another draft is worth making after one that is accepted with this chance."""
@@ -130,18 +139,23 @@ class DraftLength:
             gain += max(self._worth(reach) - cost, 0.0)
         return gain
 
-    def record(self, kinds: Sequence[int], num_accepted: int) -> None:
+    def record(self, kinds: Sequence[int], path: Sequence[int], parents: Sequence[int] | None = None) -> None:
         """Learns from a round of one row.
 
         Args:
             kinds (`Sequence[int]`): The evidence of each draft that was verified.
-            num_accepted (`int`): How many of them were accepted.
+            path (`Sequence[int]`): Which of them were accepted.
+            parents (`Sequence[int]`, *optional*): Of a tree of drafts. Default: a chain.
         """
-        for position, kind in enumerate(kinds[: num_accepted + 1]):
-            is_accepted = position < num_accepted
-            self._chances[kind].record(is_accepted)
-            (self._next if position else self._first).record(is_accepted)
-        self._tokens_per_round += (1 + num_accepted - self._tokens_per_round) / 16
+        for draft, kind in enumerate(kinds):
+            parent = draft - 1 if parents is None else parents[draft]
+            # what continues a rejected draft continues another text: nothing is learned from it
+            if parent >= 0 and parent not in path:
+                continue
+            self._chances[kind].record(draft in path)
+            if kind < FIRST_OTHER:
+                (self._next if parent >= 0 else self._first).record(draft in path)
+        self._tokens_per_round += (1 + len(path) - self._tokens_per_round) / 16
 
     def _worth(self, chance: float) -> float:
         """What a token saved with this chance would have cost."""
@@ -164,3 +178,14 @@ def confidence_kind(probability: float) -> int:
 def match_kind(num_tokens: int) -> int:
     """The evidence of a lookup that matched so many tokens, >= 1."""
     return NUM_CONFIDENCES - 1 + min(num_tokens, MAX_MATCH)
+
+
+def other_kind(probability: float) -> int:
+    """The evidence of another guess, beside the first one, that has this probability.
+
+    Example:
+
+        >>> other_kind(0.0), other_kind(0.12), other_kind(0.5)
+        (18, 20, 27)
+    """
+    return FIRST_OTHER + min(int(probability * 2 * NUM_OTHER_CONFIDENCES), NUM_OTHER_CONFIDENCES - 1)

@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 
 from .cache import BlockOutput, CachedModel
 from .draft import DraftHead
-from .draft_length import DraftLength, confidence_kind, match_kind
+from .draft_length import DraftLength, confidence_kind, match_kind, other_kind
+from .draft_tree import chain_parents, is_chain
 from .logits import process_rows
 from .lookup import NgramIndex
 from .rows import Row
+
+MAX_TREE = 32
+"""Drafts of a row at most, other guesses included, where they are a tree."""
 
 
 class Proposal(NamedTuple):
@@ -28,11 +32,26 @@ class Proposal(NamedTuple):
         probs_BGV (`torch.FloatTensor` of shape `(B, G, V)`, *optional*):
             The distributions they were sampled from, when they were sampled; right-aligned.
         kinds (`list[list[int]]`, *optional*): The evidence for each draft, see [`DraftLength`].
+        parents (`list[list[int]]`, *optional*): Of each draft, where rows are trees; see `draft_tree`.
     """
 
     drafts: list[list[int]]
     probs_BGV: Tensor | None = None
     kinds: list[list[int]] | None = None
+    parents: list[list[int]] | None = None
+
+
+class Step(NamedTuple):
+    """One forward of a draft model: its first guess for the next token, and S - 1 others.
+
+    Attributes:
+        tokens_BS, chances_BS (`torch.Tensor` of shape `(B, S)`): The guesses, and how sure the draft is of each.
+        probs_BV (`torch.Tensor` of shape `(B, V)`, *optional*): What the one guess was sampled from.
+    """
+
+    tokens_BS: Tensor
+    chances_BS: Tensor
+    probs_BV: Tensor | None
 
 
 class LookupDrafter:
@@ -79,41 +98,51 @@ class ModelDrafter:
         length ([`DraftLength`]): How many drafts pay.
         vocab_size (`int`, *optional*): The target's; drafts are limited to it. Default: the draft model's.
         do_sample (`bool`): Sample drafts from the processed distribution instead of taking its argmax.
+        num_others (`int`, defaults to 0): Guesses for a token that may be verified beside the first one.
     """
 
     def __init__(
-        self, model: PreTrainedModel, num_rows: int, length: DraftLength, vocab_size: int | None, do_sample: bool
+        self,
+        model: PreTrainedModel,
+        num_rows: int,
+        length: DraftLength,
+        vocab_size: int | None,
+        do_sample: bool,
+        num_others: int = 0,
     ):
         self.cached = CachedModel(model, num_rows)
         self.length = length
         self.vocab_size = vocab_size
         self.do_sample = do_sample
+        self.num_others = num_others
+        self._starts: list[int] = []
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        """At most `num_tokens[row]` drafts for each row."""
-        tokens: list[Tensor] = []
-        probs: list[Tensor] = []
-        confidences: list[Tensor] = []
+        """At most `num_tokens[row]` drafts for each row, and other guesses beside them."""
+        steps: list[Step] = []
         reach = [1.0] * len(rows)
-        output, kept = self._begin(rows), list(self.cached.lengths)
+        output, self._starts = self._begin(rows), list(self.cached.lengths)
         # on an accelerator, reading how sure the draft is would make the host wait for every token
         reads_early = self.length.is_adaptive and output.logits_BTV.device.type == "cpu"
         most = max(num_tokens) if reads_early else min(max(num_tokens), self.length.plan(max(num_tokens)))
-        for step in range(most):
-            scores_BV, to_token = self._scores(rows, tokens, output.logits_BTV[:, -1])
-            token_B, probs_BV = self._pick(scores_BV)
-            tokens.append(token_B if to_token is None else to_token[token_B])
-            probs.append(probs_BV)
-            if self.length.is_adaptive:
-                confidences.append(probs_BV.amax(dim=-1) if self.do_sample else _top_probability(scores_BV))
+        for number in range(most):
+            steps.append(self._step(rows, [step.tokens_BS[:, 0] for step in steps], output.logits_BTV[:, -1]))
             if reads_early:
-                chances = [self.length.chance(confidence_kind(value)) for value in confidences[-1].tolist()]
+                chances = [self.length.chance(confidence_kind(value)) for value in steps[-1].chances_BS[:, 0].tolist()]
                 reach = [before * chance for before, chance in zip(reach, chances, strict=True)]
-            if step + 1 == most or (reads_early and not self.length.goes_on(max(reach))):
+            if number + 1 == most or (reads_early and not self.length.goes_on(max(reach))):
                 break
-            output = self._go_on(tokens[-1], output)
-        self._end(kept)
-        return self._trim(tokens, probs, confidences, num_tokens)
+            output = self._go_on(steps[-1].tokens_BS[:, 0], output)
+        self._end(self._starts)
+        # a tree's mask grows with the block, and the first one holds the whole prompt
+        has_others = self.num_others > 0 and all(row.tokens for row in rows)
+        return self._propose(steps, num_tokens, has_others)
+
+    def reject_after(self, row: int, num_drafts: int) -> None:
+        """Forgets all but a row's first `num_drafts` drafts: another guess was accepted in the place of the next."""
+        lengths = list(self.cached.lengths)
+        lengths[row] = min(lengths[row], self._starts[row] + num_drafts)
+        self.cached.keep(lengths)
 
     def _begin(self, rows: Sequence[Row]) -> BlockOutput:
         blocks = [row.context(length) for row, length in zip(rows, self.cached.lengths, strict=True)]
@@ -134,26 +163,63 @@ class ModelDrafter:
         extras = torch.stack(list(tokens), 1).tolist() if tokens and has_processors else [[] for _ in rows]
         return process_rows(rows, extras, fit_vocabulary(logits_BV, self.vocab_size)), None
 
-    def _pick(self, scores_BV: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.do_sample:
-            return scores_BV.argmax(dim=-1), scores_BV
-        probs_BV = scores_BV.softmax(dim=-1)
-        return torch.multinomial(probs_BV, 1)[:, 0], probs_BV
+    def _step(self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor) -> Step:
+        scores_BV, to_token = self._scores(rows, tokens, logits_BV)
+        if self.do_sample:
+            probs_BV = scores_BV.softmax(dim=-1)
+            return Step(torch.multinomial(probs_BV, 1), probs_BV.amax(dim=-1, keepdim=True), probs_BV)
+        values_BS, tokens_BS = scores_BV.topk(min(1 + self.num_others, scores_BV.shape[1]), dim=-1)
+        chances_BS = (
+            (values_BS - scores_BV.logsumexp(dim=-1, keepdim=True)).exp() if self.length.is_adaptive else values_BS
+        )
+        return Step(tokens_BS if to_token is None else to_token[tokens_BS], chances_BS, None)
 
-    def _trim(
-        self, tokens: list[Tensor], probs: list[Tensor], confidences: list[Tensor], num_tokens: Sequence[int]
-    ) -> Proposal:
-        drafts = [row[:num] for row, num in zip(torch.stack(tokens, 1).tolist(), num_tokens, strict=True)]
-        kinds: list[list[int]] | None = None
-        if confidences:
-            values = torch.stack(confidences, 1).tolist()
-            evidence = [[confidence_kind(value) for value in row] for row in values]
-            # What is dropped may depend on how sure the draft is, and on the tokens before, but never on the token
-            # itself: what is left would no longer be distributed as its probabilities say.
-            nums = [self.length.num_worthwhile(row[: len(d)]) for row, d in zip(evidence, drafts, strict=True)]
-            drafts = [row[:num] for row, num in zip(drafts, nums, strict=True)]
-            kinds = [row[:num] for row, num in zip(evidence, nums, strict=True)]
-        return Proposal(drafts, _align_right(torch.stack(probs, 1), drafts) if self.do_sample else None, kinds)
+    def _propose(self, steps: Sequence[Step], num_tokens: Sequence[int], has_others: bool) -> Proposal:
+        tokens_BGS = torch.stack([step.tokens_BS for step in steps], 1).tolist()
+        drafts = [[first for first, *_ in row[:num]] for row, num in zip(tokens_BGS, num_tokens, strict=True)]
+        probs = [step.probs_BV for step in steps if step.probs_BV is not None]
+        if not self.length.is_adaptive:
+            return Proposal(drafts, _align_right(torch.stack(probs, 1), drafts) if probs else None)
+        chances_BGS = torch.stack([step.chances_BS for step in steps], 1).tolist()
+        kinds = [
+            [confidence_kind(first) for first, *_ in row[: len(d)]] for row, d in zip(chances_BGS, drafts, strict=True)
+        ]
+        # What is dropped may depend on how sure the draft is, and on the tokens before, but never on the token
+        # itself: what is left would no longer be distributed as its probabilities say.
+        nums = [self.length.num_worthwhile(row) for row in kinds]
+        drafts = [row[:num] for row, num in zip(drafts, nums, strict=True)]
+        kinds = [row[:num] for row, num in zip(kinds, nums, strict=True)]
+        parents = [chain_parents(num) for num in nums]
+        for row in range(len(drafts)) if has_others else ():
+            self._add_others(tokens_BGS[row], chances_BGS[row], num_tokens[row], drafts[row], kinds[row], parents[row])
+        return Proposal(
+            drafts,
+            _align_right(torch.stack(probs, 1), drafts) if probs else None,
+            kinds,
+            None if all(map(is_chain, parents)) else parents,
+        )
+
+    def _add_others(
+        self,
+        tokens_GS: Sequence[Sequence[int]],
+        chances_GS: Sequence[Sequence[float]],
+        num_tokens: int,
+        drafts: list[int],
+        kinds: list[int],
+        parents: list[int],
+    ) -> None:
+        """Adds the other guesses that are worth verifying, as leaves beside the chain."""
+        reach, chain = 1.0, list(kinds)
+        for place, (tokens, chances) in enumerate(zip(tokens_GS[:num_tokens], chances_GS, strict=False)):
+            for token, chance in zip(tokens[1:], chances[1:], strict=True):
+                kind = other_kind(chance)
+                if len(drafts) < MAX_TREE and self.length.verifies(reach * self.length.chance(kind)):
+                    drafts.append(token)
+                    kinds.append(kind)
+                    parents.append(place - 1)
+            if place >= len(chain):
+                return
+            reach *= self.length.chance(chain[place])
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""
@@ -169,11 +235,19 @@ class HeadDrafter(ModelDrafter):
 
     Args:
         head ([`DraftHead`]): Bound to the target.
-        num_rows, length, vocab_size, do_sample: As for [`ModelDrafter`].
+        num_rows, length, vocab_size, do_sample, num_others: As for [`ModelDrafter`].
     """
 
-    def __init__(self, head: DraftHead, num_rows: int, length: DraftLength, vocab_size: int | None, do_sample: bool):
-        super().__init__(head, num_rows, length, vocab_size, do_sample)
+    def __init__(
+        self,
+        head: DraftHead,
+        num_rows: int,
+        length: DraftLength,
+        vocab_size: int | None,
+        do_sample: bool,
+        num_others: int = 0,
+    ):
+        super().__init__(head, num_rows, length, vocab_size, do_sample, num_others)
         self.head = head
         self._windows = [StateWindow(head.config.num_features) for _ in range(num_rows)]
 
@@ -287,10 +361,6 @@ def fit_vocabulary(logits_BV: Tensor, size: int | None) -> Tensor:
     if size is None or logits_BV.shape[1] == size:
         return logits_BV
     return torch.nn.functional.pad(logits_BV[:, :size], (0, max(size - logits_BV.shape[1], 0)), value=-torch.inf)
-
-
-def _top_probability(scores_BV: Tensor) -> Tensor:
-    return (scores_BV.amax(dim=-1) - scores_BV.logsumexp(dim=-1)).exp()
 
 
 def _align_right(probs_BGV: Tensor, drafts: list[list[int]]) -> Tensor:

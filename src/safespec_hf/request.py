@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .cache import check_cache_layers
+from .cache import check_cache_layers, takes_trees
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig
 from .draft import DraftHead
@@ -226,6 +226,7 @@ def make_candidates(
         max_matching_ngram_size=ngram_size,
         do_sample=bool(config.do_sample),
         costs=draft_costs(model, assistant) if policy.adaptive_drafts else None,
+        takes_trees=takes_trees(model),
     )
 
 

@@ -50,13 +50,18 @@ def segment_counts(
     return counts, num_open
 
 
-def pooling_weights(counts: Sequence[int], pooling: str, decay: float) -> Tensor:
+def pooling_weights(
+    counts: Sequence[int], pooling: str, decay: float, previous: Sequence[int] | None = None
+) -> Tensor:
     """Weights that turn a block's hidden states into pooled ones.
 
     Args:
         counts (`Sequence[int]`): For each token, how many tokens of its span come before it.
         pooling (`str`): `"last"`, `"mean"` or `"ewma"`.
         decay (`float`): Weight of the past per token, for `"ewma"`.
+        previous (`Sequence[int]`, *optional*):
+            For each token, which one of the block it follows; -1 for the token before the block. Default: the one
+            before it.
 
     Returns:
         `torch.FloatTensor` of shape `(T, 1 + T)`: Column 0 weighs the pooled state before the block, column `1 + j`
@@ -73,7 +78,8 @@ def pooling_weights(counts: Sequence[int], pooling: str, decay: float) -> Tensor
     for token, count in enumerate(counts):
         own = 1.0 if count == 0 or pooling == "last" else 1 / (count + 1) if pooling == "mean" else 1 - decay
         # a pooled state is a mix of the one before it and the token's own hidden state
-        before = rows[-1] if rows else [1.0] + [0.0] * len(counts)
+        follows = token - 1 if previous is None else previous[token]
+        before = rows[follows] if follows >= 0 else [1.0] + [0.0] * len(counts)
         rows.append([(1 - own) * weight for weight in before])
         rows[-1][1 + token] = own
     return torch.tensor(rows).view(len(counts), 1 + len(counts))

@@ -28,3 +28,16 @@ def read_tap(outputs: Any, layers: Sequence[int], num_positions: int) -> Tensor:
     states = [outputs.hidden_states[layer][:, -num_positions:] for layer in layers]
     # a target spread over several devices keeps each layer's states on its own
     return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
+
+
+def split_tap(hidden_BTF: Tensor | None, num_first: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
+    """Parts tapped states into those of the first layers, which one reader asked for, and the others'.
+
+    Args:
+        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*): See [`read_tap`].
+        num_first, num_layers (`int`): How many layers the first reader asked for, and how many there are.
+    """
+    if hidden_BTF is None or num_first == num_layers:
+        return hidden_BTF, None
+    size = hidden_BTF.shape[-1] * num_first // num_layers
+    return hidden_BTF[..., :size], hidden_BTF[..., size:]

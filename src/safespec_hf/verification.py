@@ -25,27 +25,6 @@ class Verification(NamedTuple):
     next_token_B: Tensor
 
 
-def verify_greedy(scores_BTV: Tensor, drafts_BG: Tensor, num_drafts_B: Tensor) -> Verification:
-    """Greedy acceptance: a draft stands iff it is the target's argmax and every draft before it stands.
-
-    Args:
-        scores_BTV (`torch.FloatTensor` of shape `(B, G + 1, V)`): The target's processed scores.
-        drafts_BG (`torch.LongTensor` of shape `(B, G)`): Drafts, right-aligned.
-        num_drafts_B (`torch.LongTensor` of shape `(B,)`): How many of them each row has.
-
-    Example:
-
-        >>> import torch
-        >>> scores = torch.eye(4)[[1, 2, 3]][None]  # the target would say 1, 2, 3
-        >>> verify_greedy(scores, torch.tensor([[1, 0]]), torch.tensor([2]))
-        Verification(num_accepted_B=tensor([1]), next_token_B=tensor([2]))
-    """
-    choices_BT = scores_BTV.argmax(dim=-1)
-    stands_BG = choices_BT[:, :-1] == drafts_BG
-    position_B, num_accepted_B = _first_rejection(stands_BG, num_drafts_B)
-    return Verification(num_accepted_B, choices_BT.gather(1, position_B[:, None])[:, 0])
-
-
 def verify_sampled(
     scores_BTV: Tensor,
     drafts_BG: Tensor,
