@@ -29,6 +29,7 @@ ORDER = [
     "cache",
     "drafters",
     "candidates",
+    "candidate_scores",
     "plan",
     "commit",
     "safety_mode",

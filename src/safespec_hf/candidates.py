@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .cache import CachedModel
+from .cache import BlockOutput, CachedModel
 from .config import SafeSpecConfig
 from .draft import DraftHead
 from .draft_length import DraftCosts, DraftLength
@@ -18,6 +18,7 @@ from .draft_tree import chain_parents
 from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
 from .rows import Row
 
+Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
 NUM_OTHERS = 3
 """Guesses for a token that may be verified beside the draft's first one."""
 
@@ -184,6 +185,7 @@ def sample_segments(
     steer: LogitsProcessor,
     generator: torch.Generator,
     vocab_size: int | None = None,
+    judge: Judge | None = None,
 ) -> list[list[int]]:
     """Samples one segment for every row of `sampler`, all of which continue the same context.
 
@@ -195,6 +197,9 @@ def sample_segments(
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
         generator (`torch.Generator`): Of the row's device.
         vocab_size (`int`, *optional*): The target's, where the sampler's may be padded differently.
+        judge (`Callable`, *optional*):
+            Called after every forward with the segments, which of them are open, and the forward's output; says
+            which stay open. With a judge the last tokens are read as well.
 
     Returns:
         `list[list[int]]`: K segments, none of them empty.
@@ -205,8 +210,13 @@ def sample_segments(
     ids_KL = row.visible_ids().expand(num, -1)
     segments: list[list[int]] = [[] for _ in range(num)]
     is_open = [True] * num
-    for step in range(max_tokens):
-        logits_KV = fit_vocabulary(sampler.forward(blocks, 1).logits_BTV[:, -1], vocab_size)
+    for step in range(max_tokens if judge is None else max_tokens + 1):
+        output = sampler.forward(blocks, 1)
+        if judge is not None:
+            is_open = judge(segments, is_open, output)
+            if step == max_tokens or not any(is_open):
+                break
+        logits_KV = fit_vocabulary(output.logits_BTV[:, -1], vocab_size)
         logits_KV = logits_KV.to(row.device, torch.float32)
         scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
         token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
@@ -215,7 +225,7 @@ def sample_segments(
                 segments[k].append(token)
                 ends_line = token in row.newline_ids and step + 1 >= policy.min_segment_tokens
                 is_open[k] = not ends_line and token not in end_ids
-        if not any(is_open):
+        if judge is None and not any(is_open):
             break
         ids_KL, blocks = torch.cat([ids_KL, token_K1], dim=1), token_K1
     return segments

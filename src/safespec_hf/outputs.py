@@ -33,7 +33,9 @@ class SafeSpecEvent:
         risk (`float`): Its risk, in [0, 1].
         rolled_back_to (`int`): Returned tokens that were kept.
         num_discarded (`int`): Tokens given up, the flagged one included.
-        candidate_risks (`tuple[float, ...]`): Highest risk along each candidate; empty if none was sampled.
+        candidate_risks (`tuple[float, ...]`):
+            Highest risk along each candidate; empty if none was sampled. Where the target samples, a candidate ends
+            early once it is unsafe or worse than a finished one.
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
         outcome (`str`): `"recovered"`, `"retried"` (no candidate was safe) or `"refused"`.
