@@ -2,7 +2,13 @@
 
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig, SafetyHeadConfig
-from .default_target import DEFAULT_TARGET_ID, load_default_head, load_default_target, load_truncated_draft
+from .default_target import (
+    DEFAULT_TARGET_ID,
+    load_default_draft,
+    load_default_head,
+    load_default_target,
+    load_truncated_draft,
+)
 from .draft import DraftHead, DraftHeadConfig
 from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
 from .head import SafetyHead, target_binding
@@ -32,6 +38,7 @@ __all__ = [
     "__version__",
     "attach_safety_head",
     "detach_safety_head",
+    "load_default_draft",
     "load_default_head",
     "load_default_target",
     "load_truncated_draft",

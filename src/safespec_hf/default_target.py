@@ -14,11 +14,14 @@ from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cach
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .draft import DraftHead
 from .gguf_target import convert_once, find_gguf, is_complete
 from .head import SafetyHead
 
 DEFAULT_TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_HEAD = Path(__file__).parent / "heads" / "smollm2-135m"
+# too large for the wheel: in a source checkout only
+DEFAULT_DRAFT = Path(__file__).parents[2] / "drafts" / "smollm2-135m"
 
 # Raise the number whenever the conversion changes, so that copies made by older code are not taken.
 _CONVERTED_NAME = "SmolLM2-135M-Instruct-Q4_1-v1"
@@ -87,6 +90,36 @@ def load_default_head() -> SafetyHead:
         576
     """
     return SafetyHead.from_pretrained(DEFAULT_HEAD)
+
+
+def load_default_draft(target: PreTrainedModel) -> DraftHead:
+    """Loads the draft head of the default target from a source checkout. How it was made: `recipes/`.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The default target.
+
+    Returns:
+        [`DraftHead`]: Bound to the target, in its type, on its device, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If the package was installed without its source checkout.
+        HeadMismatchError: If the target is another model.
+
+    Example:
+
+        >>> from safespec_hf import load_default_draft, load_default_target
+
+        >>> model, _ = load_default_target()
+        >>> load_default_draft(model).config.draft_vocab_size
+        8192
+    """
+    if not DEFAULT_DRAFT.is_dir():
+        raise FileNotFoundError(
+            f"The default draft is not part of the wheel, and there is no {DEFAULT_DRAFT}. Install from a source "
+            "checkout, or load a copy of its folder `drafts/smollm2-135m` with `DraftHead.from_pretrained`."
+        )
+    draft: Any = DraftHead.from_pretrained(DEFAULT_DRAFT)
+    return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
 
 
 def load_truncated_draft(target: PreTrainedModel, num_layers: int = 2) -> PreTrainedModel:
