@@ -11,6 +11,7 @@ PACKAGE = Path(safespec_hf.__file__).parent
 # Each module or package may import from those before it, never from those after it.
 ORDER = [
     "errors",
+    "packing",
     "config",
     "outputs",
     "tap",

@@ -107,6 +107,19 @@ def choose_prompts(benign: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return parts
 
 
+def choose_references(benign: dict[str, list[Row]]) -> list[Row]:
+    """Answers of others to prompts that are used nowhere else."""
+    references: list[Row] = []
+    for source, num in NUM_REFERENCES.items():
+        taken = {row["prompt"] for row in sample(benign[source], NUM_PROMPTS[source])}
+        free = [row for row in benign[source] if row["prompt"] not in taken and row["response"].strip()]
+        references += [
+            {"prompt": row["prompt"], "response": row["response"], "label": 0, "source": f"reference {source}"}
+            for row in sample(free, num)
+        ]
+    return references
+
+
 def choose_begun(rows: list[Row]) -> dict[str, list[Row]]:
     """Harmful prompts whose answers begin with consent: the target goes on from there."""
     begun = [
@@ -128,13 +141,7 @@ def main() -> None:
     benign |= {name: read(arguments.data / "benign" / f"{name}.jsonl") for name in NUM_REFERENCES}
     labelled = read(arguments.data / "labelled" / "gptfuzz_train.jsonl")
     write(arguments.out / "labelled.jsonl", choose_labelled(labelled))
-    references = [
-        {"prompt": row["prompt"], "response": row["response"], "label": 0, "source": f"reference {source}"}
-        for source, num in NUM_REFERENCES.items()
-        for row in sample(benign[source], num)
-        if row["response"].strip()
-    ]
-    write(arguments.out / "references.jsonl", references)
+    write(arguments.out / "references.jsonl", choose_references(benign))
     for name, rows in choose_prompts(benign).items():
         write(arguments.out / f"safe_prompts_{name}.jsonl", rows)
     for name, rows in choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl")).items():

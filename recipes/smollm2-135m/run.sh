@@ -5,7 +5,7 @@ DATA=$1
 WORK=${2:-work}
 HERE=$(dirname "$0")
 LAYERS=12,16,18,20,22,24,26
-COMMON="--cache $WORK/cache --max-response-tokens 192"
+COMMON="--cache $WORK/cache --max-response-tokens 192 --dtype bfloat16"
 
 python "$HERE/prepare.py" --data "$DATA" --out "$WORK"
 for PART in train validation calibration; do

@@ -121,12 +121,13 @@ def train(
     from .head import target_binding
     from .training.features import Reading
     from .training.report import provenance
-    from .training.train import TrainSettings, split_by_group, sweep_readings, train_head
+    from .training.train import TrainSettings, check_sets, split_by_group, sweep_readings, train_head
 
     examples = _load_labelled(data, benign)
     held_out = _load_labelled(validation, None) if validation else None
     if held_out is None:
         examples, held_out = split_by_group(examples, 0.2, seed)
+    check_sets(examples, held_out)
     model, tokenizer = _load_target(target, dtype)
     settings = _feature_settings(model, layers or read_layers, max_response_tokens)
     training_set = _extract(model, tokenizer, examples, cache, settings)

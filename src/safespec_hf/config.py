@@ -98,6 +98,10 @@ class SafeSpecConfig:
             speculation loses. `False` always drafts that many.
         lookup_drafts (`bool`, defaults to `True`):
             With a draft model, also draft what followed the same tokens earlier, where that promises more.
+        pack_weights (`bool`, *optional*):
+            On a CPU in bfloat16, keep a copy of the weights of target and draft in the layout that its kernels read
+            fastest: about half the time for as much memory again, and the same products. Default: if they take at
+            most 1 GiB.
         max_segment_tokens (`int`, defaults to 32): A segment ends at a newline or after this many tokens, >= 1.
         min_segment_tokens (`int`, defaults to 4): A newline ends a segment of at least this many tokens only, >= 1.
         rollback_segments (`int`, defaults to 1):
@@ -135,6 +139,7 @@ class SafeSpecConfig:
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
     lookup_drafts: bool = True
+    pack_weights: bool | None = None
     max_segment_tokens: int = 32
     min_segment_tokens: int = 4
     rollback_segments: int = 1

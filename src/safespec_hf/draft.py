@@ -166,13 +166,13 @@ class DraftHead(StrictModel):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.norm = nn.Parameter(torch.ones(width))
         self.register_buffer("token_ids", torch.arange(config.draft_vocab_size))
-        for name in ("rope_P2C", "output_VD", "output_bias_V"):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("rope_P2C", None, persistent=False)
+        self.output = _TargetRows()
         self._embedding: tuple[Tensor, ...] = ()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not isinstance(module, _TargetRows):
             nn.init.normal_(module.weight, std=0.02)
 
     def _supports_logits_to_keep(self) -> bool:
@@ -201,7 +201,7 @@ class DraftHead(StrictModel):
         """
         inputs, outputs = target.get_input_embeddings(), target.get_output_embeddings()
         is_bound = bool(self._embedding) and self._embedding[0] is getattr(inputs, "weight", None)
-        if is_bound and self.output_VD.dtype == self.dtype and self.output_VD.device == self.device:
+        if is_bound and (self.output.weight.dtype, self.output.weight.device) == (self.dtype, self.device):
             return self
         check_binding(self, target_binding(target), ignore_mismatches)
         matrices = [module.weight for module in (inputs, outputs) if isinstance(module, (nn.Embedding, nn.Linear))]
@@ -213,9 +213,9 @@ class DraftHead(StrictModel):
         # in a tuple, or it would count as a weight of this model and be moved and saved with it
         self._embedding = (matrices[0],)
         own, rows = self.fuse.weight, self.token_ids.to(matrices[1].device)
-        self.output_VD = matrices[1][rows].to(own)
+        self.output.weight = matrices[1][rows].to(own)
         bias = getattr(outputs, "bias", None)
-        self.output_bias_V = None if bias is None else bias[rows].to(own)
+        self.output.bias = None if bias is None else bias[rows].to(own)
         self.rope_P2C = _rope_table(self.config).to(own)
         return self
 
@@ -301,7 +301,7 @@ class DraftHead(StrictModel):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits over the draft vocabulary, of shape `(B, T, V)`."""
-        return F.linear(F.rms_norm(hidden_BTD, (self.width,), self.norm, self.eps), self.output_VD, self.output_bias_V)
+        return self.output(F.rms_norm(hidden_BTD, (self.width,), self.norm, self.eps))
 
     def _fuse(self, states: Tensor, num_fused: int | None) -> Tensor:
         states = states.to(self.fuse.weight.device, self.fuse.weight.dtype)
@@ -310,6 +310,18 @@ class DraftHead(StrictModel):
         if num_fused is None:
             return self.fuse(states)
         return torch.cat([self.fuse(states[:, :num_fused]), states[:, num_fused:, : self.width]], dim=1)
+
+
+class _TargetRows(nn.Linear):
+    """A linear layer of another model's weights, which are neither trained nor saved here."""
+
+    weight: Any  # a buffer of shape `(V, D)` in place of a parameter
+    bias: Any  # of shape `(V,)`, or none
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        for name in ("weight", "bias"):
+            self.register_buffer(name, None, persistent=False)
 
 
 def _attend(query_BTHC: Tensor, key_BKLC: Tensor, value_BKLC: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from .errors import UnsupportedRequestError
 from .head import SafetyHead, check_binding, target_binding
 from .monitor import RiskMonitor
 from .outputs import SafeSpecOutput
+from .packing import packed_weights
 from .plan import Plan
 from .request import (
     DEFAULT_NUM_DRAFT_TOKENS,
@@ -263,7 +264,9 @@ class GuardedCall:
         cache: Any = model_kwargs.get("past_key_values")
         if getattr(cache, "_is_user_defined", False):
             decoder.target.adopt(cache)
-        decoder.run()
+        models = [model] if self.assistant is None else [model, self.assistant]
+        with packed_weights(models, self.policy.pack_weights):
+            decoder.run()
         pad = generation_config._pad_token_tensor
         output = decoder.output(input_ids, 0 if pad is None else int(pad))
         return output if generation_config.return_dict_in_generate else output.sequences

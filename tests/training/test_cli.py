@@ -55,6 +55,12 @@ def test_data_is_checked_before_a_model_is_loaded(tmp_path):
         run("train", data, "--out", tmp_path, "--target", "no/such-model")
 
 
+def test_leaking_groups_are_refused_before_a_model_is_loaded(tmp_path):
+    data = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(24)])
+    with pytest.raises(SafeSpecError, match="in both training and validation, the one of '"):
+        run("train", data, "--validation", data, "--out", tmp_path, "--target", "no/such-model")
+
+
 def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["safespec", "features", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(SystemExit, match="1"):

@@ -123,7 +123,7 @@ def train_head(
         SafeSpecError: If groups leak, or a set lacks one of the classes.
     """
     settings = settings or TrainSettings()
-    _check_sets(train, validation)
+    check_sets(train.examples, validation.examples)
     inputs_PF = _inputs(train.features, hidden_layers, reading)
     targets_P, weights_P = _targets(train, settings)
     is_used = weights_P > 0
@@ -198,13 +198,22 @@ def highest_risks(risks_P: Tensor, data: Dataset) -> Tensor:
     return highest_N.scatter_reduce(0, data.features.example, risks_P, "amax")
 
 
-def _check_sets(train: Dataset, validation: Dataset) -> None:
-    for name, data in (("training", train), ("validation", validation)):
-        if len(set(data.labels.tolist())) < 2:
-            raise SafeSpecError(f"The {name} set has {len(data.examples)} answers of one class; both are needed.")
-    shared = {example.group for example in train.examples} & {example.group for example in validation.examples}
+def check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:
+    """Raises if a head can't be trained on these.
+
+    Raises:
+        SafeSpecError: If groups leak, or a set lacks one of the classes.
+    """
+    for name, examples in (("training", train), ("validation", validation)):
+        if len({example.label for example in examples}) < 2:
+            raise SafeSpecError(f"The {name} set has {len(examples)} answers of one class; both are needed.")
+    shared = sorted({example.group for example in train} & {example.group for example in validation})
     if shared:
-        raise SafeSpecError(f"{len(shared)} groups are in both training and validation. Split by group.")
+        ids = [example.id for example in validation if example.group == shared[0]]
+        raise SafeSpecError(
+            f"{len(shared)} groups are in both training and validation, the one of {ids[0]!r} for instance. Split by "
+            "group: the prompt, unless rows say otherwise."
+        )
 
 
 def _inputs(features: Features, hidden_layers: Sequence[int], reading: Reading) -> Tensor:

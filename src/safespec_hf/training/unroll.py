@@ -98,7 +98,7 @@ def score_batch(draft: DraftHead, batch: Batch, num_depths: int, depth_decay: fl
     # after an answer's last token comes one that is not written down, but the target's distribution is there
     is_used_BA = is_answer_BA & ((label_BA >= 0) | ~is_known_BA)
     with torch.no_grad():
-        probs_NV = F.linear(batch.last_BAD[is_used_BA], draft.output_VD, draft.output_bias_V).softmax(dim=-1)
+        probs_NV = draft.output(batch.last_BAD[is_used_BA]).softmax(dim=-1)
     row_BA = is_used_BA.flatten().cumsum(0).view_as(is_used_BA) - 1
     losses, num_hits, num_chains, num_all = [], [], [], []
     is_right_BR = torch.ones_like(is_known_BA)

@@ -1,0 +1,108 @@
+"""bfloat16 weights on a CPU, copied into the layout that its kernels read fastest. The products stay the same.
+
+A forward over few tokens is little but reading weights, and oneDNN reads a matrix that lies in blocks about twice as
+fast as one that lies in rows. torch.compile does the same when it freezes a model; here it takes no compilation, and a
+tenth of a second for 100 million weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+MAX_AUTO_BYTES = 2**30
+"""Packed weights take as much memory again. Up to this size nobody has to be asked."""
+
+
+class Packed(NamedTuple):
+    """A packed copy, and what tells whether it is still one."""
+
+    weight: Tensor
+    print: tuple[int, int, int]
+
+
+_PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A packed copy of a matrix, for [`multiply`]; `None` where there is no such thing."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not _is_supported():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def multiply(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` with a packed matrix. Has no gradient.
+
+    Example:
+
+        >>> import torch
+        >>> weight = torch.eye(2, dtype=torch.bfloat16)
+        >>> packed = pack(weight)
+        >>> inputs = torch.ones(1, 2, dtype=torch.bfloat16)
+        >>> (inputs if packed is None else multiply(inputs, packed, None)).tolist()
+        [[1.0, 1.0]]
+    """
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+
+
+@contextmanager
+def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -> Iterator[None]:
+    """Runs the linear layers of models with packed weights.
+
+    Copies are kept for the next time, as long as the layer lives and its weights are the same.
+
+    Args:
+        models (`Sequence[torch.nn.Module]`): What is on a CPU in bfloat16 is packed, the rest is left alone.
+        is_wanted (`bool`, *optional*): `None` packs if the weights take at most 1 GiB.
+    """
+    layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain(layer)]
+    num_bytes = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if is_wanted is False or (is_wanted is None and num_bytes > MAX_AUTO_BYTES):
+        layers = []
+    patched = []
+    try:
+        for layer in layers:
+            # in the instance's own dictionary, where `Module.__call__` looks first
+            layer.__dict__["forward"] = functools.partial(multiply, packed=_packed(layer), bias=layer.bias)
+            patched.append(layer)
+        yield
+    finally:
+        for layer in patched:
+            layer.__dict__.pop("forward", None)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    is_linear = is_linear and "forward" not in layer.__dict__
+    return is_linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16 and _is_supported()
+
+
+def _packed(layer: Any) -> Tensor:
+    now = (layer.weight.data_ptr(), layer.weight._version, _sum_bits(layer.weight.detach()))
+    known = _PACKED.get(layer)
+    if known is None or known.print != now:
+        packed = pack(layer.weight)
+        assert packed is not None
+        known = _PACKED[layer] = Packed(packed, now)
+    return known.weight
+
+
+def _sum_bits(weight: Tensor) -> int:
+    """Changes with the weights, even where the version counter does not, as when an adapter is merged."""
+    bits = weight.reshape(-1)
+    num = bits.numel() // 4 * 4  # as 64-bit numbers they are read as fast as memory can
+    return int(bits[:num].view(torch.int64).sum()) + int(bits[num:].view(torch.int16).sum())
+
+
+@functools.cache
+def _is_supported() -> bool:
+    has_ops = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return bool(torch.backends.mkldnn.is_available() and has_ops and torch.ops.mkldnn._is_mkldnn_bf16_supported())
