@@ -183,7 +183,8 @@ def make_arms(draft: Any, text: Text, settings: Settings) -> list[Arm]:
             fixed: dict[str, Any] = (
                 {"num_draft_tokens": gamma, "adaptive_drafts": False, "lookup_drafts": False} if gamma else {}
             )
-            policy = SafeSpecConfig(risk_threshold=1.0, **fixed)
+            # theory is about speculation alone
+            policy = SafeSpecConfig(risk_threshold=1.0, pack_weights=False, **fixed)
             prepare = partial(lambda _, set_draft: set_draft(), set_draft=set_draft)
             arms.append(Arm(arm_name(acceptance, gamma), {}, True, policy, draft, prepare=prepare))
     return arms

@@ -10,7 +10,8 @@ that a machine that gets slower or faster meets all of them. Ratios are per prom
 whole calls, prefill included; medians come with a bootstrap 95 % interval over prompts. Parts:
 
 real         (a) target.generate, (b) transformers' prompt lookup and assisted decoding, each with the best of some
-             settings on other prompts, (c) ours with the head off, (d) ours with the head on; greedy, `--dtype`.
+             settings on other prompts, (c) ours with the head off, (d) ours with the head on, and (d) without
+             packed weights, which is what speculation alone gives; greedy, `--dtype`.
 fp32, sampled  the same in float32, and sampled at `--temperature`.
 parity       float32, a head that never fires: token-identical to (a)?
 recovery     the head is made to fire 1 to 4 times per answer.

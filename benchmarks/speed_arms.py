@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safespec_hf import SafeSpecConfig, SafeSpecOutput
 from safespec_hf.modeling import GuardedCall
+from safespec_hf.packing import packed_weights
 
 RAW_REPEATS = 3
 Encode = Callable[[str], dict[str, Tensor]]
@@ -199,17 +200,24 @@ def time_raw_forwards(
     tokens, own = answers[plain.name], runs[ours.name]
     half = torch.tensor([tokens[: max(len(tokens) // 2, 1)]], device=prompt_ids.device)
     context_ids = torch.cat([prompt_ids, half], dim=1)
-    blocks = time_blocks(model, context_ids, sorted({1, *own.blocks}))
-    prefill = statistics.median(time_forward(model, prompt_ids) for _ in range(RAW_REPEATS))
-    draft_seconds, source = raw_draft_seconds(ours.assistant, context_ids, own)
+    plain_blocks, plain_prefill = time_blocks(model, context_ids, [1]), time_prefill(model, prompt_ids)
+    drafts = [ours.assistant] if isinstance(ours.assistant, nn.Module) else []
+    with packed_weights([model, *drafts], ours.policy.pack_weights):  # as our arm ran
+        blocks, prefill = time_blocks(model, context_ids, sorted({1, *own.blocks})), time_prefill(model, prompt_ids)
+        draft_seconds, source = raw_draft_seconds(ours.assistant, context_ids, own)
     return {
         "prefill": prefill,
         "blocks": blocks,
+        "plain_block": plain_blocks[1],
         "draft_seconds": draft_seconds,
         "draft_source": source,
-        "plain_seconds": plain_raw_seconds(len(tokens), prefill, blocks),
+        "plain_seconds": plain_raw_seconds(len(tokens), plain_prefill, plain_blocks),
         "ours_seconds": ours_raw_seconds(own.blocks, prefill, blocks, draft_seconds),
     }
+
+
+def time_prefill(model: Any, prompt_ids: Tensor) -> float:
+    return statistics.median(time_forward(model, prompt_ids) for _ in range(RAW_REPEATS))
 
 
 def raw_draft_seconds(draft: Any, context_ids: Tensor, ours: Run) -> tuple[float, str]:

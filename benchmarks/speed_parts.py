@@ -158,7 +158,9 @@ def measure_real(target: Target, log: Log, part: str, **common: Any) -> dict[str
     options = target.options
     theirs, tuning = tune(target, log, part, **common)
     plain, off, on = Arm("plain"), target.ours("ours, head off", is_monitored=False), target.ours("ours, head on")
-    arms = [plain, *theirs, off, on]
+    # what speculation alone gives: weights as transformers' own decoding reads them
+    unpacked = target.ours("ours, head on, not packed", policy=target.policy(pack_weights=False))
+    arms = [plain, *theirs, off, on, unpacked]
     bench = target.bench(log, part, options.tokens, **common)
     bench.time_raw = partial(time_raw_forwards, target.model, plain, on)
     records = bench.interleave(arms, load_prompts(options, options.per_category))
@@ -170,6 +172,7 @@ def measure_real(target: Target, log: Log, part: str, **common: Any) -> dict[str
         "tuning_tokens_per_second": tuning,
         "arms": {arm.name: summarise_arm(records, arm.name, "plain") for arm in arms},
         "on_over_plain": bootstrap_median(ratios(records, on.name, "plain"))._asdict(),
+        "unpacked_over_plain": bootstrap_median(ratios(records, unpacked.name, "plain"))._asdict(),
         "on_over_off": bootstrap_median(ratios(records, on.name, off.name))._asdict(),
         "on_over_best_of_theirs": bootstrap_median(ratios(records, on.name, best.name))._asdict(),
         "best_of_theirs": best.name,
