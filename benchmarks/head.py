@@ -84,11 +84,10 @@ def sample(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Bench:
     """The target, its head, and what they cached."""
 
-    def __init__(self, head: Path, cache: Path, max_response_tokens: int):
+    def __init__(self, head: Path, cache: Path, max_response_tokens: int, dtype: torch.dtype):
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        # float32, which every CPU computes fast; the figures hold for the weights, not for one type of them
-        self.model, self.tokenizer = load_default_target(dtype=torch.float32)
+        self.model, self.tokenizer = load_default_target(dtype=dtype)
         self.head = SafetyHead.from_pretrained(head)
         self.cache, self.max_response_tokens = cache, max_response_tokens
 
@@ -164,9 +163,12 @@ def main() -> int:
     parser.add_argument("--head", type=Path, default=DEFAULT_HEAD)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/safespec-hf/bench-head").expanduser())
     parser.add_argument("--max-response-tokens", type=int, default=192, help="longer answers are cut")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the target's weights; what the package loads by default"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the figures and their provenance")
     arguments = parser.parse_args()
-    bench = Bench(arguments.head, arguments.cache, arguments.max_response_tokens)
+    bench = Bench(arguments.head, arguments.cache, arguments.max_response_tokens, getattr(torch, arguments.dtype))
     bars, more = measure(bench, arguments.data)
     show(bars, more)
     if arguments.out:

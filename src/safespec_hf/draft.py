@@ -295,13 +295,16 @@ class DraftHead(StrictModel):
     def finish(self, mixed_BTX: Tensor, state_BTD: Tensor) -> Tensor:
         """The layer from the attention's output on, of shape `(B, T, D)`."""
         hidden_BTD = state_BTD + self.o_proj(mixed_BTX)
-        normed_BTD = F.rms_norm(hidden_BTD, (self.width,), self.mlp_norm, self.eps)
+        normed_BTD = self._norm(hidden_BTD, self.mlp_norm)
         gate_BTI, up_BTI = self.gate_up_proj(normed_BTD).chunk(2, dim=-1)
         return hidden_BTD + self.down_proj(F.silu(gate_BTI) * up_BTI)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits over the draft vocabulary, of shape `(B, T, V)`."""
-        return self.output(F.rms_norm(hidden_BTD, (self.width,), self.norm, self.eps))
+        return self.output(self._norm(hidden_BTD, self.norm))
+
+    def _norm(self, hidden_BTD: Tensor, weight_D: Tensor) -> Tensor:
+        return F.rms_norm(hidden_BTD, (self.width,), weight_D.to(hidden_BTD.dtype), self.eps)
 
     def _fuse(self, states: Tensor, num_fused: int | None) -> Tensor:
         states = states.to(self.fuse.weight.device, self.fuse.weight.dtype)

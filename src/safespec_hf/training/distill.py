@@ -57,6 +57,7 @@ class DistillSettings:
         max_grad_norm (`float`, defaults to 1.0): Longer gradients are cut to this length.
         held_out_fraction (`float`, defaults to 0.05): Share of the prompts that is kept for measuring, in (0, 1).
         checkpoint_minutes (`float`, defaults to 5.0): What a kill can lose.
+        is_mixed (`bool`, defaults to `True`): Products in bfloat16, as in decoding, of weights in float32.
         seed (`int`, defaults to 0): Of everything.
 
     Raises:
@@ -74,6 +75,7 @@ class DistillSettings:
     max_grad_norm: float = 1.0
     held_out_fraction: float = 0.05
     checkpoint_minutes: float = 5.0
+    is_mixed: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -315,7 +317,8 @@ class Trainer:
 
     def _counts(self, texts: Sequence[Text]) -> Counts:
         batch = collate(texts, self.draft.fuse.weight.device)
-        return score_batch(self.draft, batch, self.settings.num_depths, self.settings.depth_decay)
+        with torch.autocast(batch.ids_BS.device.type, torch.bfloat16, enabled=self.settings.is_mixed):
+            return score_batch(self.draft, batch, self.settings.num_depths, self.settings.depth_decay)
 
     def _save(self) -> None:
         state = {"step": self.step, "history": self.history}
