@@ -17,9 +17,9 @@ is_supported = pack(torch.ones(2, 2, dtype=torch.bfloat16)) is not None
 pytestmark = pytest.mark.skipif(not is_supported, reason="no oneDNN with bfloat16 here")
 
 
-@pytest.fixture
-def model():
-    return build_model().bfloat16()
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def model(request):
+    return build_model().to(request.param)
 
 
 def packed_layers(model):
@@ -39,7 +39,7 @@ def test_products_are_those_of_the_matrix(num_inputs, has_bias):
 
 
 def test_every_linear_layer_is_packed_while_it_is_wanted_and_none_afterwards(model):
-    with packed_weights([model, build_draft_head(model).bfloat16().bind(model)]):
+    with packed_weights([model, build_draft_head(model).to(model.dtype).bind(model)]):
         assert len(packed_layers(model)) == 2 * 7 + 1
     assert packed_layers(model) == []
 
@@ -71,7 +71,7 @@ def test_changed_weights_are_packed_anew(model, change):
     with packed_weights([model]):
         pass
     change(layer.weight)
-    inputs = torch.randn(1, 32).bfloat16()
+    inputs = torch.randn(1, 32, dtype=model.dtype)
     with packed_weights([model]):
         torch.testing.assert_close(layer(inputs), F.linear(inputs, layer.weight), atol=0.05, rtol=2**-7)
 
@@ -86,7 +86,8 @@ def test_unchanged_weights_are_packed_once(model, monkeypatch):
 
 def test_a_copy_of_the_model_has_its_own_weights(model):
     with packed_weights([model]):
-        other = copy.deepcopy(build_model()).bfloat16()
+        pass
+    other = copy.deepcopy(model)
     torch.nn.init.zeros_(other.lm_head.weight)
     with torch.no_grad(), packed_weights([model, other]):
         assert other(PROMPT).logits.abs().max() == 0
@@ -99,10 +100,10 @@ class Adapter(nn.Linear):
 
 
 def test_what_is_not_a_plain_linear_layer_is_left_alone(model):
-    model.lm_head = Adapter(32, 40, dtype=torch.bfloat16)
+    model.lm_head = Adapter(32, 40, dtype=model.dtype)
     hooked = model.model.layers[0].mlp.up_proj
     hooked.forward = hooked.forward  # as an offloading hook does
-    with packed_weights([model, build_model()]):
+    with packed_weights([model, build_model().half()]):
         assert len(packed_layers(model)) == 2 * 7
         assert hooked.forward.__func__ is nn.Linear.forward
 

@@ -1,6 +1,6 @@
-"""bfloat16 weights on a CPU, copied into the layout that its kernels read fastest. The products stay the same.
+"""Weights on a CPU, copied into the layout that its kernels read fastest. The products stay the same.
 
-A forward over few tokens is little but reading weights, and oneDNN reads a matrix that lies in blocks about twice as
+A forward over few tokens is little but reading weights, and oneDNN reads a matrix that lies in blocks up to twice as
 fast as one that lies in rows. torch.compile does the same when it freezes a model; here it takes no compilation, and a
 tenth of a second for 100 million weights.
 """
@@ -32,13 +32,13 @@ _PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 def pack(weight: Tensor) -> Tensor | None:
     """A packed copy of a matrix, for [`multiply`]; `None` where there is no such thing."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not _is_supported():
+    if weight.device.type != "cpu" or not _is_supported(weight.dtype):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
 def multiply(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` with a packed matrix. Has no gradient.
+    """`torch.nn.functional.linear` with a packed matrix. Has no gradient. Sums may be taken in another order.
 
     Example:
 
@@ -59,7 +59,8 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
     Copies are kept for the next time, as long as the layer lives and its weights are the same.
 
     Args:
-        models (`Sequence[torch.nn.Module]`): What is on a CPU in bfloat16 is packed, the rest is left alone.
+        models (`Sequence[torch.nn.Module]`):
+            What is on a CPU in float32 or bfloat16 is packed, the rest is left alone.
         is_wanted (`bool`, *optional*): `None` packs if the weights take at most 1 GiB.
     """
     layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain(layer)]
@@ -82,7 +83,7 @@ def _is_plain(layer: Any) -> bool:
     """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
     is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     is_linear = is_linear and "forward" not in layer.__dict__
-    return is_linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16 and _is_supported()
+    return is_linear and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
 
 
 def _packed(layer: Any) -> Tensor:
@@ -97,12 +98,13 @@ def _packed(layer: Any) -> Tensor:
 
 def _sum_bits(weight: Tensor) -> int:
     """Changes with the weights, even where the version counter does not, as when an adapter is merged."""
-    bits = weight.reshape(-1)
+    bits = weight.reshape(-1).view(torch.int16)
     num = bits.numel() // 4 * 4  # as 64-bit numbers they are read as fast as memory can
-    return int(bits[:num].view(torch.int64).sum()) + int(bits[num:].view(torch.int16).sum())
+    return int(bits[:num].view(torch.int64).sum()) + int(bits[num:].sum())
 
 
 @functools.cache
-def _is_supported() -> bool:
-    has_ops = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return bool(torch.backends.mkldnn.is_available() and has_ops and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _is_supported(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
