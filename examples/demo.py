@@ -23,6 +23,7 @@ from safespec_hf import (
     SafeSpecConfig,
     SafeSpecOutput,
     attach_safety_head,
+    load_default_draft,
     load_default_head,
     load_default_target,
 )
@@ -66,7 +67,7 @@ def coloured(tokenizer: Any, output: SafeSpecOutput, num_prompt: int) -> Text:
 def show_harmless(model: Any, tokenizer: Any, num_tokens: int, repeats: int) -> None:
     inputs = encode(tokenizer, QUESTION)
     num_prompt = inputs["input_ids"].shape[1]
-    guarded_arguments = {"safespec": True, "prompt_lookup_num_tokens": 6}
+    guarded_arguments = {"safespec": True, "assistant_model": load_default_draft(model)}
     timed(model, inputs, max_new_tokens=4)  # warm up
     rates: dict[str, list[float]] = {"target alone": [], "guarded, with drafts": []}
     for _ in range(repeats):

@@ -6,7 +6,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safespec_hf import DEFAULT_TARGET_ID, default_target, gguf_target, load_default_target, load_truncated_draft
+from safespec_hf import (
+    DEFAULT_TARGET_ID,
+    HeadMismatchError,
+    SafeSpecConfig,
+    attach_safety_head,
+    default_target,
+    gguf_target,
+    load_default_draft,
+    load_default_head,
+    load_default_target,
+    load_truncated_draft,
+)
 from safespec_hf.gguf_target import convert_once, is_complete
 
 GGUF = Path("model.gguf")
@@ -121,6 +132,29 @@ def test_a_hook_on_the_target_does_not_fire_on_its_draft(tiny_target):
 def test_a_draft_needs_between_one_and_all_layers(tiny_target, num_layers):
     with pytest.raises(ValueError, match=f"between 1 and the target's 4 layers, but is {num_layers}"):
         load_truncated_draft(tiny_target, num_layers)
+
+
+def test_the_default_draft_refuses_another_target(tiny_target):
+    with pytest.raises(HeadMismatchError, match="hidden_size"):
+        load_default_draft(tiny_target)
+
+
+def test_without_a_source_checkout_the_error_says_where_the_default_draft_is(tiny_target, monkeypatch, tmp_path):
+    monkeypatch.setattr(default_target, "DEFAULT_DRAFT", tmp_path / "drafts")
+    with pytest.raises(FileNotFoundError, match="source checkout"):
+        load_default_draft(tiny_target)
+
+
+@pytest.mark.real_model
+def test_the_default_draft_is_right_about_plain_text():
+    model, tokenizer = load_default_target()
+    attach_safety_head(model, load_default_head(), tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "Count from one to thirty in words."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    policy = SafeSpecConfig(risk_threshold=1.0, lookup_drafts=False)
+    arguments = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True, "safespec": policy}
+    output = model.generate(**inputs, **arguments, assistant_model=load_default_draft(model))
+    assert output.statistics.num_target_forwards < 0.75 * output.statistics.num_new_tokens
 
 
 @pytest.mark.real_model
