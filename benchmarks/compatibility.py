@@ -13,15 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from safespec_hf import SafeSpecConfig, SafeSpecError, attach_safety_head, request
+from safespec_hf import SafeSpecConfig, SafeSpecError, attach_safety_head
 from safespec_hf.cache import takes_trees
-from safespec_hf.draft_length import DraftCosts
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny
@@ -89,7 +87,7 @@ def check(name: str) -> str:
         "lookup": {"prompt_lookup_num_tokens": 3, "safespec": constant},
     }.items():
         # or else adaptive decoding finds that a draft as large as its target does not pay
-        with patch.object(request, "draft_costs", lambda *_: DraftCosts(draft=0.01, verify=0.001)):
+        with tiny.cheap_drafts():
             ours = model.generate(ids, attention_mask=mask, **arguments, **extra)[:, ids.shape[1] :]
         if not all(torch.equal(*pair) for pair in zip(ours, alone, strict=True)):
             return f"DIFFERS ({label})"

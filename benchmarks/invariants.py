@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from prompts import PROMPTS
@@ -22,7 +21,6 @@ from provenance import write_json
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from safespec_hf import (
     SafeSpecConfig,
@@ -31,11 +29,9 @@ from safespec_hf import (
     attach_safety_head,
     load_default_target,
     load_truncated_draft,
-    request,
     target_binding,
 )
 from safespec_hf.decoding import Decoder
-from safespec_hf.draft_length import DraftCosts
 from safespec_hf.modeling import GuardedCall
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -48,18 +44,12 @@ NEVER = 1.0
 CONSTANT = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False)
 # as many as there can be, and other guesses beside them: a draft of 20 layers would not pay for itself
 TREES = SafeSpecConfig(lookup_drafts=False)
-CHEAP = DraftCosts(draft=0.01, verify=0.002)
 TINY_POLICY: dict[str, Any] = {
     "max_segment_tokens": 5,
     "num_candidates": 2,
     "reflection": tiny.REFLECTION,
     "refusal": tiny.REFUSAL,
 }
-
-
-def cheap_drafts() -> Any:
-    """Makes adaptive decoding believe that drafts cost next to nothing, so that it drafts trees."""
-    return patch.object(request, "draft_costs", lambda *_: CHEAP)
 
 
 class Result(NamedTuple):
@@ -143,7 +133,7 @@ def i1_float32(options: argparse.Namespace) -> Result:
     ways.append((f"{ways[-1][0]}, trees", ways[-1][1], TREES))
     for name, kwargs, policy in ways:
         for batch in (1, 4):
-            with cheap_drafts():
+            with tiny.cheap_drafts():
                 ours = answers(model, tokenizer, prompts, batch, options.tokens, safespec=policy, **kwargs)
             parts = [first_difference(*pair) for pair in zip(plain, ours, strict=True)]
             differing = [index for index, at in enumerate(parts) if at is not None]
@@ -239,20 +229,6 @@ def i2(options: argparse.Namespace) -> Result:
     return Result(holds, "; ".join(figures))
 
 
-class Recorder(BaseStreamer):
-    """Keeps what is put, and whether the end came."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.has_ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.has_ended = True
-
-
 def i3(options: argparse.Namespace) -> Result:
     """Under forced random flags, a streamer gets the answer and nothing else, and no flagged token."""
     target = tiny.build_model(num_hidden_layers=1)
@@ -261,12 +237,12 @@ def i3(options: argparse.Namespace) -> Result:
     for run in range(options.runs):
         head = tiny.build_coin_head(target, chance=0.03 + 0.1 * (run % 4), seed=run)
         attach_safety_head(target, head, tokenizer=tiny.build_tokenizer())
-        recorder = Recorder()
+        recorder = tiny.Recorder()
         kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
         policy = SafeSpecConfig(
             rollback_segments=run % 3, max_recoveries=8, adaptive_drafts=run % 2 == 0, **TINY_POLICY
         )
-        with cheap_drafts():
+        with tiny.cheap_drafts():
             out = target.generate(
                 torch.randint(9, 40, (1, 6), generator=torch.Generator().manual_seed(run)),
                 max_new_tokens=24,
@@ -277,7 +253,7 @@ def i3(options: argparse.Namespace) -> Result:
                 **kwargs,
             )
         is_flagged = out.risks[0] >= head.config.risk_threshold
-        num_wrong += recorder.tokens != out.sequences[0].tolist() or bool(is_flagged.any()) or not recorder.has_ended
+        num_wrong += recorder.tokens != out.sequences[0].tolist() or bool(is_flagged.any()) or recorder.num_ends != 1
         num_flags, num_tokens = num_flags + out.statistics.num_flags, num_tokens + len(recorder.tokens)
     figures = f"{options.runs} runs, {num_tokens} tokens put, {num_flags} flags: {num_wrong} runs with a wrong token"
     return Result(num_wrong == 0 and num_flags >= options.runs, figures)
@@ -320,7 +296,7 @@ def i4(options: argparse.Namespace) -> Result:
             )
             kwargs = ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 3})[run % 3]
             prompt = torch.randint(9, 40, (3, 8), generator=torch.Generator().manual_seed(run))
-            with cheap_drafts():
+            with tiny.cheap_drafts():
                 target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)
     num_tiny = len(differences)
     model, tokenizer = real_target(torch.float32)
@@ -338,7 +314,7 @@ def i4(options: argparse.Namespace) -> Result:
 
 def i5(options: argparse.Namespace) -> Result:
     """A request for safety that can't be met raises, before any forward."""
-    cases = refusals(Recorder())
+    cases = refusals(tiny.Recorder())
     missed = not_refused(cases)
     figures = (
         f"{len(cases) - len(missed)} of {len(cases)} refused before a forward: {', '.join(name for name, _ in cases)}"

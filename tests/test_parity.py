@@ -6,17 +6,17 @@ On tiny random models, against plain `generate` of transformers.
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from scipy.stats import chisquare
 from scripted import ScriptedModel, count_after, probe
 from tiny import CONFIGS, build_draft_head, build_head, build_model, build_noisy_head, perturb
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head, request
+from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head
 from safespec_hf.cache import CachedModel
 from safespec_hf.config import SafetyHeadConfig
 from safespec_hf.decoding import Decoder
-from safespec_hf.draft_length import DraftCosts
 from safespec_hf.monitor import RiskMonitor
 from safespec_hf.plan import Plan
 from safespec_hf.request import make_candidates, make_rows
@@ -81,9 +81,9 @@ SETTINGS = {
 
 
 @pytest.fixture
-def cheap_drafts(monkeypatch):
-    """Here a draft model is as large as its target, and would not pay."""
-    monkeypatch.setattr(request, "draft_costs", lambda *_: DraftCosts(draft=0.02, verify=0.002))
+def cheap_drafts():
+    with tiny.cheap_drafts():
+        yield
 
 
 def test_the_perturbed_draft_is_accepted_sometimes_but_not_always(target, draft, tokenizer):

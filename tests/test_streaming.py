@@ -4,13 +4,11 @@ import random
 
 import pytest
 import torch
-from tiny import build_coin_head, build_draft_head, build_model, perturb
+from tiny import Recorder, build_coin_head, build_draft_head, build_model, cheap_drafts, perturb
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.generation.streamers import BaseStreamer
 
-from safespec_hf import SafeSpecConfig, attach_safety_head, request
+from safespec_hf import SafeSpecConfig, attach_safety_head
 from safespec_hf.decoding import Decoder
-from safespec_hf.draft_length import DraftCosts
 from safespec_hf.monitor import RiskMonitor
 from safespec_hf.plan import Plan
 from safespec_hf.request import make_candidates, make_rows
@@ -20,18 +18,6 @@ PROMPT = torch.tensor([[11, 17, 23]])
 NUM_RUNS, PARTS = 500, 10
 # One layer of width 16 is enough: what is flagged is decided by a coin.
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.num_ends = [], 0
-
-    def put(self, value):
-        assert self.num_ends == 0, "a token came after the end"
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.num_ends += 1
 
 
 def random_policy(choose):
@@ -97,13 +83,12 @@ def no_retraction(monkeypatch):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(part, no_retraction, monkeypatch):
-    # here a draft model is as large as its target, and would not pay: without this there would be no trees
-    monkeypatch.setattr(request, "draft_costs", lambda *_: DraftCosts(draft=0.02, verify=0.002))
+def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(part, no_retraction):
     model = build_model(**SMALL)
     drafts, num_flags = {"draft": perturb(model), "head": build_draft_head(model)}, 0
     for seed in range(part * NUM_RUNS // PARTS, (part + 1) * NUM_RUNS // PARTS):
-        decoder, streamer = stream_once(model, drafts, seed)
+        with cheap_drafts():
+            decoder, streamer = stream_once(model, drafts, seed)
         output = decoder.output(PROMPT, 0)
         # a stream can't be changed, so being the answer in the end means having been its beginning all the time
         assert streamer.tokens == output.sequences[0, 3:].tolist(), seed

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -16,8 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.generation.streamers import BaseStreamer
 
-from safespec_hf import DraftHead, DraftHeadConfig, SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf import DraftHead, DraftHeadConfig, SafetyHead, SafetyHeadConfig, request, target_binding
+from safespec_hf.draft_length import DraftCosts
 
 VOCAB_SIZE = 40
 PAUSE, THINK, NO, THANKS = 4, 5, 6, 9  # the words of the stand-in reflection and refusal
@@ -133,6 +137,25 @@ def build_draft_head(target: PreTrainedModel, draft_vocab_size: int = 12) -> Dra
         torch.nn.init.normal_(weight, std=0.3)
     draft.token_ids.copy_(torch.arange(3, 3 + 3 * draft_vocab_size, 3))
     return draft.bind(target)
+
+
+def cheap_drafts() -> Any:
+    """Makes adaptive decoding believe that drafts cost next to nothing: here they are as large as their targets."""
+    return patch.object(request, "draft_costs", lambda *_: DraftCosts(draft=0.01, verify=0.002))
+
+
+class Recorder(BaseStreamer):
+    """Keeps what is put, and how often the end came."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.num_ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.num_ends += 1
 
 
 class CoinHead(SafetyHead):
