@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from safespec_hf import SafeSpecConfig, SafeSpecOutput
+from safespec_hf.cache import CACHE_NAME
 from safespec_hf.modeling import GuardedCall
 from safespec_hf.packing import packed_weights
 
@@ -167,7 +168,7 @@ def time_forward(model: Any, ids: Tensor, cache: Any = None) -> float:
     cache = DynamicCache() if cache is None else cache
     synchronize(model.device)
     start = time.perf_counter()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ids.shape[1] if length else 1)
+    model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=ids.shape[1] if length else 1)
     synchronize(model.device)
     seconds = time.perf_counter() - start
     if length:
@@ -179,7 +180,7 @@ def time_forward(model: Any, ids: Tensor, cache: Any = None) -> float:
 def time_blocks(model: Any, context_ids: Tensor, sizes: Sequence[int], repeats: int = RAW_REPEATS) -> dict[int, float]:
     """Median seconds of raw forwards of so many tokens each, on a KV cache of this context; sizes interleaved."""
     cache: Any = DynamicCache()
-    model(input_ids=context_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=context_ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats):
         for size in sizes:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from safespec_hf import SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf.cache import CACHE_NAME
 
 Script = Callable[[list[int]], "int | dict[int, float]"]
 IMPOSSIBLE = -30.0  # logit of what a script does not name
@@ -48,7 +49,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: object = None,
         logits_to_keep: int = 0,
@@ -56,7 +57,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         self.num_forwards += 1
         states = input_ids[:, None, :, None].float()
-        cache = past_key_values if past_key_values is not None else DynamicCache()
+        cache = cache if cache is not None else DynamicCache()
         ids_BL = cache.update(states, states, 0)[0][:, 0, :, 0].long()
         mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask
         num_rows, num_tokens = input_ids.shape
@@ -73,7 +74,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
                     hidden[row, column] = risk if math.isnan(risk) else math.log(risk / (1 - risk))
             self.contexts.append(context)
         return CausalLMOutputWithPast(
-            logits=logits[:, -logits_to_keep:], past_key_values=cache, hidden_states=(hidden, hidden)
+            logits=logits[:, -logits_to_keep:], hidden_states=(hidden, hidden), **{CACHE_NAME: cache}
         )
 
     def _speak(self, context: list[int], logits_V: Tensor) -> None:

@@ -10,7 +10,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCach
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from safespec_hf import UnsupportedRequestError
-from safespec_hf.cache import CachedModel, Usage, check_cache_layers, check_user_cache, takes_trees
+from safespec_hf.cache import CACHE_NAME, CachedModel, Usage, check_cache_layers, check_user_cache, takes_trees
 from safespec_hf.draft_tree import path_to
 
 KINDS = list(CONFIGS)
@@ -238,7 +238,7 @@ def test_forwards_of_forks_are_counted_with_their_parents(target):
 @torch.no_grad()
 def test_an_adopted_cache_is_continued(target):
     cache = DynamicCache()
-    target(torch.tensor([[11, 12, 13]]), past_key_values=cache)
+    target(torch.tensor([[11, 12, 13]]), **{CACHE_NAME: cache})
     cached = CachedModel(target, 1)
     cached.adopt(cache)
     logits = cached.forward([[14]], 1).logits_BTV[0, -1]
@@ -272,7 +272,7 @@ def test_attention_models_are_taken(kind):
 def filled(model, num_tokens, num_rows=1):
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.full((num_rows, num_tokens), 11), past_key_values=cache)
+        model(torch.full((num_rows, num_tokens), 11), **{CACHE_NAME: cache})
     return cache
 
 

@@ -104,7 +104,7 @@ def test_holes_and_padding_change_nothing(draft, ids, states, num_new):
     used = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 0, 1, 1]])
     positions = torch.from_numpy(np.maximum(used.numpy().cumsum(1) - 1, 0))
     first, last = slice(0, 9 - num_new), slice(9 - num_new, 9)
-    cache = draft(ids[:, first], states[:, first], None, positions[:, first], used[:, first]).past_key_values
+    cache = draft(ids[:, first], states[:, first], None, positions[:, first], used[:, first]).cache
     logits = draft(ids[:, last], states[:, last], cache, positions[:, last], used).logits
     columns = used[1].bool()
     alone = draft(ids[1:, columns], states[1:, columns]).logits
@@ -131,7 +131,7 @@ def test_only_the_logits_asked_for_are_computed(draft, ids, states):
 
 @torch.no_grad()
 def test_without_use_cache_the_cache_is_read_and_left_alone(draft, ids, states):
-    cache = draft(ids[:, :6], states[:, :6]).past_key_values
+    cache = draft(ids[:, :6], states[:, :6]).cache
     logits = draft(ids[:, 6:], states[:, 6:], cache, use_cache=False).logits
     assert cache.get_seq_length() == 6
     torch.testing.assert_close(logits, draft(ids, states).logits[:, 6:], **CLOSE)

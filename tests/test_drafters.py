@@ -47,7 +47,7 @@ def test_a_draft_is_what_the_head_says_step_by_step(model):
     output = head(torch.tensor([context]), states)
     for _ in range(3):
         tokens.append(int(head.token_ids[output.logits[0, -1].argmax()]))
-        last = {"past_key_values": output.past_key_values, "states": output.hidden_states[:, -1:]}
+        last = {"cache": output.cache, "states": output.hidden_states[:, -1:]}
         output = head(torch.tensor([tokens[-1:]]), **last)
     assert fresh_drafts(model, context, 3) == tokens[4:]
 

@@ -27,6 +27,7 @@ from safespec_hf import (
     attach_safety_head,
     detach_safety_head,
 )
+from safespec_hf.cache import CACHE_NAME
 
 PROMPT = torch.tensor([[11, 17, 23]])
 SHORT = {"max_new_tokens": 8, "do_sample": False}
@@ -266,7 +267,7 @@ def test_several_sequences_per_prompt_are_rows_of_their_own(flagging, with_draft
 def fill(model, num_tokens, prompt=PROMPT):
     cache = DynamicCache()
     with torch.no_grad():
-        model(prompt[:, :num_tokens], past_key_values=cache)
+        model(prompt[:, :num_tokens], **{CACHE_NAME: cache})
     return cache
 
 
@@ -276,7 +277,7 @@ def check_cache(model, cache, sequence):
     assert all(layer.get_seq_length() == length for layer in cache.layers)
     assert 0 < length < sequence.shape[1]
     with torch.no_grad():
-        logits = model(sequence[:, length:], past_key_values=copy.deepcopy(cache)).logits[0, -1]
+        logits = model(sequence[:, length:], **{CACHE_NAME: copy.deepcopy(cache)}).logits[0, -1]
         expected = model(sequence).logits[0, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # the same float32 sums in another order
 
@@ -290,10 +291,10 @@ def test_a_users_cache_is_continued_and_left_consistent(target, tokenizer, with_
     draft = {"assistant_model": perturb(build_model())} if with_draft else {}
     cache = fill(model, num_cached)
     arguments = {"max_new_tokens": 24, "do_sample": False, "safespec": POLICY, "return_dict_in_generate": True}
-    output = model.generate(PROMPT, past_key_values=cache, **arguments, **draft)
+    output = model.generate(PROMPT, **{CACHE_NAME: cache}, **arguments, **draft)
     assert bool(output.events[0]) is (quantile is not None)
     assert torch.equal(output.sequences, model.generate(PROMPT, **arguments, **draft).sequences)
-    assert output.past_key_values is cache
+    assert output[CACHE_NAME] is cache
     check_cache(model, cache, output.sequences)
 
 
@@ -306,13 +307,13 @@ def test_the_returned_cache_holds_the_beginning_of_the_returned_tokens(target, t
         max_segment_tokens=4, reflection="pause think", refusal="no thanks", keep_reflection=keep_reflection
     )
     output = model.generate(PROMPT, max_new_tokens=24, do_sample=False, safespec=policy, return_dict_in_generate=True)
-    check_cache(model, output.past_key_values, output.sequences)
+    check_cache(model, output[CACHE_NAME], output.sequences)
 
 
 def test_a_silent_head_leaves_as_much_in_the_cache_as_plain_generate(guarded):
     caches = [DynamicCache(), DynamicCache()]
-    guarded.generate(PROMPT, past_key_values=caches[0], **SHORT)
-    guarded.generate(PROMPT, past_key_values=caches[1], **SHORT, safespec=True)
+    guarded.generate(PROMPT, **{CACHE_NAME: caches[0]}, **SHORT)
+    guarded.generate(PROMPT, **{CACHE_NAME: caches[1]}, **SHORT, safespec=True)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 3 + 8 - 1
 
 
@@ -340,13 +341,13 @@ def test_an_exception_leaves_a_cache_that_can_be_continued(target, tokenizer, af
     whole = model.generate(PROMPT, **arguments)
     with pytest.raises(KeyboardInterrupt):
         model.generate(
-            PROMPT, past_key_values=cache, stopping_criteria=StoppingCriteriaList([Interrupt(after)]), **arguments
+            PROMPT, **{CACHE_NAME: cache}, stopping_criteria=StoppingCriteriaList([Interrupt(after)]), **arguments
         )
     assert cache.get_seq_length() >= 2
     # what it holds is the prompt at least, and so the whole prompt can be continued from its beginning
     kept = min(cache.get_seq_length(), 2)
     cache.crop(kept - cache.get_seq_length())
-    assert torch.equal(model.generate(PROMPT, past_key_values=cache, **arguments), whole)
+    assert torch.equal(model.generate(PROMPT, **{CACHE_NAME: cache}, **arguments), whole)
 
 
 @pytest.mark.parametrize("call", [3, 5, 8])
@@ -360,7 +361,7 @@ def test_an_exception_inside_a_forward_leaves_layers_of_equal_length(guarded, ca
 
     guarded.model.layers[1].register_forward_pre_hook(fail_late)
     with pytest.raises(KeyboardInterrupt):
-        guarded.generate(PROMPT, past_key_values=cache, max_new_tokens=24, do_sample=False, safespec=POLICY)
+        guarded.generate(PROMPT, **{CACHE_NAME: cache}, max_new_tokens=24, do_sample=False, safespec=POLICY)
     assert len({layer.get_seq_length() for layer in cache.layers}) == 1
     assert cache.get_seq_length() == call + 1
 

@@ -6,6 +6,7 @@ from tiny import build_head, build_model
 from transformers import StaticCache, SynthIDTextWatermarkingConfig, TextStreamer
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.cache import CACHE_NAME
 
 PROMPT = torch.tensor([[11, 17, 23]])
 SHORT = {"max_new_tokens": 8, "do_sample": False}
@@ -49,8 +50,8 @@ REFUSED = {
         "SynthIDTextWatermark",
     ),
     "unknown model argument": ({"token_type_ids": torch.zeros(1, 3)}, "token_type_ids"),
-    "static user cache": ({"past_key_values": "static"}, "must be a `DynamicCache`"),
-    "cache that is too long": ({"past_key_values": "long"}, "longer than the cache"),
+    "static user cache": ({CACHE_NAME: "static"}, "must be a `DynamicCache`"),
+    "cache that is too long": ({CACHE_NAME: "long"}, "longer than the cache"),
 }
 
 
@@ -58,10 +59,10 @@ REFUSED = {
 @pytest.mark.parametrize("always_on", [False, True])
 def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, never, tokenizer, name, always_on):
     arguments, message = dict(REFUSED[name][0]), REFUSED[name][1]
-    if arguments.get("past_key_values") == "static":
-        arguments["past_key_values"] = StaticCache(config=target.config, max_cache_len=16)
-    elif arguments.get("past_key_values") == "long":
-        arguments["past_key_values"] = target(PROMPT, use_cache=True).past_key_values
+    if arguments.get(CACHE_NAME) == "static":
+        arguments[CACHE_NAME] = StaticCache(config=target.config, max_cache_len=16)
+    elif arguments.get(CACHE_NAME) == "long":
+        arguments[CACHE_NAME] = target(PROMPT, use_cache=True)[CACHE_NAME]
     model = attach_safety_head(target, never, tokenizer=tokenizer, always=always_on)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     prompt = {} if "inputs_embeds" in arguments else {"inputs": PROMPT}

@@ -7,10 +7,11 @@ count. Trailing columns that no row uses are cropped, so a single row never has 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .draft_tree import path_to
 from .errors import UnsupportedRequestError
@@ -27,6 +29,8 @@ from .tap import read_tap, tap_arguments
 MAX_HOLE_FRACTION = 0.25
 MIN_HOLES = 64
 MAX_BLOCK = 64
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+"""What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
 
 
 class BlockOutput(NamedTuple):
@@ -73,6 +77,7 @@ class CachedModel:
         self.used_BL = np.zeros((num_rows, 0), dtype=bool)
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
+        self._cache_name = cache_argument(model)
         model_interface: Any = model
         self._keeps_logits: bool = model_interface._supports_logits_to_keep()
         # some models keep a causal mask of this size and index it by column
@@ -139,7 +144,7 @@ class CachedModel:
 
     def _arguments(self, input_ids: Tensor, positions_BT: np.ndarray, num_logits: int) -> dict[str, Any]:
         device = input_ids.device
-        arguments: dict[str, Any] = {"input_ids": input_ids, "past_key_values": self.cache, "use_cache": True}
+        arguments: dict[str, Any] = {"input_ids": input_ids, self._cache_name: self.cache, "use_cache": True}
         arguments["position_ids"] = torch.from_numpy(positions_BT).to(device, non_blocking=True)
         if not self.used_BL.all():
             arguments["attention_mask"] = torch.from_numpy(self.used_BL).to(device, non_blocking=True).long()
@@ -268,6 +273,12 @@ def _shift_right(values_BTX: Tensor, used_BT: np.ndarray) -> Tensor:
     return values_BTX.take_along_dim(torch.from_numpy(source_BT).to(values_BTX.device)[..., None], dim=1)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
+
+
 def check_cache_layers(model: PreTrainedModel) -> None:
     """Raises unless every layer's state can be rolled back by dropping columns.
 
@@ -292,13 +303,13 @@ def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | 
     """
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise UnsupportedRequestError(
-            "`past_key_values` must be a `DynamicCache` of full-attention layers, but it is a "
+            f"`{CACHE_NAME}` must be a `DynamicCache` of full-attention layers, but it is a "
             f"{type(cache).__name__}. Leave it out, and the cache is made for you."
         )
     is_padded = attention_mask is not None and not bool(attention_mask.all())
     if prompt_ids.shape[0] > 1 or is_padded or cache.get_seq_length() >= prompt_ids.shape[1]:
         raise UnsupportedRequestError(
-            "`past_key_values` can be continued for one unpadded row that is longer than the cache, but there are "
+            f"`{CACHE_NAME}` can be continued for one unpadded row that is longer than the cache, but there are "
             f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
         )
 

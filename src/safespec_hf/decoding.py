@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import CachedModel
+from .cache import CACHE_NAME, CachedModel
 from .candidates import SafeSpecCandidateGenerator
 from .commit import Committer, Flag
 from .draft_tree import accept_greedy, chain_parents, path_to
@@ -265,10 +265,10 @@ class Decoder:
         tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
             sequences=cast("torch.LongTensor", torch.cat([prompt_ids, tokens], dim=1)),
-            past_key_values=self.target.cache if self._is_plain(prompt_ids) else None,
             risks=cast("torch.FloatTensor", risks),
             provenance=cast("torch.LongTensor", provenance),
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
+            **{CACHE_NAME: self.target.cache if self._is_plain(prompt_ids) else None},
         )

@@ -101,12 +101,12 @@ class DraftHeadOutput(ModelOutput):
     Attributes:
         logits (`torch.Tensor` of shape `(B, T or logits_to_keep, V)`): Over the draft vocabulary, `token_ids`.
         hidden_states (`torch.Tensor` of shape `(B, T, D)`): The `states` of the next draft step.
-        past_key_values ([`~transformers.Cache`], *optional*): The cache, grown by the block.
+        cache ([`~transformers.Cache`], *optional*): The cache, grown by the block.
     """
 
     logits: Tensor | None = None
     hidden_states: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class DraftHead(StrictModel):
@@ -223,7 +223,7 @@ class DraftHead(StrictModel):
         self,
         input_ids: Tensor,
         states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
@@ -238,7 +238,7 @@ class DraftHead(StrictModel):
             states (`torch.Tensor` of shape `(B, T, F)` or `(B, T, D)`):
                 The state of the position before each token: tapped from the target and concatenated, or this head's
                 own `hidden_states`. Zeros for a context's first token.
-            past_key_values ([`~transformers.Cache`], *optional*): Of the context before the block. Default: a new one.
+            cache ([`~transformers.Cache`], *optional*): Of the context before the block. Default: a new one.
             position_ids (`torch.LongTensor` of shape `(B or 1, T)`, *optional*): Default: go on after the cache.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a column holds no token of a row.
             use_cache (`bool`, defaults to `True`): `False` reads the cache, but does not add the block to it.
@@ -253,21 +253,21 @@ class DraftHead(StrictModel):
         """
         state_BTD = self._fuse(states, num_fused)
         num_new = input_ids.shape[1]
-        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(num_past, num_past + num_new, device=input_ids.device)[None]
         query_BTHC, key_BKTC, value_BKTC = self.project(self.embed(input_ids), state_BTD, position_ids)
         if use_cache:
-            past_key_values = DynamicCache() if past_key_values is None else past_key_values
-            key_BKTC, value_BKTC = past_key_values.update(key_BKTC, value_BKTC, 0)
+            cache = DynamicCache() if cache is None else cache
+            key_BKTC, value_BKTC = cache.update(key_BKTC, value_BKTC, 0)
         elif num_past:
-            layer: Any = past_key_values.layers[0]  # type: ignore[union-attr]
+            layer: Any = cache.layers[0]  # type: ignore[union-attr]
             key_BKTC = torch.cat([layer.keys, key_BKTC], dim=2)
             value_BKTC = torch.cat([layer.values, value_BKTC], dim=2)
         mixed_BTX = _attend(query_BTHC, key_BKTC, value_BKTC, attention_mask)
         hidden_BTD = self.finish(mixed_BTX, state_BTD)
         logits = self.logits(hidden_BTD[:, -logits_to_keep:])
-        return DraftHeadOutput(logits=logits, hidden_states=hidden_BTD, past_key_values=past_key_values)
+        return DraftHeadOutput(logits=logits, hidden_states=hidden_BTD, cache=cache)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The target's embeddings of tokens, in this head's precision, of shape `(B, T, D)`."""

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .cache import check_user_cache
+from .cache import CACHE_NAME, check_user_cache
 from .config import SafeSpecConfig
 from .decoding import Decoder
 from .draft import DraftHead
@@ -261,7 +261,7 @@ class GuardedCall:
         candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
         plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
             decoder.target.adopt(cache)
         models = [model] if self.assistant is None else [model, self.assistant]
@@ -293,7 +293,7 @@ class GuardedCall:
             )
         if self.assistant is not None:
             check_assistant(model, self.assistant, len(attachment.tokenizer))
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
             check_user_cache(cache, input_ids, model_kwargs.get("attention_mask"))
         if input_ids.shape[0] > 1 and self.streamer is not None:

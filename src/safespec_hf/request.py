@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .cache import check_cache_layers, takes_trees
+from .cache import CACHE_NAME, check_cache_layers, takes_trees
 from .candidates import SafeSpecCandidateGenerator
 from .config import SafeSpecConfig
 from .draft import DraftHead
@@ -33,7 +33,7 @@ MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASS
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE_NAME,
     "use_cache",
     "logits_to_keep",
     "output_attentions",
@@ -102,7 +102,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
     if mask.shape != prompt_ids.shape:
         raise UnsupportedRequestError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(prompt_ids.shape)}, but has "
-            f"{tuple(mask.shape)}. With `past_key_values`, pass the whole sequence as `input_ids`."
+            f"{tuple(mask.shape)}. With `{CACHE_NAME}`, pass the whole sequence as `input_ids`."
         )
     if bool((mask[:, -1] == 0).any()):
         raise UnsupportedRequestError(
