@@ -50,6 +50,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: DynamicCache | None = None,
+        past_key_values: DynamicCache | None = None,  # its name before transformers 5.24
         use_cache: bool | None = None,
         output_hidden_states: object = None,
         logits_to_keep: int = 0,
@@ -57,7 +58,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         self.num_forwards += 1
         states = input_ids[:, None, :, None].float()
-        cache = cache if cache is not None else DynamicCache()
+        cache = next((given for given in (cache, past_key_values) if given is not None), DynamicCache())
         ids_BL = cache.update(states, states, 0)[0][:, 0, :, 0].long()
         mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask
         num_rows, num_tokens = input_ids.shape
