@@ -28,6 +28,7 @@ ORDER = [
     "monitor",
     "logits",
     "cache",
+    "compiling",
     "drafters",
     "candidates",
     "candidate_scores",

@@ -7,7 +7,12 @@ import torch
 from scipy.stats import chisquare
 from scripted import ScriptedModel, count_after, count_up
 from tiny import VOCAB_SIZE, build_model, perturb
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from safespec_hf import Provenance, SafeSpecCandidateGenerator, SafeSpecConfig, SafeSpecLogitsProcessor
 from safespec_hf.cache import CachedModel
@@ -225,7 +230,20 @@ def test_segments_are_sampled_independently_and_end_at_the_limit():
 
 
 def test_a_segment_ends_with_an_end_token():
-    assert sample(ScriptedModel(count_up), 2, end_ids=frozenset({13})) == [[11, 12, 13]] * 2
+    assert sample(ScriptedModel(count_up), 2, end_ids=frozenset({14})) == [[11, 12, 13, 14]] * 2
+
+
+def test_an_end_token_waits_until_the_segment_is_long_enough():
+    model = ScriptedModel(count_after({10: {13: 0.99, 20: 0.01}}))
+    for num_least, first in ((1, 13), (2, 20)):
+        row = make_row([9, 10], policy=SafeSpecConfig(min_segment_tokens=num_least))
+        assert {segment[0] for segment in sample(model, 4, row=row, end_ids=frozenset({13}))} == {first}
+
+
+def test_an_end_that_the_caller_forces_does_not_wait():
+    forced = LogitsProcessorList([ForcedEOSTokenLogitsProcessor(3, 13)])
+    row = make_row([9, 10], processors=forced)
+    assert sample(ScriptedModel(count_up), 2, row=row, end_ids=frozenset({13})) == [[13]] * 2
 
 
 @pytest.mark.parametrize(("newline", "length"), [(11, 6), (12, 2), (14, 4)])
@@ -236,8 +254,8 @@ def test_a_newline_ends_a_segment_of_at_least_two_tokens(newline, length):
 
 def test_segments_that_end_early_do_not_cut_the_others():
     model = ScriptedModel(count_after({10: {20: 0.5, 30: 0.5}}))
-    segments = sample(model, 16, end_ids=frozenset({21}))
-    assert {tuple(segment) for segment in segments} == {(20, 21), tuple(range(30, 36))}
+    segments = sample(model, 16, end_ids=frozenset({23}))
+    assert {tuple(segment) for segment in segments} == {(20, 21, 22, 23), tuple(range(30, 36))}
 
 
 def test_steering_acts_on_first_tokens_only():

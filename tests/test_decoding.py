@@ -245,8 +245,8 @@ def test_an_answer_whose_end_token_is_flagged_does_not_end_there(tokenizer):
 
 
 def test_an_end_token_inside_a_candidate_ends_the_answer(tokenizer):
-    output = answer(tokenizer, {15: 0.9}, script=count_after({THINK: 20}), eos_token_id=21)
-    assert tokens_of(output) == [11, 12, 13, 20, 21]
+    output = answer(tokenizer, {15: 0.9}, script=count_after({THINK: 20}), eos_token_id=23)
+    assert tokens_of(output) == [11, 12, 13, 20, 21, 22, 23]
     assert output.finish_reasons == ["eos"]
 
 

@@ -16,6 +16,7 @@ from .draft import DraftHead
 from .draft_length import DraftCosts, DraftLength
 from .draft_tree import chain_parents
 from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
+from .logits import penalize
 from .rows import Row
 
 Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
@@ -219,11 +220,15 @@ def sample_segments(
         logits_KV = fit_vocabulary(output.logits_BTV[:, -1], vocab_size)
         logits_KV = logits_KV.to(row.device, torch.float32)
         scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
+        may_end = step + 1 >= policy.min_segment_tokens
+        if end_ids and not may_end:
+            # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
+            scores_KV = penalize(scores_KV, sorted(end_ids))
         token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
         for k, token in enumerate(token_K1[:, 0].tolist()):
             if is_open[k]:
                 segments[k].append(token)
-                ends_line = token in row.newline_ids and step + 1 >= policy.min_segment_tokens
+                ends_line = token in row.newline_ids and may_end
                 is_open[k] = not ends_line and token not in end_ids
         if judge is None and not any(is_open):
             break

@@ -102,8 +102,13 @@ class SafeSpecConfig:
             On a CPU in float32 or bfloat16, keep a copy of the weights of target and draft in the layout that its
             kernels read fastest: forwards are up to twice as fast, for as much memory again. Default: if the weights
             take at most 1 GiB.
+        compile (`bool`, defaults to `False`):
+            Run target and draft through `torch.compile`. Rounds get faster once they are compiled, which takes minutes
+            in the first call and is kept for the later ones of the same process.
         max_segment_tokens (`int`, defaults to 32): A segment ends at a newline or after this many tokens, >= 1.
-        min_segment_tokens (`int`, defaults to 4): A newline ends a segment of at least this many tokens only, >= 1.
+        min_segment_tokens (`int`, defaults to 4):
+            A newline ends a segment of at least this many tokens only, >= 1. Nor does a candidate of fewer tokens end
+            the answer.
         rollback_segments (`int`, defaults to 1):
             Committed segments given up besides the flagged one, >= 0. That many, and the open one, are held back from
             a streamer. Never reaches into the prompt, nor before what has become final.
@@ -140,6 +145,7 @@ class SafeSpecConfig:
     adaptive_drafts: bool = True
     lookup_drafts: bool = True
     pack_weights: bool | None = None
+    compile: bool = False
     max_segment_tokens: int = 32
     min_segment_tokens: int = 4
     rollback_segments: int = 1

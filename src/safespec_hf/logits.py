@@ -46,12 +46,28 @@ class SafeSpecLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
         if input_ids.shape[-1] != self.position or not self.flagged_token_ids:
             return scores
-        flagged = torch.tensor(self.flagged_token_ids, device=scores.device)
-        steered = scores.clone()
-        steered[:, flagged] -= self.penalty
-        # with a ban, a caller's processors may have left nothing else: then there is nothing to steer to
-        is_possible = (steered > -torch.inf).any(dim=-1, keepdim=True)
-        return cast("FloatTensor", torch.where(is_possible, steered, scores))
+        return cast("FloatTensor", penalize(scores, self.flagged_token_ids, self.penalty))
+
+
+def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float = torch.inf) -> torch.Tensor:
+    """Takes a penalty off the scores of tokens, but for rows where that would leave no token possible.
+
+    Args:
+        scores_KV (`torch.FloatTensor` of shape `(K, V)`): Scores.
+        token_ids (`Sequence[int]`): The tokens.
+        penalty (`float`, defaults to `inf`): In nats, >= 0; `inf` bans them.
+
+    Example:
+
+        >>> import torch
+        >>> penalize(torch.zeros(1, 3), [0], 1.5)
+        tensor([[-1.5000,  0.0000,  0.0000]])
+    """
+    penalized_KV = scores_KV.clone()
+    penalized_KV[:, torch.tensor(token_ids, device=scores_KV.device)] -= penalty
+    # with a ban, a caller's processors may have left nothing else
+    is_possible_K1 = (penalized_KV > -torch.inf).any(dim=-1, keepdim=True)
+    return torch.where(is_possible_K1, penalized_KV, scores_KV)
 
 
 def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .cache import CACHE_NAME, check_user_cache
+from .compiling import check_compiler, compiled_forwards
 from .config import SafeSpecConfig
 from .decoding import Decoder
 from .draft import DraftHead
@@ -265,7 +266,7 @@ class GuardedCall:
         if getattr(cache, "_is_user_defined", False):
             decoder.target.adopt(cache)
         models = [model] if self.assistant is None else [model, self.assistant]
-        with packed_weights(models, self.policy.pack_weights):
+        with packed_weights(models, self.policy.pack_weights), compiled_forwards(models, self.policy.compile):
             decoder.run()
         pad = generation_config._pad_token_tensor
         output = decoder.output(input_ids, 0 if pad is None else int(pad))
@@ -284,6 +285,8 @@ class GuardedCall:
         check_generation_config(config)
         check_model_kwargs(model_kwargs, input_ids)
         check_processors(processors, input_ids.shape[0])
+        if self.policy.compile:
+            check_compiler(model.device)
         if self.policy.candidate_source == "draft" and (
             self.assistant is None or isinstance(self.assistant, DraftHead)
         ):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,7 @@ MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
 
 
-class Packed(NamedTuple):
-    """A packed copy, and what tells whether it is still one."""
-
-    weight: Tensor
-    print: tuple[int, int, int]
-
-
-_PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -52,6 +45,50 @@ def multiply(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
 
 
+class PackedLinear:
+    """The forward of a linear layer with a packed copy of its weights.
+
+    Args:
+        layer (`torch.nn.Linear`): On a CPU.
+        fingerprint (`tuple[int, ...]`): Tells whether the copy is still one.
+    """
+
+    def __init__(self, layer: Any, fingerprint: tuple[int, ...]):
+        packed = pack(layer.weight)
+        assert packed is not None
+        self.weight, self.packed, self.bias, self.fingerprint = layer.weight, packed, layer.bias, fingerprint
+        # the matrix is kept alive here, so that no other one can take its place in memory while the copy exists
+        _PACKED_BY_PLACE[_place(self.weight)] = packed
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The layer's outputs."""
+        if torch.compiler.is_compiling():
+            return torch.ops.safespec_hf.multiply(inputs, self.weight, self.bias)
+        return multiply(inputs, self.packed, self.bias)
+
+
+# torch.compile can't trace a tensor of oneDNN's layout, so compiled code finds it by the matrix it was packed from
+_PACKED_BY_PLACE: WeakValueDictionary[tuple[int, ...], Tensor] = WeakValueDictionary()
+_LIBRARY = torch.library.Library("safespec_hf", "DEF")
+_LIBRARY.define("multiply(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _multiply_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return multiply(inputs, _PACKED_BY_PLACE[_place(weight)], bias)
+
+
+def _shape_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
+
+
+_LIBRARY.impl("multiply", _multiply_compiled, "CPU")
+torch.library.register_fake("safespec_hf::multiply", _shape_compiled, lib=_LIBRARY)
+
+
+def _place(weight: Tensor) -> tuple[int, ...]:
+    return weight.data_ptr(), *weight.shape
+
+
 @contextmanager
 def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -> Iterator[None]:
     """Runs the linear layers of models with packed weights.
@@ -71,7 +108,7 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
     try:
         for layer in layers:
             # in the instance's own dictionary, where `Module.__call__` looks first
-            layer.__dict__["forward"] = functools.partial(multiply, packed=_packed(layer), bias=layer.bias)
+            layer.__dict__["forward"] = _packed(layer)
             patched.append(layer)
         yield
     finally:
@@ -86,14 +123,13 @@ def _is_plain(layer: Any) -> bool:
     return is_linear and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
 
 
-def _packed(layer: Any) -> Tensor:
-    now = (layer.weight.data_ptr(), layer.weight._version, _sum_bits(layer.weight.detach()))
+def _packed(layer: Any) -> PackedLinear:
+    bias = 0 if layer.bias is None else layer.bias.data_ptr()
+    now = (layer.weight.data_ptr(), layer.weight._version, _sum_bits(layer.weight.detach()), bias)
     known = _PACKED.get(layer)
-    if known is None or known.print != now:
-        packed = pack(layer.weight)
-        assert packed is not None
-        known = _PACKED[layer] = Packed(packed, now)
-    return known.weight
+    if known is None or known.fingerprint != now:
+        known = _PACKED[layer] = PackedLinear(layer, now)
+    return known
 
 
 def _sum_bits(weight: Tensor) -> int:
