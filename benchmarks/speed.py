@@ -15,6 +15,7 @@ real         (a) target.generate, (b) transformers' prompt lookup and assisted d
 fp32, sampled  the same in float32, and sampled at `--temperature`.
 parity       float32, a head that never fires: token-identical to (a)?
 recovery     the head is made to fire 1 to 4 times per answer.
+compiled     ours through torch.compile; what compiling takes is reported apart.
 hopeless     a draft of random weights; prompt lookup that never matches.
 constructed  larger targets and drafts of random weights with a chosen agreement: see constructed.py.
 
@@ -54,6 +55,7 @@ REAL_PARTS: dict[str, Callable[[Target, Log], Results]] = {
     "parity": speed_parts.measure_parity,
     "recovery": speed_parts.measure_recovery,
     "hopeless": speed_parts.measure_hopeless,
+    "compiled": speed_parts.measure_compiled,
 }
 PARTS = [*REAL_PARTS, "constructed"]
 
@@ -133,7 +135,7 @@ def constructed_bars(size: str, figures: Results) -> list[Bar]:
 
 def show(results: Results, bars: Sequence[Bar]) -> None:
     console = Console(width=118)
-    for part in ("real", "fp32", "sampled"):
+    for part in ("real", "fp32", "sampled", "compiled"):
         if part in results:
             console.print(arms_table(part, results[part]))
     table = Table("part", "bar", "at least", "measured", "", title="bars")

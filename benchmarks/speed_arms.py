@@ -119,7 +119,9 @@ def run_arm(model: Any, arm: Arm, inputs: Mapping[str, Tensor], **common: Any) -
     """Generates one answer; returns it with what it took."""
     num_prompt = inputs["input_ids"].shape[1]
     arguments = {**common, **arm.arguments(), "return_dict_in_generate": True}
-    with watch(model) as forwards, watch(arm.assistant) as draft_forwards:
+    # hooks would be compiled too
+    is_watched = not (arm.is_ours and arm.policy.compile)
+    with watch(model if is_watched else None) as forwards, watch(arm.assistant if is_watched else None) as drafting:
         synchronize(model.device)
         start = time.perf_counter()
         output = model.generate(**inputs, **arguments)
@@ -128,7 +130,7 @@ def run_arm(model: Any, arm: Arm, inputs: Mapping[str, Tensor], **common: Any) -
     tokens = output.sequences[0, num_prompt:].tolist()
     if isinstance(output, SafeSpecOutput):
         run = our_run(output, seconds, forwards)
-        run.draft_forward_seconds = sum(forward.seconds for forward in draft_forwards)
+        run.draft_forward_seconds = sum(forward.seconds for forward in drafting)
         return run, tokens
     # the first block holds the prompt, every later one a token that was not read yet; the rest are drafts
     num_drafted = sum(forward.num_tokens for forward in forwards) - num_prompt - (len(forwards) - 1)

@@ -41,6 +41,7 @@ PARITY_PER_CATEGORY = 2
 LOOKUP_SETTINGS = [(3, 2), (5, 2), (10, 2), (10, 3)]  # prompt_lookup_num_tokens, max_matching_ngram_size
 FIRST_FORCED_ROUND = 3
 MAX_FORCED_FLAGS = 4
+NUM_COMPILED_WARM_UPS = 4
 
 
 class Target:
@@ -213,6 +214,27 @@ def measure_parity(target: Target, log: Log) -> dict[str, Any]:
         "num_identical": len(records) - len(differing),
         "differing": differing,
         "num_flags": sum(record["arms"]["ours"]["num_flags"] for record in records),
+    }
+
+
+def measure_compiled(target: Target, log: Log) -> dict[str, Any]:
+    """Ours through torch.compile. What compiling takes is in the warm-up: whole answers, until one is fast."""
+    compiled = target.ours("ours, compiled", policy=target.policy(compile=True))
+    prompts = load_prompts(target.options, 1)
+    tokens = target.options.tokens
+    warm_up = [
+        run_arm(target.model, compiled, target.encode(prompt.text), do_sample=False, max_new_tokens=tokens)[0].seconds
+        for prompt in prompts[:NUM_COMPILED_WARM_UPS]
+    ]
+    arms = [Arm("plain"), target.ours("ours"), compiled]
+    bench = target.bench(log, "compiled", tokens)
+    records = bench.interleave(arms, prompts)
+    return {
+        "settings": bench.settings,
+        "warm_up_seconds": warm_up,
+        "arms": {arm.name: summarise_arm(records, arm.name, "plain") for arm in arms},
+        "compiled_over_plain": bootstrap_median(ratios(records, compiled.name, "plain"))._asdict(),
+        "compiled_over_ours": bootstrap_median(ratios(records, compiled.name, "ours"))._asdict(),
     }
 
 
