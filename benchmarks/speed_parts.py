@@ -316,7 +316,9 @@ def measure_hopeless(target: Target, log: Log) -> dict[str, Any]:
     options = target.options
     unique = {"no_repeat_ngram_size": 1}
     random_draft = load_hopeless_draft(target.model, options.hopeless_layers)
-    policy = target.policy(lookup_drafts=False)  # which would help even a hopeless draft, as text repeats itself
+    # a lookup would help even a hopeless draft, as text repeats itself; text in which no token comes twice is nonsense
+    # that the head flags, and recovery is not what is measured here
+    policy = target.policy(lookup_drafts=False, risk_threshold=1.0)
     lookup = {"prompt_lookup_num_tokens": options.lookup_tokens, **unique}
     arms = [
         Arm("plain"),
