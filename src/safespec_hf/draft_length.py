@@ -30,7 +30,7 @@ class DraftCosts:
     """
 
     draft: float = 0.0
-    verify: float = 0.02
+    verify: float = 0.03
 
 
 class Chance:
