@@ -50,7 +50,7 @@ import tiny
 
 SIZES = {"tiny": (64, 2), "0.1": (768, 10), "0.4": (1280, 15), "1.5": (2048, 24)}  # hidden size, layers
 # Hidden size and layers of the drafts that are tried; the one whose cost comes nearest to DRAFT_COST is used.
-DRAFTS = [(2, 4), (2, 3), (2, 2), (2, 1), (4, 2), (4, 1)]
+DRAFTS = [(2, 4), (2, 3), (2, 2), (2, 1), (3, 2), (3, 1), (4, 2), (4, 1)]
 DRAFT_COST = 0.075
 RESIDUAL_SCALE = 0.05
 TILE = 1_000_003  # large weights repeat a random block of prime length: drawing 1.5e9 numbers would take minutes
