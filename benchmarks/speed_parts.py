@@ -35,6 +35,7 @@ from safespec_hf import (
     load_default_target,
     load_truncated_draft,
 )
+from safespec_hf.safety_mode import SafetyMode
 
 TUNING_TOKENS = 64
 PARITY_PER_CATEGORY = 2
@@ -241,8 +242,8 @@ def measure_compiled(target: Target, log: Log) -> dict[str, Any]:
 class ForcedHead(SafetyHead):  # type: ignore[no-untyped-call]
     """Scores with the real head, but calls one token unsafe in each of given rounds: the first that waits for a risk.
 
-    Risks below the threshold keep their order, so that recovery has candidates to choose from as usual. It relies on
-    how the loop calls a head for a single row: once per round, and once for all candidates right after a flag.
+    Risks below the threshold keep their order, so that recovery has candidates to choose from as usual. For a single
+    row, which is scored once per round; what is scored during a recovery is left alone.
     """
 
     def force(self, rounds: Sequence[int]) -> None:
@@ -250,14 +251,29 @@ class ForcedHead(SafetyHead):  # type: ignore[no-untyped-call]
 
     def risk(self, features: Tensor) -> Tensor:
         risks = super().risk(features) * 0.99 * self.config.risk_threshold
-        if self.is_recovering:  # the call right after a flag scores the candidates
-            self.is_recovering = False
+        if self.is_recovering:
             return risks
         self.round += 1
         if self.round in self.rounds and risks.numel():
-            self.is_recovering = True
             risks[0] = 1.0
         return risks
+
+
+@contextmanager
+def told_of_recoveries(head: ForcedHead) -> Any:
+    """Tells the head when a row recovers."""
+    recover = SafetyMode.recover
+
+    def watched(mode: SafetyMode, *args: Any) -> None:
+        head.is_recovering = True
+        recover(mode, *args)
+        head.is_recovering = False
+
+    SafetyMode.recover = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SafetyMode.recover = recover  # type: ignore[method-assign]
 
 
 def force_flags(head: ForcedHead, tokens: int, number: int) -> None:
@@ -278,7 +294,8 @@ def measure_recovery(target: Target, log: Log) -> dict[str, Any]:
     bench = target.bench(log, "recovery", options.tokens)
     forced = target.ours("ours", prepare=partial(force_flags, head, options.tokens))
     try:
-        records = bench.interleave([Arm("plain"), forced], prompts)
+        with told_of_recoveries(head):
+            records = bench.interleave([Arm("plain"), forced], prompts)
     finally:
         target.model._safespec.head = target.head
     counts = [record["arms"]["ours"]["num_flags"] for record in records]
