@@ -149,7 +149,7 @@ def choose_draft(target: Any, hidden_size: int, following: Tensor, settings: Set
     best: tuple[float, Any] = (float("inf"), None)
     costs = {}
     for divisor, num_layers in DRAFTS:
-        size = max(hidden_size // divisor, 32)
+        size = max(hidden_size // divisor // 64 * 64, 32)  # whole attention heads
         draft = build_model(size, num_layers, following, settings.dtype, settings.device)
         cost = time_blocks(draft, ids, [1], 9)[1] / time_blocks(target, ids, [1], 5)[1]
         costs[f"{num_layers} layers of {size}"] = cost
