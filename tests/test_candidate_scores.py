@@ -46,7 +46,7 @@ def test_watched_candidates_get_the_scores_of_candidates_read_at_once(pooling):
         scores.watch(segments, is_open, output)
         return list(is_open)  # however bad: this is about the scores
 
-    segments, watched, fork, cached = sample(model, head, 5, watch, frozenset(range(0, 40, 5)))
+    segments, watched, fork, cached = sample(model, head, 5, watch, frozenset(range(0, 40, 3)))
     assert len({len(tokens) for tokens in segments}) > 1  # or else this would not show who is scored when
     read = CandidateScores(watched.row, watched.monitor, watched.num_features, 1.0)
     again = cached.fork(0, 5)

@@ -16,7 +16,7 @@ from transformers import (
 
 from safespec_hf import Provenance, SafeSpecCandidateGenerator, SafeSpecConfig, SafeSpecLogitsProcessor
 from safespec_hf.cache import CachedModel
-from safespec_hf.candidates import sample_segments
+from safespec_hf.candidates import draw, sample_segments
 from safespec_hf.lookup import NgramIndex
 from safespec_hf.rows import Row
 
@@ -222,6 +222,21 @@ def sample(model, num, **kwargs):
     fields = {"max_tokens": 6, "end_ids": frozenset(), **kwargs}
     sampler = CachedModel(model, 1).fork(0, num)
     return sample_segments(sampler, row, steer=steer, generator=torch.Generator().manual_seed(0), **fields)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw(probs.expand(20_000, -1), torch.Generator().manual_seed(0))[:, 0]
+    counts = drawn.bincount(minlength=6)
+    assert counts[probs == 0].sum() == 0
+    # of sound draws one in a thousand fails; the seed is fixed
+    assert chisquare(counts[probs > 0], probs[probs > 0].double() * 20_000).pvalue > 0.001
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0 - 2**-53])
+def test_a_token_without_probability_is_never_drawn(monkeypatch, share):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, share, dtype=torch.double))
+    assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])).item() == (1 if share < 0.5 else 3)
 
 
 def test_segments_are_sampled_independently_and_end_at_the_limit():

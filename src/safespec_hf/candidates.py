@@ -224,7 +224,7 @@ def sample_segments(
         if end_ids and not may_end:
             # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
             scores_KV = penalize(scores_KV, sorted(end_ids))
-        token_K1 = torch.multinomial(scores_KV.softmax(dim=-1), 1, generator=generator)
+        token_K1 = draw(scores_KV.softmax(dim=-1), generator)
         for k, token in enumerate(token_K1[:, 0].tolist()):
             if is_open[k]:
                 segments[k].append(token)
@@ -234,6 +234,31 @@ def sample_segments(
             break
         ids_KL, blocks = torch.cat([ids_KL, token_K1], dim=1), token_K1
     return segments
+
+
+def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token per row: where a random share of all probability is reached.
+
+    `torch.multinomial` draws a number for each token of the vocabulary, which takes a fifth of a forward on a CPU.
+
+    Args:
+        probs_KV (`torch.FloatTensor` of shape `(K, V)`): Probabilities; they need not sum to 1.
+        generator (`torch.Generator`, *optional*): Of their device.
+
+    Returns:
+        `torch.LongTensor` of shape `(K, 1)`: The tokens; never one of probability 0.
+
+    Example:
+
+        >>> import torch
+        >>> draw(torch.tensor([[0.0, 1.0, 0.0]])).tolist()
+        [[1]]
+    """
+    reached_KV = probs_KV.double().cumsum(dim=-1)  # in float32 rounding would move small probabilities
+    share_K1 = torch.rand(len(probs_KV), 1, dtype=torch.double, device=probs_KV.device, generator=generator)
+    # `right`: a share that is reached exactly belongs to the next token that has any probability
+    token_K1 = torch.searchsorted(reached_KV, share_K1 * reached_KV[:, -1:], right=True)
+    return torch.minimum(token_K1, torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()))
 
 
 def _merge(found: Proposal, made: Proposal) -> tuple[Proposal, list[bool]]:
