@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import constructed
 import tiny
 from speed_log import Log, read_results
-from speed_parts import ForcedHead
+from speed_parts import ForcedHead, told_of_recoveries
 from speed_statistics import (
     bootstrap_median,
     count_rounds,
@@ -22,6 +22,8 @@ from speed_statistics import (
     ratios,
     theoretical_speedup,
 )
+
+from safespec_hf.safety_mode import SafetyMode
 
 
 def test_tokens_per_round_is_the_sum_of_the_chances_to_get_that_far():
@@ -132,8 +134,18 @@ def test_constructed_layers_do_work(text):
 def test_a_forced_head_flags_in_its_rounds_and_never_a_candidate():
     head = ForcedHead(tiny.build_head(tiny.build_model(), 0.5).config).eval()
     head.force([2, 3])
-    features = torch.zeros(3, 32)
-    # round 1, round 2, the candidates after its flag, round 3, its candidates, round 4
-    flags = [(head.risk(features) >= 0.5).tolist() for _ in range(6)]
+    flags = []
+    for head.is_recovering in (False, False, True, True, False, True, False):
+        flags.append((head.risk(torch.zeros(3, 32)) >= 0.5).tolist())
     no_flag, flag = [False] * 3, [True, False, False]
-    assert flags == [no_flag, flag, no_flag, flag, no_flag, no_flag]
+    assert flags == [no_flag, flag, no_flag, no_flag, flag, no_flag, no_flag]
+
+
+def test_a_forced_head_is_told_of_recoveries(monkeypatch):
+    head, seen = ForcedHead(tiny.build_head(tiny.build_model(), 0.5).config), []
+    monkeypatch.setattr(SafetyMode, "recover", lambda *_: seen.append(head.is_recovering))
+    head.force([])
+    with told_of_recoveries(head):
+        SafetyMode.recover(None, 0, None, None)
+    SafetyMode.recover(None, 0, None, None)
+    assert seen == [True, False]
