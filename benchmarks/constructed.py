@@ -12,10 +12,12 @@ another successor (the rows of those tokens are rotated among themselves). Each 
 [0, 1), and the draft is right after the token iff the number is below a. The cycle is random, so along the text these
 are independent draws: drafts are accepted with probability a each, as theory assumes, and no engine can guess which.
 
-Theory. With c = raw draft step / raw target step and v = raw target forward of g + 1 tokens / raw target step, all
-timed in the same run: speedup = tokens per round / (v + g c), tokens per round = (1 - a^(g+1)) / (1 - a). `a` is the
-share on the stretch that was decoded; stretches are chosen to have nearly the nominal one. `tokens_per_round_perfect`
-is what a perfect engine gets from just these tokens, which tells chance from overhead.
+Theory. With c = raw draft step / raw target step and v = raw target forward of g + 1 tokens / raw target step:
+speedup = tokens per round / (v + g c), tokens per round = (1 - a^(g+1)) / (1 - a). The forwards of a round are timed in
+the same run and in the order of a round, since a draft step is slower after the target has filled the processor's
+caches; in inference mode, as our arm runs. The step that they are compared with is timed as `generate` runs. `a` is the
+share on the stretch that was decoded; stretches are chosen to have nearly the nominal one. `tokens_per_round_perfect` is
+what a perfect engine gets from just these tokens, which tells chance from overhead.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from speed_arms import Arm, Bench, Prompt, time_blocks
+from speed_arms import Arm, Bench, Prompt, fill_cache, time_blocks, time_forward
 from speed_log import Log
 from speed_statistics import (
     bootstrap_median,
@@ -56,7 +58,8 @@ RESIDUAL_SCALE = 0.05
 TILE = 1_000_003  # large weights repeat a random block of prime length: drawing 1.5e9 numbers would take minutes
 NUM_PROMPT_TOKENS = 8
 NUM_STARTS_TRIED = 400
-CONTEXT_TOKENS = 64  # at which the draft is chosen
+CONTEXT_TOKENS, CHOICE_GAMMA = 64, 5  # at which the draft is chosen
+RAW_ROUNDS = 7
 
 
 class Settings(NamedTuple):
@@ -144,14 +147,15 @@ def set_successors(model: Any, following: Tensor) -> None:
 
 
 def choose_draft(target: Any, hidden_size: int, following: Tensor, settings: Settings) -> tuple[Any, dict[str, float]]:
-    """The draft whose measured step costs nearest to DRAFT_COST of the target's."""
+    """The draft whose step, measured in rounds, costs nearest to DRAFT_COST of the target's."""
     ids = torch.arange(CONTEXT_TOKENS, device=target.device)[None] % len(following)
     best: tuple[float, Any] = (float("inf"), None)
     costs = {}
     for divisor, num_layers in DRAFTS:
         size = max(hidden_size // divisor // 64 * 64, 32)  # whole attention heads
         draft = build_model(size, num_layers, following, settings.dtype, settings.device)
-        cost = time_blocks(draft, ids, [1], 9)[1] / time_blocks(target, ids, [1], 5)[1]
+        blocks, step = time_rounds(target, draft, ids, [1, CHOICE_GAMMA + 1])
+        cost = step / blocks[1]
         costs[f"{num_layers} layers of {size}"] = cost
         if abs(cost - DRAFT_COST) < best[0]:
             best = (abs(cost - DRAFT_COST), draft)
@@ -225,8 +229,21 @@ def time_raw(target: Any, draft: Any, prompt_ids: Tensor, tokens: Sequence[int],
     half = torch.tensor([tokens[: len(tokens) // 2]], device=prompt_ids.device)
     context_ids = torch.cat([prompt_ids, half], dim=1)
     sizes = sorted({1, *(gamma + 1 for gamma in settings.gammas)})
-    blocks = time_blocks(target, context_ids, sizes, 5)
-    return {"blocks": blocks, "draft_step": time_blocks(draft, context_ids, [1], 15)[1]}
+    blocks, step = time_rounds(target, draft, context_ids, sizes)
+    return {"blocks": blocks, "draft_step": step, "plain_block": time_blocks(target, context_ids, [1], RAW_ROUNDS)[1]}
+
+
+@torch.inference_mode()
+def time_rounds(target: Any, draft: Any, context_ids: Tensor, sizes: Sequence[int]) -> tuple[dict[int, float], float]:
+    """Median seconds of raw target forwards of so many tokens each, and of the draft steps that rounds have between."""
+    caches = [fill_cache(model, context_ids) for model in (target, draft)]
+    blocks: dict[int, list[float]] = {size: [] for size in sizes}
+    steps: list[float] = []
+    for _ in range(RAW_ROUNDS):
+        for size in sizes:
+            steps += [time_forward(draft, context_ids[:, :1], caches[1]) for _ in range(size - 1)]
+            blocks[size].append(time_forward(target, context_ids[:, :size], caches[0]))
+    return {size: statistics.median(values) for size, values in blocks.items()}, statistics.median(steps)
 
 
 def described(settings: Settings, size: str) -> dict[str, Any]:
@@ -253,8 +270,9 @@ def theory_of(text: Text, record: dict[str, Any], acceptance: float, gamma: int)
     share = sum(agreed) / len(agreed)
     blocks = {int(size): seconds for size, seconds in record["raw"]["blocks"].items()}
     cost = record["raw"]["draft_step"] / blocks[1]
+    faster = record["raw"]["plain_block"] / blocks[1]
     speedups = {
-        size - 1: theoretical_speedup(share, size - 1, cost, blocks[size] / blocks[1])
+        size - 1: faster * theoretical_speedup(share, size - 1, cost, blocks[size] / blocks[1])
         for size in ([gamma + 1] if gamma else blocks)
     }
     best = max(speedups, key=lambda g: speedups[g])

@@ -179,10 +179,15 @@ def time_forward(model: Any, ids: Tensor, cache: Any = None) -> float:
 
 
 @torch.no_grad()
-def time_blocks(model: Any, context_ids: Tensor, sizes: Sequence[int], repeats: int = RAW_REPEATS) -> dict[int, float]:
-    """Median seconds of raw forwards of so many tokens each, on a KV cache of this context; sizes interleaved."""
+def fill_cache(model: Any, context_ids: Tensor) -> Any:
     cache: Any = DynamicCache()
     model(input_ids=context_ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def time_blocks(model: Any, context_ids: Tensor, sizes: Sequence[int], repeats: int = RAW_REPEATS) -> dict[int, float]:
+    """Median seconds of raw forwards of so many tokens each, on a KV cache of this context; sizes interleaved."""
+    cache = fill_cache(model, context_ids)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats):
         for size in sizes:
@@ -205,7 +210,7 @@ def time_raw_forwards(
     context_ids = torch.cat([prompt_ids, half], dim=1)
     plain_blocks, plain_prefill = time_blocks(model, context_ids, [1]), time_prefill(model, prompt_ids)
     drafts = [ours.assistant] if isinstance(ours.assistant, nn.Module) else []
-    with packed_weights([model, *drafts], ours.policy.pack_weights):  # as our arm ran
+    with torch.inference_mode(), packed_weights([model, *drafts], ours.policy.pack_weights):  # as our arm ran
         blocks, prefill = time_blocks(model, context_ids, sorted({1, *own.blocks})), time_prefill(model, prompt_ids)
         draft_seconds, source = raw_draft_seconds(ours.assistant, context_ids, own)
     return {

@@ -15,7 +15,7 @@ EFFICIENCY_FORMULA = (
     "tokens, R_plain = prefill + (N_plain - 1) * t(1), R_ours = prefill + sum over our rounds after the first of "
     "t(block of that round) + seconds of our raw draft forwards, and t(n) is the median time of a raw target forward "
     "of n tokens on a KV cache that holds the prompt and half of the answer, timed right after the prompt's arms (for "
-    "R_ours with packed weights, if our arm ran so). "
+    "R_ours in inference mode, and with packed weights if our arm ran so). "
     "raw_share = R_ours / seconds of our arm is the stricter figure, in which target.generate plays no part."
 )
 

@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .draft_tree import path_to
 from .errors import UnsupportedRequestError
+from .growing import GrowingLayer, growing_cache, make_plain
 from .tap import read_tap, tap_arguments
 
 # Holes cost attention time. Gathering the cache costs about one copy of it, so do it when a quarter is wasted.
@@ -73,7 +74,7 @@ class CachedModel:
         self.layers = tuple(layers)
         # Without a config every layer keeps all its states: sliding windows are then a matter of the mask alone, and
         # any rollback is a crop.
-        self.cache: Any = DynamicCache()
+        self.cache: Any = growing_cache()
         self.used_BL = np.zeros((num_rows, 0), dtype=bool)
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
@@ -208,9 +209,10 @@ class CachedModel:
         self.cache, self.lengths, self.used_BL = cache, [length], np.ones((1, length), dtype=bool)
 
     def leave(self, length: int) -> None:
-        """Crops a single row's cache to its first tokens, even if a forward was interrupted halfway."""
+        """Leaves a single row's first tokens to the caller, even if a forward was interrupted halfway."""
         for layer in self.cache.layers:
             layer.crop(min(length - layer.get_seq_length(), 0))
+        make_plain(self.cache)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows, in this order."""
@@ -338,7 +340,7 @@ def _columns(state_BHLD: Tensor, columns: np.ndarray) -> Tensor:
 
 def _set_layer(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
+        cache.layers.append(GrowingLayer())
     layer = cache.layers[index]
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)

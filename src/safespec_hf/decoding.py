@@ -82,8 +82,10 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
-            while self.live:
-                self._round()
+            # a twentieth of a small model's forward goes into what autograd might want to know later
+            with torch.inference_mode():
+                while self.live:
+                    self._round()
         finally:
             self._leave_consistent()
 
