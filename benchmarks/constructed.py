@@ -13,11 +13,11 @@ another successor (the rows of those tokens are rotated among themselves). Each 
 are independent draws: drafts are accepted with probability a each, as theory assumes, and no engine can guess which.
 
 Theory. With c = raw draft step / raw target step and v = raw target forward of g + 1 tokens / raw target step:
-speedup = tokens per round / (v + g c), tokens per round = (1 - a^(g+1)) / (1 - a). The forwards of a round are timed in
-the same run and in the order of a round, since a draft step is slower after the target has filled the processor's
-caches; in inference mode, as our arm runs. The step that they are compared with is timed as `generate` runs. `a` is the
-share on the stretch that was decoded; stretches are chosen to have nearly the nominal one. `tokens_per_round_perfect` is
-what a perfect engine gets from just these tokens, which tells chance from overhead.
+speedup = tokens per round / (v + g c), tokens per round = (1 - a^(g+1)) / (1 - a). A round's forwards are timed in the
+same run and in the order of a round, since a draft step takes longer after the target has filled the processor's
+caches; in inference mode, as our arm runs. The step that they are compared with is timed as `generate` runs. `a` is
+the share on the stretch that was decoded; stretches are chosen to have nearly the nominal one.
+`tokens_per_round_perfect` is what a perfect engine gets from just these tokens, which tells chance from overhead.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def time_raw(target: Any, draft: Any, prompt_ids: Tensor, tokens: Sequence[int],
 
 @torch.inference_mode()
 def time_rounds(target: Any, draft: Any, context_ids: Tensor, sizes: Sequence[int]) -> tuple[dict[int, float], float]:
-    """Median seconds of raw target forwards of so many tokens each, and of the draft steps that rounds have between."""
+    """Median seconds of raw target forwards of so many tokens each, and of the draft steps between them."""
     caches = [fill_cache(model, context_ids) for model in (target, draft)]
     blocks: dict[int, list[float]] = {size: [] for size in sizes}
     steps: list[float] = []

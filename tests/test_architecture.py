@@ -27,6 +27,7 @@ ORDER = [
     "rows",
     "monitor",
     "logits",
+    "growing",
     "cache",
     "compiling",
     "drafters",

@@ -23,10 +23,10 @@ def sample(model, head, num, judge, newline_ids=frozenset(), prompt=PROMPT, max_
     cached = CachedModel(model, 1, [*monitor.layers, *draft_layers])
     cached.forward([prompt[:1]], 1)
     scores = CandidateScores(row, monitor, head.config.num_features, head.config.risk_threshold)
-    fork = cached.fork(0, num)
-    segments = sample_segments(
-        fork,
+    segments, fork = sample_segments(
+        cached.fork(0, 1),
         row,
+        num_segments=num,
         max_tokens=max_tokens,
         end_ids=frozenset({33}),
         steer=SafeSpecLogitsProcessor(len(prompt), []),

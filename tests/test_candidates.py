@@ -219,9 +219,9 @@ def test_get_candidates_follows_any_history_of_the_tokens(target):
 def sample(model, num, **kwargs):
     row = kwargs.pop("row", None) or make_row([9, 10])
     steer = kwargs.pop("steer", SafeSpecLogitsProcessor(2, []))
-    fields = {"max_tokens": 6, "end_ids": frozenset(), **kwargs}
-    sampler = CachedModel(model, 1).fork(0, num)
-    return sample_segments(sampler, row, steer=steer, generator=torch.Generator().manual_seed(0), **fields)
+    fields = {"num_segments": num, "max_tokens": 6, "end_ids": frozenset(), **kwargs}
+    sampler = CachedModel(model, 1)
+    return sample_segments(sampler, row, steer=steer, generator=torch.Generator().manual_seed(0), **fields)[0]
 
 
 def test_tokens_are_drawn_by_their_probabilities():

@@ -317,6 +317,25 @@ def test_a_silent_head_leaves_as_much_in_the_cache_as_plain_generate(guarded):
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 3 + 8 - 1
 
 
+@pytest.mark.parametrize("is_user_defined", [False, True])
+def test_autograd_can_go_on_with_what_comes_back(target, tokenizer, is_user_defined):
+    model = attach_safety_head(target, build_head(target), tokenizer=tokenizer)
+    given = {CACHE_NAME: fill(model, 1)} if is_user_defined else {}
+    output = model.generate(PROMPT, **given, **SHORT, safespec=True, return_dict_in_generate=True)
+    last = output.sequences[:, output[CACHE_NAME].get_seq_length() :]
+    model(last, **{CACHE_NAME: output[CACHE_NAME]}).logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("pack_weights", [False, True])
+def test_a_model_made_for_inference_only_is_guarded_too(tokenizer, pack_weights):
+    with torch.inference_mode():
+        model = build_model()
+        attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+        policy = SafeSpecConfig(risk_threshold=1.0, pack_weights=pack_weights)
+        assert torch.equal(model.generate(PROMPT, **SHORT, safespec=policy), model.generate(PROMPT, **SHORT))
+
+
 class Interrupt(StoppingCriteria):
     def __init__(self, after):
         self.after = after

@@ -181,18 +181,20 @@ def sample_segments(
     sampler: CachedModel,
     row: Row,
     *,
+    num_segments: int,
     max_tokens: int,
     end_ids: frozenset[int],
     steer: LogitsProcessor,
     generator: torch.Generator,
     vocab_size: int | None = None,
     judge: Judge | None = None,
-) -> list[list[int]]:
-    """Samples one segment for every row of `sampler`, all of which continue the same context.
+) -> tuple[list[list[int]], CachedModel]:
+    """Samples segments that all continue the same context, which is read once.
 
     Args:
-        sampler ([`CachedModel`]): K copies of the row's cache, in the draft or in the target.
+        sampler ([`CachedModel`]): A copy of the row's cache, in the draft or in the target.
         row ([`Row`]): The row.
+        num_segments (`int`): K.
         max_tokens (`int`): Longest segment, >= 1.
         end_ids (`frozenset[int]`): Tokens that end an answer.
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
@@ -203,16 +205,17 @@ def sample_segments(
             which stay open. With a judge the last tokens are read as well.
 
     Returns:
-        `list[list[int]]`: K segments, none of them empty.
+        `tuple`: K segments, none of them empty, and the cache that they were sampled with, a row for each.
     """
-    num = len(sampler.lengths)
-    blocks: Sequence[Sequence[int]] | Tensor = [row.context(length) for length in sampler.lengths]
     policy = row.policy
-    ids_KL = row.visible_ids().expand(num, -1)
-    segments: list[list[int]] = [[] for _ in range(num)]
-    is_open = [True] * num
+    ids_KL = row.visible_ids().expand(num_segments, -1)
+    segments: list[list[int]] = [[] for _ in range(num_segments)]
+    is_open = [True] * num_segments
+    output = _repeat(sampler.forward([row.context(sampler.lengths[0])], 1), num_segments)
+    sampler = sampler.fork(0, num_segments)
     for step in range(max_tokens if judge is None else max_tokens + 1):
-        output = sampler.forward(blocks, 1)
+        if step > 0:
+            output = sampler.forward(ids_KL[:, -1:], 1)
         if judge is not None:
             is_open = judge(segments, is_open, output)
             if step == max_tokens or not any(is_open):
@@ -232,8 +235,15 @@ def sample_segments(
                 is_open[k] = not ends_line and token not in end_ids
         if judge is None and not any(is_open):
             break
-        ids_KL, blocks = torch.cat([ids_KL, token_K1], dim=1), token_K1
-    return segments
+        ids_KL = torch.cat([ids_KL, token_K1], dim=1)
+    return segments, sampler
+
+
+def _repeat(output: BlockOutput, num: int) -> BlockOutput:
+    """One row's output as that of many."""
+    logits_BTV, hidden_BTF = (None if part is None else part.expand(num, -1, -1) for part in output)
+    assert logits_BTV is not None
+    return BlockOutput(logits_BTV, hidden_BTF)
 
 
 def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Keys and values of one layer, in buffers with room for more: a block is written in place, a rollback is a number."""
+"""Keys and values of one layer, in buffers with room for more: a block is written in place and nothing is copied."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 256
-"""Columns to spare whenever a buffer is made. Copying the states is then one in so many tokens' work, not each one's."""
+"""Columns to spare whenever a buffer is made: states are copied once for so many tokens, not once for each."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -30,68 +30,39 @@ class GrowingLayer(DynamicLayer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        self._states: dict[str, Tensor | None] = {}
-        self._length = 0
-        self._room = 0  # columns of buffers that are this layer's own; 0 if they are not
         super().__init__(**kwargs)
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Of shape `(B, H, L, D)`."""
-        return self._read("keys")
-
-    @keys.setter
-    def keys(self, states: Tensor | None) -> None:
-        self._set("keys", states)
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """Of shape `(B, H, L, D)`."""
-        return self._read("values")
-
-    @values.setter
-    def values(self, states: Tensor | None) -> None:
-        self._set("values", states)
-
-    def _read(self, name: str) -> Tensor | None:
-        states = self._states[name]
-        return None if states is None else states[:, :, : self._length]
-
-    def _set(self, name: str, states: Tensor | None) -> None:
-        self._states[name] = states
-        self._length, self._room = 0 if states is None else states.shape[2], 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.device, self.is_initialized = key_states.device, True
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._own: Tensor | None = None  # the keys, as long as they lie in the buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():  # there, a copy is a kernel's work, and a length would be compiled in
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[2]
-        if torch.compiler.is_compiling():  # a write in place would be compiled anew for every buffer
-            self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
-            return self.keys, self.values
-        if end > self._room:
-            self._states = {name: _with_room(states, start, end + ROOM) for name, states in self._states.items()}
-            self._room = end + ROOM
-        keys = cast("Tensor", self._states["keys"])[:, :, :end]
-        values = cast("Tensor", self._states["values"])[:, :, :end]
-        keys[:, :, start:], values[:, :, start:] = key_states, value_states
-        self._length = end
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        return self._length
+        is_own, num_new = self._own is not None and self.keys is self._own, key_states.shape[2]
+        start = self.get_seq_length()
+        if self._buffers is None or not is_own or start + num_new > self._buffers[0].shape[2]:
+            room = start + num_new + ROOM
+            self._buffers = _copy(self.keys, key_states, room), _copy(self.values, value_states, room)
+        keys, values = self._buffers
+        keys.narrow(2, start, num_new).copy_(key_states)
+        values.narrow(2, start, num_new).copy_(value_states)
+        self.keys = self._own = keys.narrow(2, 0, start + num_new)
+        self.values = values.narrow(2, 0, start + num_new)
+        return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        self._length -= min(abs(tokens_to_remove), self._length)
+        is_own = self.keys is self._own
+        super().crop(tokens_to_remove)
+        if is_own:
+            self._own = self.keys
 
 
-def _with_room(states: Tensor | None, length: int, room: int) -> Tensor:
-    assert states is not None
-    buffer = states.new_empty(*states.shape[:2], room, states.shape[3])
-    buffer[:, :, :length] = states[:, :, :length]
+def _copy(states: Tensor | None, new: Tensor, room: int) -> Tensor:
+    """A buffer for states like the new ones, that begins with those there are."""
+    buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
+    if states is not None and states.numel() > 0:
+        buffer[:, :, : states.shape[2]] = states
     return buffer
 
 
@@ -103,8 +74,9 @@ def growing_cache() -> DynamicCache:
 
 
 def make_plain(cache: Any) -> None:
-    """Turns a cache into one that transformers and autograd go on with: of its own layers, with states of their own."""
-    cache.layer_class_to_replicate = DynamicLayer
+    """Turns a cache into one that transformers and autograd can go on with: own layers, own states."""
+    if cache.layer_class_to_replicate is GrowingLayer:
+        cache.layer_class_to_replicate = DynamicLayer
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized:
             keys, values = layer.keys.clone(), layer.values.clone()

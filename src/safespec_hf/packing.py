@@ -125,7 +125,8 @@ def _is_plain(layer: Any) -> bool:
 
 def _packed(layer: Any) -> PackedLinear:
     bias = 0 if layer.bias is None else layer.bias.data_ptr()
-    now = (layer.weight.data_ptr(), 0 if layer.weight.is_inference() else layer.weight._version, _sum_bits(layer.weight.detach()), bias)
+    version = 0 if layer.weight.is_inference() else layer.weight._version  # inference tensors have none
+    now = (layer.weight.data_ptr(), version, _sum_bits(layer.weight.detach()), bias)
     known = _PACKED.get(layer)
     if known is None or known.fingerprint != now:
         known = _PACKED[layer] = PackedLinear(layer, now)

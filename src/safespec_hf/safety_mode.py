@@ -93,16 +93,16 @@ class SafetyMode:
     def _sample(
         self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores
     ) -> tuple[list[list[int]], CachedModel]:
-        """K candidate segments, in one batch that shares the row's cache, scored; and the target's cache of them."""
+        """K candidate segments, in one batch, scored; and the target's cache of them."""
         start, policy = time.perf_counter(), self.plan.policy
         draft = None if policy.candidate_source == "target" else self.candidates.sampler
-        scorer = self.target.fork(index, policy.num_candidates)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
-        segments = sample_segments(
-            scorer if draft is None else draft.fork(index, policy.num_candidates),
+        segments, scorer = sample_segments(
+            (self.target if draft is None else draft).fork(index, 1),
             row,
+            num_segments=policy.num_candidates,
             max_tokens=max_tokens,
             vocab_size=self.candidates.vocab_size,
             end_ids=self.plan.eos_ids,
@@ -112,6 +112,7 @@ class SafetyMode:
         )
         if draft is not None:
             self.statistics.draft_seconds += time.perf_counter() - start
+            scorer = self.target.fork(index, policy.num_candidates)
             waiting = row.context(scorer.lengths[0])
             output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(map(len, segments)))
             scores.read(segments, len(waiting), output)
