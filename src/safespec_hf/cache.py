@@ -78,6 +78,7 @@ class CachedModel:
         self.used_BL = np.zeros((num_rows, 0), dtype=bool)
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
+        self._device = model.device  # a property that looks for a weight each time
         self._cache_name = cache_argument(model)
         model_interface: Any = model
         self._keeps_logits: bool = model_interface._supports_logits_to_keep()
@@ -111,10 +112,8 @@ class CachedModel:
         is_left_aligned = self._is_sliding and self.used_BL.shape[1] > 0
         input_ids, added_BT = self._align(blocks, is_left_aligned)
         is_shifted = is_left_aligned and not added_BT.all()
-        self.used_BL = np.concatenate([self.used_BL, added_BT], axis=1)
-        positions_BT = np.maximum(np.array(self.lengths)[:, None] + added_BT.cumsum(axis=1) - 1, 0)
+        positions_BT = self._extend(added_BT)
         mask_BTL = None if parents is None else self._tree_mask(parents, positions_BT)
-        self.lengths = [length + int(new) for length, new in zip(self.lengths, added_BT.sum(axis=1), strict=True)]
         arguments = self._arguments(input_ids, positions_BT, input_ids.shape[1] if is_shifted else num_logits)
         if mask_BTL is not None:
             arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
@@ -133,7 +132,7 @@ class CachedModel:
 
     def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, np.ndarray]:
         if isinstance(blocks, Tensor):
-            return blocks.to(self.model.device), np.ones(tuple(blocks.shape), dtype=bool)
+            return blocks.to(self._device), np.ones(tuple(blocks.shape), dtype=bool)
         width = max(len(block) for block in blocks)
         ids, added = np.zeros((len(blocks), width), dtype=np.int64), np.zeros((len(blocks), width), dtype=bool)
         for row, block in enumerate(blocks):
@@ -141,13 +140,29 @@ class CachedModel:
             start = 0 if to_left else width - len(block)
             ids[row, start : start + len(block)] = block
             added[row, start : start + len(block)] = True
-        return torch.from_numpy(ids).to(self.model.device, non_blocking=True), added
+        return torch.from_numpy(ids).to(self._device, non_blocking=True), added
+
+    def _is_whole(self) -> bool:
+        """Whether there is one row, in all columns."""
+        return len(self.lengths) == 1 and self.used_BL.shape[1] == self.lengths[0]
+
+    def _extend(self, added_BT: np.ndarray) -> np.ndarray:
+        """Adds columns; returns the positions of the tokens in them."""
+        if self._is_whole():  # by far the most common case, and draft steps are short
+            length = self.lengths[0] + added_BT.shape[1]
+            positions_BT = np.arange(self.lengths[0], length)[None]
+            self.used_BL, self.lengths = np.ones((1, length), dtype=bool), [length]
+            return positions_BT
+        self.used_BL = np.concatenate([self.used_BL, added_BT], axis=1)
+        positions_BT = np.maximum(np.array(self.lengths)[:, None] + added_BT.cumsum(axis=1) - 1, 0)
+        self.lengths = [length + int(new) for length, new in zip(self.lengths, added_BT.sum(axis=1), strict=True)]
+        return positions_BT
 
     def _arguments(self, input_ids: Tensor, positions_BT: np.ndarray, num_logits: int) -> dict[str, Any]:
         device = input_ids.device
         arguments: dict[str, Any] = {"input_ids": input_ids, self._cache_name: self.cache, "use_cache": True}
         arguments["position_ids"] = torch.from_numpy(positions_BT).to(device, non_blocking=True)
-        if not self.used_BL.all():
+        if not (self._is_whole() or self.used_BL.all()):
             arguments["attention_mask"] = torch.from_numpy(self.used_BL).to(device, non_blocking=True).long()
         if self._keeps_logits:
             arguments["logits_to_keep"] = num_logits
@@ -170,7 +185,7 @@ class CachedModel:
         return mask_BTL
 
     def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
-        mask = torch.from_numpy(mask_BTL).to(self.model.device, non_blocking=True)[:, None]
+        mask = torch.from_numpy(mask_BTL).to(self._device, non_blocking=True)[:, None]
         if self.model.config._attn_implementation == "sdpa":
             return mask
         dtype = self.model.dtype
@@ -253,6 +268,8 @@ class CachedModel:
     def _compact(self) -> None:
         """Closes the holes when they cost more than closing them, or would be counted into a sliding window."""
         num_columns, longest = self.used_BL.shape[1], max(self.lengths)
+        if self._is_whole():
+            return
         # a row that is padded on the left only has no hole
         has_holes = self._is_sliding and bool((np.diff(self.used_BL.astype(np.int8), axis=1) < 0).any())
         limit = min(max(MIN_HOLES, MAX_HOLE_FRACTION * num_columns), self._max_columns - longest)

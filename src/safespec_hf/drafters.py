@@ -168,7 +168,8 @@ class ModelDrafter:
         if self.do_sample:
             probs_BV = scores_BV.softmax(dim=-1)
             return Step(torch.multinomial(probs_BV, 1), probs_BV.amax(dim=-1, keepdim=True), probs_BV)
-        values_BS, tokens_BS = scores_BV.topk(min(1 + self.num_others, scores_BV.shape[1]), dim=-1)
+        num = min(1 + self.num_others, scores_BV.shape[1])
+        values_BS, tokens_BS = scores_BV.topk(num, dim=-1) if num > 1 else scores_BV.max(dim=-1, keepdim=True)
         chances_BS = (
             (values_BS - scores_BV.logsumexp(dim=-1, keepdim=True)).exp() if self.length.is_adaptive else values_BS
         )

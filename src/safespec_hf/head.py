@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ class SafetyHead(StrictModel):
         Returns:
             `torch.Tensor` of shape `(...)`: Logits, float32 unless the head was cast.
         """
-        return self.mlp(features.to(self.device, self.dtype)).squeeze(-1)
+        bias = cast("Tensor", self.mlp[-1].bias)  # `self.device` and `self.dtype` would look for a weight each time
+        return self.mlp(features.to(bias.device, bias.dtype)).squeeze(-1)
 
     def risk(self, features: Tensor) -> Tensor:
         """P(unsafe) of pooled hidden states, whatever the label direction.
