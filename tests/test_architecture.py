@@ -12,6 +12,7 @@ PACKAGE = Path(safespec_hf.__file__).parent
 ORDER = [
     "errors",
     "packing",
+    "inference",
     "config",
     "outputs",
     "tap",

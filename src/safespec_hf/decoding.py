@@ -82,10 +82,8 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
-            # a twentieth of a small model's forward goes into what autograd might want to know later
-            with torch.inference_mode():
-                while self.live:
-                    self._round()
+            while self.live:
+                self._round()
         finally:
             self._leave_consistent()
 

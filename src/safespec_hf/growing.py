@@ -73,6 +73,8 @@ def growing_cache() -> DynamicCache:
     return cache
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def make_plain(cache: Any) -> None:
     """Turns a cache into one that transformers and autograd can go on with: own layers, own states."""
     if cache.layer_class_to_replicate is GrowingLayer:

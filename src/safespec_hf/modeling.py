@@ -28,6 +28,7 @@ from .decoding import Decoder
 from .draft import DraftHead
 from .errors import UnsupportedRequestError
 from .head import SafetyHead, check_binding, target_binding
+from .inference import inference_mode
 from .monitor import RiskMonitor
 from .outputs import SafeSpecOutput
 from .packing import packed_weights
@@ -266,7 +267,11 @@ class GuardedCall:
         if getattr(cache, "_is_user_defined", False):
             decoder.target.adopt(cache)
         models = [model] if self.assistant is None else [model, self.assistant]
-        with packed_weights(models, self.policy.pack_weights), compiled_forwards(models, self.policy.compile):
+        with (
+            packed_weights(models, self.policy.pack_weights),
+            compiled_forwards(models, self.policy.compile),
+            inference_mode([*models, attachment.head]),
+        ):
             decoder.run()
         pad = generation_config._pad_token_tensor
         output = decoder.output(input_ids, 0 if pad is None else int(pad))
