@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .packing import is_plain
+
 
 @contextmanager
 def inference_mode(models: Sequence[nn.Module]) -> Iterator[None]:
@@ -19,12 +21,12 @@ def inference_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         models (`Sequence[torch.nn.Module]`): All that run.
     """
-    is_plain = all(type(weight) in (Tensor, nn.Parameter) for model in models for weight in _weights(model))
+    is_borne = all(is_plain(weight) for model in models for weight in _weights(model))
     try:
-        with torch.inference_mode() if is_plain else nullcontext():
+        with torch.inference_mode() if is_borne else nullcontext():
             yield
     finally:
-        if is_plain and not torch.is_inference_mode_enabled():
+        if is_borne and not torch.is_inference_mode_enabled():
             for model in models:
                 _release(model)
 

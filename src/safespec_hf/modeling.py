@@ -251,11 +251,10 @@ class GuardedCall:
         mask = model_kwargs.get("attention_mask")
         is_real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
         check_positions(model_kwargs.get("position_ids"), is_real)
-        max_length = generation_config.max_length
         rows = make_rows(
             input_ids,
             is_real,
-            max_length=max_length,
+            max_length=generation_config.max_length,
             policy=self.policy,
             newline_ids=attachment.newline_ids,
             processors=logits_processor,

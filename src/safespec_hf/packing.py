@@ -100,7 +100,7 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
             What is on a CPU in float32 or bfloat16 is packed, the rest is left alone.
         is_wanted (`bool`, *optional*): `None` packs if the weights take at most 1 GiB.
     """
-    layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain(layer)]
+    layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain_linear(layer)]
     num_bytes = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     if is_wanted is False or (is_wanted is None and num_bytes > MAX_AUTO_BYTES):
         layers = []
@@ -116,10 +116,15 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
             layer.__dict__.pop("forward", None)
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is no tensor type of its own, as quantized and distributed weights are."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def _is_plain_linear(layer: Any) -> bool:
     """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
     is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    is_linear = is_linear and "forward" not in layer.__dict__
+    is_linear = is_linear and "forward" not in layer.__dict__ and is_plain(layer.weight)
     return is_linear and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
 
 
