@@ -79,6 +79,7 @@ class CachedModel:
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
         self._device = model.device  # a property that looks for a weight each time
+        self._fixed = {"use_cache": True, "return_dict": True, **tap_arguments(self.layers)}
         self._cache_name = cache_argument(model)
         model_interface: Any = model
         self._keeps_logits: bool = model_interface._supports_logits_to_keep()
@@ -119,7 +120,7 @@ class CachedModel:
             arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
         if states_BTF is not None:
             arguments["states"] = states_BTF
-        outputs = self.model(**arguments, return_dict=True)
+        outputs = self.model(**arguments)
         self.usage.num_forwards += 1
         hidden = read_tap(outputs, self.layers, input_ids.shape[1]) if self.layers else None
         if states_BTF is not None:
@@ -160,13 +161,13 @@ class CachedModel:
 
     def _arguments(self, input_ids: Tensor, positions_BT: np.ndarray, num_logits: int) -> dict[str, Any]:
         device = input_ids.device
-        arguments: dict[str, Any] = {"input_ids": input_ids, self._cache_name: self.cache, "use_cache": True}
+        arguments: dict[str, Any] = {"input_ids": input_ids, self._cache_name: self.cache, **self._fixed}
         arguments["position_ids"] = torch.from_numpy(positions_BT).to(device, non_blocking=True)
         if not (self._is_whole() or self.used_BL.all()):
             arguments["attention_mask"] = torch.from_numpy(self.used_BL).to(device, non_blocking=True).long()
         if self._keeps_logits:
             arguments["logits_to_keep"] = num_logits
-        return arguments | tap_arguments(self.layers)
+        return arguments
 
     def _tree_mask(self, parents: Sequence[Sequence[int]], positions_BT: np.ndarray) -> np.ndarray:
         """What each token of the block sees, `(B, T, L)`; moves the positions of trees, in place."""

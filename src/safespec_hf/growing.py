@@ -52,10 +52,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        is_own = self.keys is self._own
-        super().crop(tokens_to_remove)
-        if is_own:
-            self._own = self.keys
+        if self._buffers is None or self.keys is not self._own:
+            super().crop(tokens_to_remove)
+            return
+        length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+        self.keys = self._own = self._buffers[0].narrow(2, 0, length)
+        self.values = self._buffers[1].narrow(2, 0, length)
 
 
 def _copy(states: Tensor | None, new: Tensor, room: int) -> Tensor:
