@@ -244,6 +244,10 @@ def test_segments_are_sampled_independently_and_end_at_the_limit():
     assert {tuple(segment) for segment in segments} == {tuple(range(20, 26)), tuple(range(30, 36))}
 
 
+def test_an_end_token_outside_of_the_vocabulary_is_passed_over():
+    assert sample(ScriptedModel(count_up), 2, end_ids=frozenset({10**6})) == [list(range(11, 17))] * 2
+
+
 def test_a_segment_ends_with_an_end_token():
     assert sample(ScriptedModel(count_up), 2, end_ids=frozenset({14})) == [[11, 12, 13, 14]] * 2
 

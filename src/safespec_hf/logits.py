@@ -54,7 +54,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
 
     Args:
         scores_KV (`torch.FloatTensor` of shape `(K, V)`): Scores.
-        token_ids (`Sequence[int]`): The tokens.
+        token_ids (`Sequence[int]`): The tokens; those that have no score, as some configs' end tokens, are passed over.
         penalty (`float`, defaults to `inf`): In nats, >= 0; `inf` bans them.
 
     Example:
@@ -64,7 +64,8 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
         tensor([[-1.5000,  0.0000,  0.0000]])
     """
     penalized_KV = scores_KV.clone()
-    penalized_KV[:, torch.tensor(token_ids, device=scores_KV.device)] -= penalty
+    scored = [token for token in token_ids if token < scores_KV.shape[1]]
+    penalized_KV[:, torch.tensor(scored, dtype=torch.long, device=scores_KV.device)] -= penalty
     # with a ban, a caller's processors may have left nothing else
     is_possible_K1 = (penalized_KV > -torch.inf).any(dim=-1, keepdim=True)
     return torch.where(is_possible_K1, penalized_KV, scores_KV)
