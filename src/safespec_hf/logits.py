@@ -54,7 +54,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
 
     Args:
         scores_KV (`torch.FloatTensor` of shape `(K, V)`): Scores.
-        token_ids (`Sequence[int]`): The tokens; those that have no score, as some configs' end tokens, are passed over.
+        token_ids (`Sequence[int]`): The tokens; those without a score, as some end tokens are, are passed over.
         penalty (`float`, defaults to `inf`): In nats, >= 0; `inf` bans them.
 
     Example:
