@@ -75,6 +75,7 @@ class CachedModel:
         # Without a config every layer keeps all its states: sliding windows are then a matter of the mask alone, and
         # any rollback is a crop.
         self.cache: Any = growing_cache()
+        self._is_adopted = False
         self.used_BL = np.zeros((num_rows, 0), dtype=bool)
         self.lengths = [0] * num_rows
         self.usage = usage if usage is not None else Usage()
@@ -223,12 +224,20 @@ class CachedModel:
         """Goes on with a cache of one row that the caller filled."""
         length = cache.get_seq_length()
         self.cache, self.lengths, self.used_BL = cache, [length], np.ones((1, length), dtype=bool)
+        self._is_adopted = True
 
     def leave(self, length: int) -> None:
-        """Leaves a single row's first tokens to the caller, even if a forward was interrupted halfway."""
+        """Crops a single row's cache to its first tokens, even if a forward was interrupted halfway."""
         for layer in self.cache.layers:
             layer.crop(min(length - layer.get_seq_length(), 0))
-        make_plain(self.cache)
+        if self._is_adopted:
+            make_plain(self.cache)
+
+    def hand_over(self) -> Any:
+        """The cache, for a caller to go on with."""
+        if not self._is_adopted:
+            make_plain(self.cache)
+        return self.cache
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows, in this order."""

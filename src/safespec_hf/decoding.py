@@ -260,7 +260,7 @@ class Decoder:
         """Whether the cache has a column per token, so that a later call can go on with it."""
         return len(self.rows) == 1 and len(self.rows[0].prompt) == prompt_ids.shape[1]
 
-    def output(self, prompt_ids: Tensor, pad_token_id: int) -> SafeSpecOutput:
+    def output(self, prompt_ids: Tensor, pad_token_id: int, with_cache: bool = True) -> SafeSpecOutput:
         """The finished batch, padded on the right."""
         tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
@@ -270,5 +270,5 @@ class Decoder:
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
-            **{CACHE_NAME: self.target.cache if self._is_plain(prompt_ids) else None},
+            **{CACHE_NAME: self.target.hand_over() if with_cache and self._is_plain(prompt_ids) else None},
         )

@@ -39,9 +39,8 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        is_own, num_new = self._own is not None and self.keys is self._own, key_states.shape[2]
-        start = self.get_seq_length()
-        if self._buffers is None or not is_own or start + num_new > self._buffers[0].shape[2]:
+        start, num_new = self.get_seq_length(), key_states.shape[2]
+        if self._buffers is None or self.keys is not self._own or start + num_new > self._buffers[0].shape[2]:
             room = start + num_new + ROOM
             self._buffers = _copy(self.keys, key_states, room), _copy(self.values, value_states, room)
         keys, values = self._buffers

@@ -272,9 +272,9 @@ class GuardedCall:
             inference_mode([*models, attachment.head]),
         ):
             decoder.run()
-        pad = generation_config._pad_token_tensor
-        output = decoder.output(input_ids, 0 if pad is None else int(pad))
-        return output if generation_config.return_dict_in_generate else output.sequences
+        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
+        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
+        return output if is_whole else output.sequences
 
     def _check(
         self,
