@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from safespec_hf import SafeSpecConfig, SafeSpecError, attach_safety_head
-from safespec_hf.cache import takes_trees
+from safespec_hf.engine.cache import takes_trees
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safespec_hf import SafetyHead, load_default_target
-from safespec_hf.default_target import DEFAULT_HEAD
+from safespec_hf.defaults.default_target import DEFAULT_HEAD
 from safespec_hf.training.collect import CollectSettings, collect_answers
 from safespec_hf.training.data import Example, load_examples
 from safespec_hf.training.metrics import Scored, auroc, flagged_rate, threshold_for_rate, trade_off, without_refusals

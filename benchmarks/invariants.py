@@ -31,7 +31,7 @@ from safespec_hf import (
     load_truncated_draft,
     target_binding,
 )
-from safespec_hf.decoding import Decoder
+from safespec_hf.decoding.loop import Decoder
 from safespec_hf.modeling import GuardedCall
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

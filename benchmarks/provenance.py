@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from safespec_hf.card import to_json
+from safespec_hf.heads.card import to_json
 from safespec_hf.training.data import base_names
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from safespec_hf import SafeSpecConfig, SafeSpecOutput
-from safespec_hf.cache import CACHE_NAME
+from safespec_hf.engine.cache import CACHE_NAME
+from safespec_hf.engine.packing import packed_weights
 from safespec_hf.modeling import GuardedCall
-from safespec_hf.packing import packed_weights
 
 RAW_REPEATS = 3
 Encode = Callable[[str], dict[str, Tensor]]

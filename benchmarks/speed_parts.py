@@ -35,7 +35,7 @@ from safespec_hf import (
     load_default_target,
     load_truncated_draft,
 )
-from safespec_hf.safety_mode import SafetyMode
+from safespec_hf.decoding.safety_mode import SafetyMode
 
 TUNING_TOKENS = 64
 PARITY_PER_CATEGORY = 2

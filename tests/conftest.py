@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from safespec_hf.hub import save_head
+from safespec_hf.heads.hub import save_head
 
 ROW = {"num_safe": 50, "num_unsafe": 60, "auroc": 0.93, "auroc_non_refusal": 0.9, "recall": 0.7, "false_alarms": 0.02}
 SAFE_ONLY = {"num_safe": 9, "num_unsafe": 0, "auroc": None, "recall": float("nan"), "false_alarms": 0.0}

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from safespec_hf import SafetyHead, SafetyHeadConfig, target_binding
-from safespec_hf.cache import CACHE_NAME
+from safespec_hf.engine.cache import CACHE_NAME
 
 Script = Callable[[list[int]], "int | dict[int, float]"]
 IMPOSSIBLE = -30.0  # logit of what a script does not name

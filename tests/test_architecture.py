@@ -1,52 +1,33 @@
 """The shape of the package: one direction of imports, small files and functions, and the public names."""
 
 import ast
+import importlib
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import safespec_hf
+from safespec_hf import _moved
 
 PACKAGE = Path(safespec_hf.__file__).parent
 # Each module or package may import from those before it, never from those after it.
 ORDER = [
     "errors",
-    "packing",
-    "inference",
     "config",
     "outputs",
-    "tap",
-    "scoring",
-    "draft_tree",
-    "verification",
-    "recovery",
-    "loading",
-    "head",
-    "draft",
-    "draft_length",
-    "lookup",
-    "rows",
-    "monitor",
-    "logits",
-    "growing",
-    "cache",
-    "compiling",
-    "drafters",
-    "candidates",
-    "candidate_scores",
-    "plan",
-    "commit",
-    "safety_mode",
+    "engine",
+    "heads",
+    "answer",
+    "drafting",
     "decoding",
-    "request",
     "modeling",
-    "gguf_target",
-    "default_target",
+    "defaults",
+    "_moved",
     "__init__",
-    "card",
-    "hub",
     "training",
-    "evaluation",
+    "distilling",
     "cli",
 ]
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
@@ -87,17 +68,37 @@ def sources(unit):
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{unit}.py"]
 
 
-def own_imports(unit):
-    """Modules and packages of ours that a unit imports from the top, anywhere in its files."""
-    depth = 2 if (PACKAGE / unit).is_dir() else 1
-    for node in [node for path in sources(unit) for node in ast.walk(parse(path))]:
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safespec_hf"):
-            yield [*node.module.split("."), "__init__"][1]
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(path):
+    """Our own modules that a file imports, anywhere in it, relative to the package; `__init__` is the package."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            full = [*base, *(node.module or "").split(".")] if node.module else base
+            if not node.level:
+                if full[0] != "safespec_hf":
+                    continue
+                full = full[1:]
+            dotted = ".".join(full)
+            found = [f"{dotted}.{alias.name}".lstrip(".") for alias in node.names]
+            yield from {name if name in MODULES else dotted or "__init__" for name in found}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("safespec_hf")]
-            yield from [[*name.split("."), "__init__"][1] for name in names]
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "safespec_hf"]
+            yield from [name.partition(".")[2] or "__init__" for name in names]
+
+
+def own_imports(unit):
+    """Units, modules or folders, that another one imports."""
+    found = {name.split(".")[0] for path in sources(unit) for name in imports_of(path)}
+    return found - {unit}
 
 
 def functions(path):
@@ -108,20 +109,39 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in SOURCES]
 
 
-def test_every_module_and_package_has_its_place_in_the_order():
-    assert set(UNITS) <= set(ORDER)
+def test_the_order_names_every_module_and_package_and_no_other():
+    assert sorted(ORDER) == UNITS
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit != "__init__"])  # which names where others live
 def test_imports_point_one_way(unit):
-    assert set(own_imports(unit)) <= set(ORDER[: ORDER.index(unit)])
+    assert own_imports(unit) <= set(ORDER[: ORDER.index(unit)])
+
+
+def test_no_module_imports_itself_by_a_detour():
+    sorter = TopologicalSorter({name: set(imports_of(path)) - {name} for name, path in MODULES.items()})
+    sorter.prepare()  # raises a CycleError that shows the circle
+
+
+def test_the_root_of_the_package_holds_seven_modules_at_most():
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "config", "scoring", "verification", "recovery", "draft_length", "lookup"]
+    "module",
+    [
+        "errors",
+        "config",
+        "answer/pooling",
+        "answer/recovery",
+        "decoding/verification",
+        "drafting/draft_length",
+        "drafting/lookup",
+        "engine/token_tree",
+    ],
 )
 def test_decisions_and_errors_know_no_model(module):
-    assert set(own_imports(module)) == set()
+    assert set(imports_of(PACKAGE / f"{module}.py")) == set()
 
 
 def test_the_public_names_are_these():
@@ -147,3 +167,17 @@ def test_functions_stay_within_60_lines(path):
         return node.end_lineno - node.lineno + 1 - doc
 
     assert {node.name: length(node) for node in functions(path) if length(node) > 60} == {}
+
+
+@pytest.mark.parametrize(("old", "new"), _moved.HOMES.items())
+def test_old_import_paths_lead_to_the_same_module(old, new):
+    assert importlib.import_module(f"safespec_hf.{old}") is importlib.import_module(f"safespec_hf.{new}")
+    assert sys.modules[f"safespec_hf.{new}"].__spec__.name == f"safespec_hf.{new}"
+
+
+def test_what_is_loaded_lazily_is_what_type_checkers_are_told():
+    tree = parse(PACKAGE / "__init__.py")
+    guarded = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    told = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert told == safespec_hf._HOME_OF
+    assert sorted([*told, "__version__"]) == sorted(safespec_hf.__all__)

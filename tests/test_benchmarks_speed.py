@@ -23,7 +23,7 @@ from speed_statistics import (
     theoretical_speedup,
 )
 
-from safespec_hf.safety_mode import SafetyMode
+from safespec_hf.decoding.safety_mode import SafetyMode
 
 
 def test_tokens_per_round_is_the_sum_of_the_chances_to_get_that_far():

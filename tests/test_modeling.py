@@ -27,7 +27,7 @@ from safespec_hf import (
     attach_safety_head,
     detach_safety_head,
 )
-from safespec_hf.cache import CACHE_NAME
+from safespec_hf.engine.cache import CACHE_NAME
 
 PROMPT = torch.tensor([[11, 17, 23]])
 SHORT = {"max_new_tokens": 8, "do_sample": False}

@@ -14,12 +14,12 @@ from tiny import CONFIGS, build_draft_head, build_head, build_model, build_noisy
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head
-from safespec_hf.cache import CachedModel
 from safespec_hf.config import SafetyHeadConfig
-from safespec_hf.decoding import Decoder
-from safespec_hf.monitor import RiskMonitor
-from safespec_hf.plan import Plan
-from safespec_hf.request import make_candidates, make_rows
+from safespec_hf.decoding.loop import Decoder
+from safespec_hf.decoding.monitor import RiskMonitor
+from safespec_hf.decoding.plan import Plan
+from safespec_hf.decoding.request import make_candidates, make_rows
+from safespec_hf.engine.cache import CachedModel
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
 FIELDS = {"max_segment_tokens": 6, "min_segment_tokens": 2, "num_candidates": 3}

@@ -20,8 +20,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from safespec_hf import DraftHead, DraftHeadConfig, SafetyHead, SafetyHeadConfig, request, target_binding
-from safespec_hf.draft_length import DraftCosts
+from safespec_hf import DraftHead, DraftHeadConfig, SafeSpecConfig, SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf.answer.rows import Row
+from safespec_hf.decoding import request
+from safespec_hf.drafting.draft_length import DraftCosts
 
 VOCAB_SIZE = 40
 PAUSE, THINK, NO, THANKS = 4, 5, 6, 9  # the words of the stand-in reflection and refusal
@@ -172,3 +174,10 @@ class CoinHead(SafetyHead):
 def build_coin_head(model: PreTrainedModel, chance: float, seed: int) -> CoinHead:
     """Flags that no model could foresee."""
     return CoinHead(build_head(model, 0.5).config).eval().toss(chance, seed)
+
+
+def make_row(tokens: list[int], index: int = 0, **kwargs: Any) -> Row:
+    """A row with this prompt, unpadded."""
+    ids = torch.tensor(tokens)
+    fields = {"max_new_tokens": 64, "policy": SafeSpecConfig(), **kwargs}
+    return Row(index, ids, torch.ones_like(ids, dtype=torch.bool), **fields)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .head import SafetyHead
+    from .heads.safety_head import SafetyHead
     from .training.data import Example
     from .training.features import FeatureSettings
     from .training.train import Dataset
@@ -118,7 +118,7 @@ def train(
 
     Example: `safespec train labelled.jsonl --benign answers.jsonl --validation held_out.jsonl --out head`
     """
-    from .head import target_binding
+    from .heads.safety_head import target_binding
     from .training.features import Reading
     from .training.report import provenance
     from .training.train import TrainSettings, check_sets, split_by_group, sweep_readings, train_head
@@ -164,7 +164,7 @@ def calibrate(
 
     Example: `safespec calibrate head --benign held_out_answers.jsonl --validation held_out.jsonl --alpha 0.02`
     """
-    from .head import SafetyHead
+    from .heads.safety_head import SafetyHead
     from .training.calibrate import num_answers_needed
     from .training.data import load_examples
     from .training.report import provenance
@@ -200,7 +200,7 @@ def report(
 
     Example: `safespec report head test.jsonl --benign answers.jsonl --out report`
     """
-    from .head import SafetyHead
+    from .heads.safety_head import SafetyHead
     from .training.report import write_report
 
     examples = _load_labelled(data, benign)
@@ -233,7 +233,7 @@ def distill_draft(
 
     Example: `safespec distill-draft answers.jsonl --out draft --max-minutes 60`
     """
-    from .training.distill import DistillSettings, distill_draft
+    from .distilling.distill import DistillSettings, distill_draft
 
     settings = DistillSettings(
         draft_vocab_size=draft_vocab_size,
@@ -263,7 +263,7 @@ def push(
 
     Example: `safespec push head owner/smollm2-135m-safety-head --dry-run`
     """
-    from .hub import describe_push, push_head
+    from .heads.hub import describe_push, push_head
 
     if dry_run:
         typer.echo(describe_push(head, repo_id, revision=revision))
@@ -277,7 +277,7 @@ def show(head: Annotated[str, typer.Argument(help="Folder or Hub id of a head.")
 
     Example: `safespec show owner/smollm2-135m-safety-head`
     """
-    from .hub import show_head
+    from .heads.hub import show_head
 
     typer.echo(show_head(head))
 
@@ -292,7 +292,7 @@ def _load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTr
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .default_target import load_default_target
+    from .defaults.default_target import load_default_target
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise SafeSpecError(f"`--dtype` must be float32, bfloat16 or float16, but it is {dtype!r}.")

@@ -21,19 +21,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .cache import CACHE_NAME, check_user_cache
-from .compiling import check_compiler, compiled_forwards
+from .answer.pooling import find_newline_ids
 from .config import SafeSpecConfig
-from .decoding import Decoder
-from .draft import DraftHead
-from .errors import UnsupportedRequestError
-from .head import SafetyHead, check_binding, target_binding
-from .inference import inference_mode
-from .monitor import RiskMonitor
-from .outputs import SafeSpecOutput
-from .packing import packed_weights
-from .plan import Plan
-from .request import (
+from .decoding.loop import Decoder
+from .decoding.monitor import RiskMonitor
+from .decoding.plan import Plan
+from .decoding.request import (
     DEFAULT_NUM_DRAFT_TOKENS,
     check_assistant,
     check_generation_config,
@@ -46,7 +39,14 @@ from .request import (
     make_rows,
     other_criteria,
 )
-from .scoring import find_newline_ids
+from .engine.cache import CACHE_NAME, check_user_cache
+from .engine.compiling import check_compiler, compiled_forwards
+from .engine.inference import inference_mode
+from .engine.packing import packed_weights
+from .errors import UnsupportedRequestError
+from .heads.draft_head import DraftHead
+from .heads.safety_head import SafetyHead, check_binding, target_binding
+from .outputs import SafeSpecOutput
 
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)

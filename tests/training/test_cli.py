@@ -4,20 +4,13 @@ import runpy
 import sys
 
 import pytest
-from samples import make_examples, write_lines
-from typer.testing import CliRunner
+from samples import make_examples, run, write_lines
 
 from safespec_hf import SafetyHead
-from safespec_hf.cli import app, main
+from safespec_hf.cli import main
 from safespec_hf.errors import SafeSpecError
 
 COMMANDS = ["collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)

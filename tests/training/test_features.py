@@ -10,7 +10,7 @@ from samples import make_examples, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safespec_hf import SafeSpecConfig, modeling
-from safespec_hf.scoring import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
+from safespec_hf.answer.pooling import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
 from safespec_hf.training.data import load_examples
 from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
 from safespec_hf.training.hidden import encode, read_hidden, score_answers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from samples import make_examples
 
-from safespec_hf.card import measured_sources, to_table
+from safespec_hf.heads.card import measured_sources, to_table
 from safespec_hf.training.metrics import Scored
 from safespec_hf.training.report import provenance, write_report
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import SafeSpecError
-from ..head import SafetyHead
+from ..heads.safety_head import SafetyHead
 
 
 def num_answers_needed(alpha: float) -> int:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
-from ..head import target_binding
-from ..scoring import find_newline_ids
+from ..heads.safety_head import target_binding
 from .data import Example, hash_examples
 from .hidden import Encoded, encode, make_batches, pool_answer, read_hidden, span_counts
 from .shards import compute_shards, plan_shards

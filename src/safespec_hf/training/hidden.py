@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answer.pooling import find_newline_ids, pool, pooling_weights, segment_counts
 from ..config import SafeSpecConfig, SafetyHeadConfig
+from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
-from ..head import SafetyHead
-from ..scoring import find_newline_ids, pool, pooling_weights, segment_counts
-from ..tap import read_tap, tap_arguments
+from ..heads.safety_head import SafetyHead
 from .data import Example
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..card import to_json, to_table
+from ..heads.card import to_json, to_table
 from . import metrics
 from .data import base_names, hash_file
 from .metrics import Scored

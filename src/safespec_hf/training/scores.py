@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..head import SafetyHead, target_binding
+from ..heads.safety_head import SafetyHead, target_binding
 from .data import Example, hash_examples
 from .hidden import score_answers
 from .shards import compute_shards, plan_shards

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..config import SafetyHeadConfig
 from ..errors import SafeSpecError
-from ..head import SafetyHead
+from ..heads.safety_head import SafetyHead
 from .data import Example
 from .features import Features, Reading
 

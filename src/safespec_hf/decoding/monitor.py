@@ -1,0 +1,52 @@
+"""Reads the risk of rows with the safety head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..answer.pooling import pool, pooling_weights
+from ..answer.rows import Row
+from ..engine.token_tree import chain_parents, path_to
+from ..heads.safety_head import SafetyHead
+
+
+class RiskMonitor:
+    """Turns hidden states of the target into risks of the tokens of rows.
+
+    Args:
+        head ([`SafetyHead`]): The head.
+    """
+
+    def __init__(self, head: SafetyHead):
+        self.head = head
+        self.layers = list(head.config.hidden_layers or [])
+
+    def pool(self, row: Row, new: Sequence[int], hidden_TF: Tensor, parents: Sequence[int] | None = None) -> Tensor:
+        """Pooled states of the tokens of a row that wait for a risk, and of new ones after them.
+
+        Args:
+            row ([`Row`]): The row.
+            new (`Sequence[int]`): Tokens that are not part of it yet.
+            hidden_TF (`torch.Tensor` of shape `(T, F)`): Hidden states that end with theirs.
+            parents (`Sequence[int]`, *optional*): Of a tree of new tokens. Default: each follows the one before.
+        """
+        config, num_waiting = self.head.config, row.num_unscored()
+        paths = [path_to(index, chain_parents(len(new)) if parents is None else parents) for index in range(len(new))]
+        if config.span == "answer":
+            first = row.pooled.num_tokens
+            counts = [*range(first, first + num_waiting), *(first + num_waiting + len(path) - 1 for path in paths)]
+        elif parents is None:
+            counts = row.counts[row.num_settled :] + row.segment_counts(new)
+        else:
+            ends = [row.segment_counts([new[index] for index in path])[-1] for path in paths]
+            counts = row.counts[row.num_settled :] + ends
+        previous = chain_parents(num_waiting) + [num_waiting + ([-1, *path])[-2] for path in paths]
+        weights = pooling_weights(counts, config.pooling, config.ewma_decay, previous)
+        return pool(row.pooled.last(), hidden_TF[hidden_TF.shape[0] - len(counts) :], weights)
+
+    def risks(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Risks of several rows' pooled states in one pass of the head, one after the other."""
+        return self.head.risk(torch.cat(list(pooled)))

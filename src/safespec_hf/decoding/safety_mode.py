@@ -1,0 +1,146 @@
+"""Safety Mode: what happens to a row after a flag. Reflect, sample K continuations, keep the safest, or refuse."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..answer.logits import SafeSpecLogitsProcessor
+from ..answer.recovery import choose, next_step
+from ..answer.rows import Row
+from ..drafting.candidates import SafeSpecCandidateGenerator, sample_segments
+from ..engine.cache import CachedModel
+from ..outputs import Provenance, SafeSpecEvent
+from .candidate_scores import CandidateScores
+from .commit import Committer, Flag
+from .monitor import RiskMonitor
+from .plan import Plan
+
+
+class SafetyMode:
+    """Recovers rows of a batch.
+
+    Args:
+        target ([`CachedModel`]): The target, rolled back to what was kept.
+        candidates ([`SafeSpecCandidateGenerator`]): Has the draft that samples continuations, if one does.
+        plan ([`Plan`]): The call.
+        monitor ([`RiskMonitor`]): The plan's.
+        commits ([`Committer`]): Adds what is chosen.
+    """
+
+    def __init__(
+        self,
+        target: CachedModel,
+        candidates: SafeSpecCandidateGenerator,
+        plan: Plan,
+        monitor: RiskMonitor,
+        commits: Committer,
+    ):
+        self.target = target
+        self.candidates = candidates
+        self.plan = plan
+        self.monitor = monitor
+        self.commits = commits
+        self.statistics = commits.statistics
+        self._generators: dict[int, torch.Generator] = {}
+
+    def recover(self, index: int, row: Row, flag: Flag) -> None:
+        """Safety Mode: reflect, sample K continuations, keep the safest; refuse when attempts run out."""
+        policy, reflection_ids = self.plan.policy, self.plan.reflection_ids
+        num_shown = len(reflection_ids) if policy.keep_reflection else 0
+        room = min(
+            policy.max_segment_tokens,
+            row.room - num_shown,
+            self.plan.max_context - row.num_context - len(reflection_ids),
+        )
+        if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            for token in reflection_ids:
+                row.append(token, Provenance.REFLECTION)
+        while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            row.num_recoveries += 1
+            self.statistics.num_recovery_attempts += 1
+            if self._resample(index, row, flag, room):
+                return
+        self._refuse(row, flag)
+
+    def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
+        """One attempt. Returns whether a safe continuation was found."""
+        num_features = self.monitor.head.config.num_features
+        scores = CandidateScores(row, self.monitor, num_features, self.plan.risk_threshold)
+        start = self.target.lengths[index]
+        segments, scorer = self._sample(index, row, flag, max_tokens, scores)
+        self.statistics.head_seconds += scores.seconds
+        choice = choose(scores.worst(), scores.log_probs, self.plan.risk_threshold)
+        outcome = "recovered" if choice.is_safe else "retried"
+        chosen = choice.candidate if choice.is_safe else None
+        self._record(row, flag, outcome, tuple(scores.worst()), tuple(scores.log_probs), chosen)
+        if not choice.is_safe:
+            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments)
+            return False
+        reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
+        risks, states_TF = scores.risks[choice.candidate], scores.states[choice.candidate]
+        self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        self.target.replace(index, scorer, choice.candidate)
+        if states_TF.shape[1] > num_features:
+            self.candidates.observe(index, start, states_TF[:, num_features:])
+        lengths = list(self.target.lengths)
+        lengths[index] = row.num_context - 1
+        self.target.keep(lengths)
+        self.candidates.keep(lengths)
+        return True
+
+    def _sample(
+        self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores
+    ) -> tuple[list[list[int]], CachedModel]:
+        """K candidate segments, in one batch, scored; and the target's cache of them."""
+        start, policy = time.perf_counter(), self.plan.policy
+        draft = None if policy.candidate_source == "target" else self.candidates.sampler
+        steer = SafeSpecLogitsProcessor(
+            row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
+        )
+        segments, scorer = sample_segments(
+            (self.target if draft is None else draft).fork(index, 1),
+            row,
+            num_segments=policy.num_candidates,
+            max_tokens=max_tokens,
+            vocab_size=self.candidates.vocab_size,
+            end_ids=self.plan.eos_ids,
+            steer=steer,
+            generator=self._generator(row),
+            judge=scores.watch if draft is None else None,
+        )
+        if draft is not None:
+            self.statistics.draft_seconds += time.perf_counter() - start
+            scorer = self.target.fork(index, policy.num_candidates)
+            waiting = row.context(scorer.lengths[0])
+            output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(map(len, segments)))
+            scores.read(segments, len(waiting), output)
+        return segments, scorer
+
+    def _generator(self, row: Row) -> torch.Generator:
+        """Each row has its own, so that a row recovers in a batch as it would alone."""
+        if row.index not in self._generators:
+            self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
+        return self._generators[row.index]
+
+    def _refuse(self, row: Row, flag: Flag) -> None:
+        row.truncate(flag.kept)
+        for token in (self.plan.separator_ids if row.num_visible else []) + self.plan.refusal_ids:
+            if row.room > 0:
+                row.append(token, Provenance.REFUSAL)
+        row.finish_reason = "safety_refusal"
+        self._record(row, flag, "refused")
+
+    def _record(
+        self,
+        row: Row,
+        flag: Flag,
+        outcome: str,
+        risks: tuple[float, ...] = (),
+        log_probs: tuple[float, ...] = (),
+        chosen: int | None = None,
+    ) -> None:
+        kept = len(row.visible(0, flag.kept))
+        event = SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, risks, log_probs, chosen, outcome)
+        row.events.append(event)

@@ -1,0 +1,1 @@
+"""The target's own answers -> its hidden states -> a draft head."""

@@ -1,0 +1,1 @@
+"""Proposes tokens, and decides how many of them pay."""

@@ -1,0 +1,1 @@
+"""One fast forward over rows that grow at different speeds."""

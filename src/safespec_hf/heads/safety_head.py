@@ -1,0 +1,147 @@
+"""The safety head: pooled hidden states of the target to P(unsafe), bound to the target it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import SafetyHeadConfig
+from ..errors import HeadMismatchError
+from .loading import StrictModel
+
+
+class SafetyHead(StrictModel):
+    """An MLP from pooled hidden states to one logit (Section 3 of the paper: d -> d/2 -> 1, ReLU, dropout 0.1).
+
+    Saved as `config.json` and `model.safetensors`, loaded with `SafetyHead.from_pretrained(folder_or_hub_id)` or
+    `AutoModel.from_pretrained`. Pickled weights are refused.
+
+    Args:
+        config ([`SafetyHeadConfig`]): With `hidden_size` and `hidden_layers` set.
+
+    Raises:
+        ValueError: If the config does not say what to read.
+
+    Example:
+
+        >>> import torch
+        >>> from safespec_hf import SafetyHead, SafetyHeadConfig
+        >>> head = SafetyHead(SafetyHeadConfig(hidden_size=8, hidden_layers=[1])).eval()
+        >>> head.risk(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3])
+    """
+
+    title = "safety head"
+    config_class = SafetyHeadConfig
+    config: SafetyHeadConfig
+    base_model_prefix = "mlp"
+    main_input_name = "features"
+
+    def __init__(self, config: SafetyHeadConfig):
+        super().__init__(config)
+        if config.num_features == 0:
+            raise ValueError(
+                "A `SafetyHead` needs `hidden_size` > 0 and at least one of `hidden_layers`, but its config has "
+                f"hidden_size={config.hidden_size} and hidden_layers={config.hidden_layers}."
+            )
+        inner = max(1, round(config.num_features * config.mlp_ratio))
+        widths = [config.num_features] + [inner] * (config.num_mlp_layers - 1)
+        layers: list[nn.Module] = []
+        for width, next_width in pairwise(widths):
+            layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of the class `config.unsafe_label == 1` speaks for.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., num_features)`): Pooled hidden states, any float dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`: Logits, float32 unless the head was cast.
+        """
+        bias = cast("Tensor", self.mlp[-1].bias)  # `self.device` and `self.dtype` would look for a weight each time
+        return self.mlp(features.to(bias.device, bias.dtype)).squeeze(-1)
+
+    def risk(self, features: Tensor) -> Tensor:
+        """P(unsafe) of pooled hidden states, whatever the label direction.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., num_features)`): Pooled hidden states.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`: Risks in [0, 1].
+        """
+        logits = self(features).float()
+        return torch.sigmoid(logits if self.config.unsafe_label == 1 else -logits)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits over every token and its id: equal iff the vocabularies are."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """What ties a head to its target.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, for the fingerprint.
+
+    Returns:
+        `dict`: `model_id` (`None` for a local folder), `revision`, `architecture`, `hidden_size`, `num_layers`,
+        `vocab_size` and `tokenizer`, the fingerprint.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    name = model.config.name_or_path
+    return {
+        "model_id": None if not name or os.path.isdir(name) else name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "hidden_size": text_config.hidden_size,
+        "num_layers": text_config.num_hidden_layers,
+        "vocab_size": text_config.vocab_size,
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    }
+
+
+def check_binding(head: StrictModel, found: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
+    """Raises unless `head` may read the target that `found` (a [`target_binding`]) describes.
+
+    A field that either side does not know (`None`) is not compared, except for a head without any binding.
+
+    Raises:
+        HeadMismatchError: Names every field that differs.
+    """
+    bound = head.config.target
+    if bound is None:
+        raise HeadMismatchError({"target": (None, found["model_id"] or found["architecture"])}, head.title)
+    mismatches = {
+        name: (bound.get(name), value)
+        for name, value in found.items()
+        if name not in ignore and None not in (bound.get(name), value) and bound.get(name) != value
+    }
+    if head.config.hidden_size != found["hidden_size"]:
+        mismatches["hidden_size"] = (head.config.hidden_size, found["hidden_size"])
+    if max(head.config.hidden_layers or [0]) > found["num_layers"]:
+        mismatches["hidden_layers"] = (head.config.hidden_layers, f"{found['num_layers']} layers")
+    if mismatches:
+        raise HeadMismatchError(mismatches, head.title)
+
+
+AutoConfig.register("safespec_head", SafetyHeadConfig, exist_ok=True)
+AutoModel.register(SafetyHeadConfig, SafetyHead, exist_ok=True)

@@ -1,0 +1,74 @@
+"""Steering is a pure function of its arguments; processors run row by row on what the caller would see."""
+
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from safespec_hf import Provenance, SafeSpecConfig, SafeSpecLogitsProcessor
+from safespec_hf.answer.logits import process_rows
+from safespec_hf.answer.rows import Row
+
+
+def make_row(prompt, processors=()):
+    ids = torch.tensor(prompt)
+    return Row(
+        0,
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        max_new_tokens=8,
+        policy=SafeSpecConfig(),
+        processors=LogitsProcessorList(processors),
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5])
+def test_steering_is_silent_at_every_other_length(length):
+    scores = torch.randn(2, 6)
+    steered = SafeSpecLogitsProcessor(3, [1, 4])(torch.zeros(2, length, dtype=torch.long), scores)
+    assert torch.equal(steered, scores)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.5, math.inf])
+def test_steering_takes_the_penalty_off_flagged_tokens_only(penalty):
+    steered = SafeSpecLogitsProcessor(2, [1, 3, 1], penalty)(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 4))
+    assert steered.tolist() == [[1.0, 1.0 - penalty, 1.0, 1.0 - penalty]]
+
+
+def test_steering_leaves_its_input_alone_and_gives_the_same_answer_twice():
+    scores, ids = torch.ones(1, 4), torch.zeros(1, 2, dtype=torch.long)
+    steer = SafeSpecLogitsProcessor(2, [0])
+    assert torch.equal(steer(ids, scores), steer(ids, scores))
+    assert torch.equal(scores, torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("penalty", [-1.0, math.nan])
+def test_steering_refuses_a_penalty_that_is_not_one(penalty):
+    with pytest.raises(ValueError, match=f"must be >= 0, but it is {penalty}"):
+        SafeSpecLogitsProcessor(2, [0], penalty)
+
+
+def test_each_row_is_processed_on_its_own_tokens():
+    rows = [
+        make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)]),
+        make_row([3], [RepetitionPenaltyLogitsProcessor(4.0)]),
+    ]
+    scores = process_rows(rows, [[2], []], torch.ones(2, 4))
+    assert scores.tolist() == [[1.0, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 0.25]]
+
+
+def test_processors_do_not_see_a_hidden_reflection():
+    row = make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)])
+    row.append(2, Provenance.REFLECTION)
+    assert process_rows([row], [[]], torch.ones(1, 4)).tolist() == [[1.0, 0.5, 1.0, 1.0]]
+
+
+def test_processing_never_writes_into_the_logits():
+    logits = torch.ones(1, 4)
+    process_rows([make_row([1])], [[]], logits).zero_()
+    assert torch.equal(logits, torch.ones(1, 4))
+
+
+def test_scores_are_float32_as_in_plain_generate():
+    assert process_rows([make_row([1])], [[]], torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.float32

@@ -1,0 +1,141 @@
+"""What can't be guarded is refused before the first forward, and the error says why."""
+
+import pytest
+import torch
+from tiny import build_head, build_model
+from transformers import StaticCache, SynthIDTextWatermarkingConfig, TextStreamer
+
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.engine.cache import CACHE_NAME
+
+PROMPT = torch.tensor([[11, 17, 23]])
+SHORT = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture
+def guarded(target, never, tokenizer):
+    return attach_safety_head(target, never, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def flagging(target, noisy, tokenizer):
+    return attach_safety_head(target, noisy, tokenizer=tokenizer)
+
+
+REFUSED = {
+    "num_beams": ({"num_beams": 2}, "beam"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    "paged cache": ({"cache_implementation": "paged"}, "paged"),
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "right padding": ({"attention_mask": torch.tensor([[1, 1, 0]])}, "left"),
+    "4-d mask": ({"attention_mask": torch.ones(1, 1, 3, 3)}, "must be 2D"),
+    "longer mask": ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "must have the shape of `input_ids`"),
+    "longer mask of ones": ({"attention_mask": torch.ones(1, 4)}, "attention_mask|position_ids"),
+    "empty prompt": ({"attention_mask": torch.tensor([[0, 0, 0]])}, "padding"),
+    "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "Custom `position_ids`"),
+    "custom_generate": ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
+    "custom_generate repository": ({"custom_generate": "org/name"}, "custom_generate"),
+    "assistant_tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
+    "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
+    "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    "output_attentions": ({"output_attentions": True}, "output_attentions"),
+    "output_hidden_states": ({"output_hidden_states": True}, "output_hidden_states"),
+    "output_scores": ({"output_scores": True}, "output_scores"),
+    "output_logits": ({"output_logits": True}, "output_logits"),
+    "prefill_chunk_size": ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
+    "assistant_early_exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
+    "guidance_scale": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
+    "stateful watermark": (
+        {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3])},
+        "SynthIDTextWatermark",
+    ),
+    "unknown model argument": ({"token_type_ids": torch.zeros(1, 3)}, "token_type_ids"),
+    "static user cache": ({CACHE_NAME: "static"}, "must be a `DynamicCache`"),
+    "cache that is too long": ({CACHE_NAME: "long"}, "longer than the cache"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("always_on", [False, True])
+def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, never, tokenizer, name, always_on):
+    arguments, message = dict(REFUSED[name][0]), REFUSED[name][1]
+    if arguments.get(CACHE_NAME) == "static":
+        arguments[CACHE_NAME] = StaticCache(config=target.config, max_cache_len=16)
+    elif arguments.get(CACHE_NAME) == "long":
+        arguments[CACHE_NAME] = target(PROMPT, use_cache=True)[CACHE_NAME]
+    model = attach_safety_head(target, never, tokenizer=tokenizer, always=always_on)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    prompt = {} if "inputs_embeds" in arguments else {"inputs": PROMPT}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompt, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
+
+
+def test_a_draft_of_another_vocabulary_is_refused(guarded):
+    draft = build_model(vocab_size=30)
+    with pytest.raises(UnsupportedRequestError, match="30 entries and the target's 40, with 40"):
+        guarded.generate(PROMPT, **SHORT, assistant_model=draft, safespec=True)
+
+
+@pytest.mark.parametrize("draft_size", [41, 64])
+def test_a_draft_whose_vocabulary_is_padded_drafts_and_recovers(flagging, draft_size):
+    draft = build_model(vocab_size=draft_size)
+    policy = SafeSpecConfig(num_candidates=16, reflection="pause think", refusal="no thanks")
+    arguments = {"max_new_tokens": 40, "do_sample": False, "assistant_model": draft, "return_dict_in_generate": True}
+    output = flagging.generate(PROMPT, **arguments, safespec=policy)
+    assert any(event.candidate_risks for event in output.events[0])
+    assert int(output.sequences.max()) < 40
+
+
+def test_a_streamer_takes_one_row_only(guarded, tokenizer):
+    with pytest.raises(ValueError, match=r"(?i)streamer"):
+        guarded.generate(PROMPT.expand(2, -1), **SHORT, streamer=TextStreamer(tokenizer), safespec=True)
+
+
+def test_a_batch_needs_a_pad_token(guarded):
+    guarded.generation_config.pad_token_id = None
+    with pytest.raises(UnsupportedRequestError, match="set `pad_token_id`"):
+        guarded.generate(PROMPT.expand(2, -1), **SHORT, safespec=True)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_prefix_functions_are_told_the_number_of_their_row(guarded, num_rows):
+    rows = []
+    guarded.generate(
+        PROMPT.expand(num_rows, -1),
+        **SHORT,
+        prefix_allowed_tokens_fn=lambda row, ids: rows.append(row) or [20 + row],
+        safespec=True,
+    )
+    assert set(rows) == set(range(num_rows))
+
+
+@pytest.mark.parametrize("arguments", [{"encoder_repetition_penalty": 2.0}, {"encoder_no_repeat_ngram_size": 2}])
+def test_processors_that_read_the_whole_batch_are_refused_for_a_batch_only(guarded, arguments):
+    expected = guarded.generate(PROMPT, **SHORT, **arguments)
+    assert torch.equal(guarded.generate(PROMPT, **SHORT, **arguments, safespec=True), expected)
+    with pytest.raises(UnsupportedRequestError, match="row by row"):
+        guarded.generate(PROMPT.expand(2, -1), **SHORT, **arguments, safespec=True)
+
+
+@pytest.mark.parametrize("source", ["draft", "target"])
+def test_candidates_from_a_draft_need_a_draft(guarded, source):
+    policy = SafeSpecConfig(candidate_source=source)
+    if source == "target":
+        assert guarded.generate(PROMPT, **SHORT, safespec=policy).shape == (1, 11)
+        return
+    with pytest.raises(UnsupportedRequestError, match="candidate_source"):
+        guarded.generate(PROMPT, **SHORT, safespec=policy)
+
+
+def test_a_setting_that_would_change_what_is_accepted_is_refused(guarded):
+    draft = build_model(seed=1)
+    with pytest.raises(UnsupportedRequestError, match="assistant_ensemble_weight"):
+        guarded.generate(PROMPT, **SHORT, assistant_model=draft, assistant_ensemble_weight=0.5, safespec=True)
+
+
+def test_gpt2_never_reads_beyond_its_positions(tokenizer):
+    model = build_model("gpt2", n_positions=32)
+    attach_safety_head(model, build_head(model, 1e-9), tokenizer=tokenizer)  # flags everything
+    policy = SafeSpecConfig(risk_threshold=1e-9, max_recoveries=2, reflection="pause think " * 20, refusal="no thanks")
+    output = model.generate(PROMPT, max_new_tokens=29, do_sample=False, safespec=policy, return_dict_in_generate=True)
+    assert output.finish_reasons == ["safety_refusal"]

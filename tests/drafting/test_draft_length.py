@@ -1,0 +1,92 @@
+"""A draft is made as long as it pays, by what was accepted so far."""
+
+import pytest
+
+from safespec_hf.drafting.draft_length import Chance, DraftCosts, DraftLength, confidence_kind, match_kind, other_kind
+
+SURE, UNSURE = confidence_kind(0.99), confidence_kind(0.05)
+
+
+def learned(num_accepted, kinds, costs=None, rounds=100):
+    length = DraftLength(costs or DraftCosts(draft=0.1, verify=0.01))
+    for _ in range(rounds):
+        length.record(kinds, range(num_accepted))
+    return length
+
+
+def test_a_chance_goes_from_its_guess_to_what_happens():
+    chance = Chance(0.5)
+    assert chance.value == 0.5
+    for _ in range(200):
+        chance.record(True)
+    assert chance.value > 0.99
+
+
+def test_after_the_first_rejection_nothing_is_learned():
+    # what comes after a rejected draft continues another text
+    length = learned(1, [SURE, UNSURE, SURE])
+    assert length.chance(UNSURE) < 0.01
+    assert length.chance(SURE) > 0.99
+
+
+def test_of_a_tree_only_what_continues_accepted_drafts_is_learned_from():
+    kinds, parents = [confidence_kind(0.95), other_kind(0.3), confidence_kind(0.75), other_kind(0.1)], [-1, -1, 0, 0]
+    length = DraftLength(DraftCosts(draft=0.1, verify=0.01))
+    untouched = length.chance(kinds[2])
+    for _ in range(100):
+        length.record(kinds, [1], parents)  # the other guess was right, so what continued the first was never tried
+    assert length.chance(kinds[0]) < 0.02
+    assert length.chance(kinds[1]) > 0.98
+    assert length.chance(kinds[2]) == untouched
+
+
+def test_drafts_that_are_accepted_are_made_until_the_limit():
+    length = learned(3, [SURE] * 3)
+    assert length.starts()
+    assert length.plan(12) == 12
+    assert length.num_worthwhile([SURE] * 12) == 12
+
+
+def test_an_unsure_draft_ends_what_is_verified():
+    length = learned(1, [SURE, UNSURE])
+    assert length.num_worthwhile([SURE, SURE, UNSURE, SURE]) == 2
+
+
+@pytest.mark.parametrize(("cost", "is_worth_it"), [(0.05, True), (0.9, False)])
+def test_half_of_the_drafts_accepted_pay_if_a_draft_is_cheap(cost, is_worth_it):
+    length = DraftLength(DraftCosts(draft=cost, verify=0.01))
+    for index in range(200):
+        length.record([UNSURE], range(index % 2))
+    assert length.starts() is is_worth_it
+
+
+def test_a_hopeless_draft_is_given_up_within_few_rounds_and_tried_again_ever_more_rarely():
+    length, tried = DraftLength(DraftCosts(draft=0.2, verify=0.01)), []
+    for index in range(256):
+        if length.starts():
+            tried.append(index)
+            length.record([confidence_kind(0.5)], [])
+    assert len(tried) <= 16
+    assert length.num_paused == 256 - len(tried)
+    assert tried[-1] - tried[-2] > 60
+
+
+def test_a_draft_that_becomes_good_is_found_again():
+    length = learned(0, [UNSURE])
+    started = [length.starts() for _ in range(200)]
+    assert any(started[100:])
+    for _ in range(40):
+        length.record([SURE], [0])
+    assert all(length.starts() for _ in range(20))
+
+
+def test_what_was_looked_up_gains_more_the_longer_it_matched():
+    length = DraftLength(DraftCosts())
+    assert length.gain([match_kind(8)] * 4) > length.gain([match_kind(1)] * 4) > 0
+
+
+def test_constant_length_finds_every_draft_worth_it():
+    length = DraftLength(DraftCosts(draft=9.0, verify=9.0), is_adaptive=False)
+    assert length.starts()
+    assert length.goes_on(0.0)
+    assert (length.plan(7), length.num_worthwhile([UNSURE] * 7)) == (7, 7)

@@ -1,0 +1,376 @@
+"""Heads survive the way to the Hub and back through its real client, and what is damaged on the way is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_server import TOKEN, serve
+from huggingface_hub import HfApi, ModelCard, close_session, constants
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
+from tiny import build_head, build_model
+from transformers import AutoModel
+from typer.testing import CliRunner
+
+from safespec_hf import HeadFileError, HeadMismatchError, SafeSpecError, SafetyHead, attach_safety_head
+from safespec_hf.cli import app
+from safespec_hf.heads.hub import describe_push, push_head, save_head, show_head
+
+# huggingface_hub 2.4 uploads LFS files with an argument that its HTTP library deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+ID = "owner/head"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the loopback speaks LFS only
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        close_session()
+        yield hub
+        close_session()
+
+
+def read(folder):
+    return {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# Through the client
+
+
+def test_a_pushed_head_is_the_head_that_comes_back(hub, head, folder):
+    assert push_head(folder, ID, token=TOKEN) == f"{hub.endpoint}/{ID}"
+    for load in (SafetyHead.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(ID)
+        assert same_weights(loaded, head)
+        assert (loaded.config.target, loaded.config.risk_threshold) == (head.config.target, 0.875)
+        assert not loaded.training
+        assert loaded.name_or_path == ID
+
+
+def test_a_head_in_memory_can_be_pushed_and_attached_by_id(hub, head, target, tokenizer):
+    push_head(head, ID, token=TOKEN)
+    attach_safety_head(target, ID, tokenizer=tokenizer)
+    ids = tokenizer("w10 w11", return_tensors="pt").input_ids
+    out = target.generate(ids, safespec=True, max_new_tokens=3, return_dict_in_generate=True)
+    assert out.sequences.shape[0] == 1
+
+
+def test_everything_that_belongs_to_a_head_is_published_and_nothing_else(hub, folder):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "roc.png").write_bytes(b"")
+    push_head(folder, ID, token=TOKEN)
+    expected = {CONFIG, WEIGHTS, "README.md", "report.json", "roc.png", ".eval_results/safespec.yaml"}
+    assert set(hub.files(ID)) == expected
+    assert {file.rfilename for file in HfApi().model_info(ID).siblings} == expected
+
+
+def test_a_folder_without_a_card_gets_one_that_names_its_repository(hub, head, tmp_path):
+    head.save_pretrained(tmp_path)
+    push_head(tmp_path, ID, token=TOKEN)
+    assert f'"{ID}"' in hub.files(ID)["README.md"].decode()
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_the_snippet_of_a_published_card_loads_from_its_repository(hub, folder):
+    push_head(folder, ID, token=TOKEN)
+    card = ModelCard.load(ID)
+    assert f'"{ID}"' in card.text
+    assert "path/to/this/folder" not in card.text
+
+
+@pytest.mark.parametrize("kind", ["branch", "commit"])
+def test_a_revision_can_be_pushed_and_loaded(hub, head, kind):
+    push_head(head, ID, token=TOKEN)
+    revision = "v2" if kind == "branch" else hub.repos[ID].branches["main"]
+    old = build_head(build_model(), 0.875)
+    with torch.no_grad():
+        head.mlp[-1].bias += 1.0
+    push_head(head, ID, token=TOKEN, revision="v2" if kind == "branch" else None)
+    assert same_weights(SafetyHead.from_pretrained(ID, revision=revision), head if kind == "branch" else old)
+    assert same_weights(SafetyHead.from_pretrained(ID), old if kind == "branch" else head)
+
+
+def test_pushing_a_branch_twice_adds_to_it(hub, head):
+    for _ in range(2):
+        address = push_head(head, ID, token=TOKEN, revision="v2")
+    assert address == f"{hub.endpoint}/{ID}/tree/v2"
+    assert hub.files(ID) == {}
+
+
+def test_a_private_head_needs_the_token(hub, head):
+    push_head(head, ID, token=TOKEN, private=True)
+    assert same_weights(SafetyHead.from_pretrained(ID, token=TOKEN), head)
+    with pytest.raises(HeadFileError, match=ID):
+        SafetyHead.from_pretrained(ID, force_download=True)
+
+
+def test_a_push_without_a_token_is_refused_by_the_hub(hub, head):
+    with pytest.raises(HfHubHTTPError, match="401"):
+        push_head(head, ID)
+    assert hub.repos == {}
+
+
+def test_a_dry_run_checks_and_sends_nothing(hub, folder):
+    assert push_head(folder, ID, dry_run=True) == f"{hub.endpoint}/{ID}"
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(HeadFileError):
+        push_head(folder, ID, dry_run=True)
+    assert hub.requests == []
+
+
+def test_a_described_push_is_what_a_push_publishes(hub, folder):
+    (folder / "notes.txt").write_text("mine")
+    said = describe_push(folder, ID, revision="v2")
+    assert hub.requests == []
+    push_head(folder, ID, token=TOKEN)
+    rows = [f"  {name}, {len(content):,} bytes" for name, content in sorted(hub.files(ID).items())]
+    card = hub.files(ID)["README.md"].decode()
+    assert said.split("\n", len(rows) + 2) == [f"To {hub.endpoint}/{ID}/tree/v2:", *rows, "README.md:", card]
+
+
+def test_the_command_pushes_to_a_branch_or_only_shows_what_it_would(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    command = ["push", str(folder), ID, "--revision", "v2"]
+    assert WEIGHTS in CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).output
+    assert hub.requests == []
+    assert CliRunner().invoke(app, command, catch_exceptions=False).stdout == f"{hub.endpoint}/{ID}/tree/v2\n"
+    assert WEIGHTS in hub.files(ID, "v2")
+    assert hub.files(ID) == {}
+
+
+def test_the_hub_accepts_the_metadata(hub, folder):
+    push_head(folder, ID, token=TOKEN)
+    assert "POST /api/validate-yaml" in hub.requests
+
+
+OFFLINE = f"""
+from safespec_hf import HeadFileError, SafetyHead
+from safespec_hf.heads.hub import show_head
+print(SafetyHead.from_pretrained("{ID}").mlp[-1].weight.sum().item())
+print("held_out" in show_head("{ID}"))
+try:
+    SafetyHead.from_pretrained("owner/another")
+except HeadFileError as error:
+    print(error)
+"""
+
+
+def test_a_fresh_process_loads_it_offline_from_the_cache(hub, head, folder, tmp_path):
+    push_head(folder, ID, token=TOKEN)
+    show_head(ID)
+    num_requests = len(hub.requests)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
+    run = [sys.executable, "-c", OFFLINE]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=120, check=True)
+    total, has_report, error = done.stdout.strip().split("\n", 2)
+    assert float(total) == head.mlp[-1].weight.sum().item()
+    assert has_report == "True"
+    assert "owner/another" in error
+    assert len(hub.requests) == num_requests
+
+
+# What is damaged
+
+
+def pickled(folder):
+    file = folder.parent / "weights.bin"
+    torch.save(load_file(folder / WEIGHTS), file)
+    return file.read_bytes()
+
+
+def with_weights(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / "changed")
+    content = (folder / "changed").read_bytes()
+    (folder / "changed").unlink()
+    return {WEIGHTS: content}
+
+
+def with_config(folder, **values):
+    return {CONFIG: json.dumps({**json.loads((folder / CONFIG).read_text()), **values}).encode()}
+
+
+DAMAGE = {
+    "truncated": (lambda f: {WEIGHTS: read(f)[WEIGHTS][:-9]}, "not a whole safetensors file"),
+    "empty": (lambda f: {WEIGHTS: b""}, "not a whole safetensors file"),
+    "corrupted": (lambda f: {WEIGHTS: b"\xff" * 9 + read(f)[WEIGHTS][9:]}, "not a whole safetensors file"),
+    "pickle in its place": (lambda f: {WEIGHTS: pickled(f)}, "such as a pickle, which is never read"),
+    "pickle beside": (lambda f: {WEIGHTS: None, "pytorch_model.bin": pickled(f)}, "model.safetensors"),
+    "no weights": (lambda f: {WEIGHTS: None}, "model.safetensors"),
+    "no config": (lambda f: {CONFIG: None}, "config.json"),
+    "config of another kind": (lambda f: {CONFIG: b'{"model_type": "llama"}'}, "holds no safety head"),
+    "config that is no object": (lambda f: {CONFIG: b"[1]"}, "No safety head could be loaded"),
+    "config that is no JSON": (lambda f: {CONFIG: b"{"}, "config"),
+    "value out of range": (lambda f: with_config(f, risk_threshold=1.5), "`risk_threshold` must be"),
+    "missing tensor": (lambda f: with_weights(f, lambda w: w.pop("mlp.0.bias")), "mlp.0.bias missing"),
+    "unknown tensor": (lambda f: with_weights(f, lambda w: w.update(x=torch.ones(1))), "x unknown"),
+    "wrong shape": (lambda f: with_config(f, mlp_ratio=1.0), "mlp.0.bias, mlp.0.weight.* of another shape"),
+    "not a number": (
+        lambda f: with_weights(f, lambda w: w["mlp.0.weight"][0].fill_(float("nan"))),
+        "mlp.0.weight not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused(folder, name):
+    make, message = DAMAGE[name]
+    for file, content in make(folder).items():
+        (folder / file).unlink(missing_ok=True)
+        if content is not None:
+            (folder / file).write_bytes(content)
+    with pytest.raises(HeadFileError, match=message):
+        SafetyHead.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_repository_is_refused(hub, folder, target, tokenizer, name):
+    make, message = DAMAGE[name]
+    files = {file: content for file, content in {**read(folder), **make(folder)}.items() if content is not None}
+    hub.put(ID, files)
+    with pytest.raises(HeadFileError, match=message) as error:
+        attach_safety_head(target, ID, tokenizer=tokenizer)
+    assert ID in str(error.value)
+    assert not [request for request in hub.requests if request.endswith(".bin")]
+
+
+def test_a_damaged_head_is_refused_through_auto_model_too(hub, folder):
+    hub.put(ID, {**read(folder), **DAMAGE["missing tensor"][0](folder)})
+    with pytest.raises(HeadFileError, match=r"mlp\.0\.bias missing"):
+        AutoModel.from_pretrained(ID)
+
+
+def test_a_head_for_another_target_is_refused_by_id(hub, head, tokenizer):
+    push_head(head, ID, token=TOKEN)
+    with pytest.raises(HeadMismatchError, match="`num_layers`"):
+        attach_safety_head(build_model(num_hidden_layers=3), ID, tokenizer=tokenizer)
+
+
+def test_a_repository_or_revision_that_is_missing_is_named(hub, head):
+    with pytest.raises(HeadFileError, match="owner/nothing"):
+        SafetyHead.from_pretrained("owner/nothing")
+    push_head(head, ID, token=TOKEN)
+    with pytest.raises(HeadFileError, match="v9"):
+        SafetyHead.from_pretrained(ID, revision="v9")
+
+
+def test_weights_that_a_config_points_to_elsewhere_are_not_followed(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    (folder / CONFIG).write_bytes(with_config(folder, transformers_weights="adapter_model.bin")[CONFIG])
+    with pytest.raises(HeadFileError, match=WEIGHTS):
+        SafetyHead.from_pretrained(folder)
+
+
+def test_a_file_error_is_what_transformers_callers_expect():
+    assert issubclass(HeadFileError, SafeSpecError)
+    assert issubclass(HeadFileError, OSError)
+    assert str(HeadFileError("why")) == "why"
+
+
+# What may be published
+
+
+def test_a_pickle_in_the_folder_is_not_published(folder):
+    (folder / "training_args.bin").write_bytes(pickled(folder))
+    with pytest.raises(HeadFileError, match=r"training_args\.bin.*not published"):
+        push_head(folder, ID, dry_run=True)
+
+
+def test_a_head_without_a_target_is_not_published(head):
+    head.config.target = None
+    with pytest.raises(HeadFileError, match="bound to no target"):
+        push_head(head, ID, dry_run=True)
+
+
+@pytest.mark.parametrize(("stale", "message"), [("README.md", "doesn't state"), ("report.json", "was measured at")])
+def test_a_card_or_report_of_another_threshold_is_not_published(folder, stale, message):
+    other = "report.json" if stale == "README.md" else "README.md"
+    (folder / other).unlink()
+    (folder / CONFIG).write_bytes(with_config(folder, risk_threshold=0.5)[CONFIG])
+    with pytest.raises(HeadFileError, match=message):
+        push_head(folder, ID, dry_run=True)
+
+
+def test_an_id_is_no_folder_to_publish(hub):
+    with pytest.raises(HeadFileError, match="not a folder"):
+        push_head("owner/other", ID, dry_run=True)
+    assert hub.requests == []
+
+
+# Saving
+
+
+def test_a_saved_head_is_whole(folder, head, report):
+    expected = [".eval_results", "README.md", CONFIG, WEIGHTS, "report.json"]
+    assert sorted(file.name for file in folder.iterdir()) == expected
+    assert same_weights(SafetyHead.from_pretrained(folder), head)
+    assert json.loads((folder / "report.json").read_text())["data"] == report["data"]
+
+
+def test_what_was_measured_on_a_former_head_goes(folder, head):
+    save_head(head, folder)
+    assert not (folder / "report.json").exists()
+    assert list((folder / ".eval_results").iterdir()) == []
+    assert "No evaluation is recorded" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("num_moves", range(5))
+def test_an_interrupted_save_leaves_no_weights(folder, head, report, monkeypatch, num_moves):
+    moves, replace = [], os.replace
+
+    def stop_after(source, place):
+        if len(moves) == num_moves:
+            raise KeyboardInterrupt
+        moves.append(place)
+        replace(source, place)
+
+    head.config.risk_threshold = 0.5
+    monkeypatch.setattr(os, "replace", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        save_head(head, folder, report)
+    with pytest.raises(HeadFileError, match=WEIGHTS):
+        SafetyHead.from_pretrained(folder)
+
+
+# Showing
+
+
+def test_showing_a_folder_says_what_it_reads_and_how_well_it_does(folder):
+    text = show_head(folder)
+    for said in ("Hidden states 2 of 2", "32 → 16 → 1", "545 parameters", "0.875", "model_id: owner/target", "0.930"):
+        assert said in text
+
+
+def test_showing_a_head_by_id_fetches_its_report(hub, folder):
+    push_head(folder, ID, token=TOKEN)
+    assert show_head(ID).splitlines()[1:] == show_head(folder).splitlines()[1:]
+
+
+def test_showing_a_bare_head_needs_no_report(hub, folder):
+    hub.put(ID, read(folder))
+    assert "no report beside it" in show_head(ID)
+
+
+def test_a_report_that_is_no_json_is_named(folder):
+    (folder / "report.json").write_text("{")
+    with pytest.raises(HeadFileError, match=r"report\.json"):
+        show_head(folder)
