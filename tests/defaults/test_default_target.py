@@ -11,13 +11,12 @@ from safespec_hf import (
     HeadMismatchError,
     SafeSpecConfig,
     attach_safety_head,
-    default_target,
-    gguf_target,
     load_default_draft,
     load_default_head,
     load_default_target,
     load_truncated_draft,
 )
+from safespec_hf.defaults import default_target, gguf_target
 from safespec_hf.defaults.gguf_target import convert_once, is_complete
 
 GGUF = Path("model.gguf")
