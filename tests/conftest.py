@@ -4,6 +4,7 @@ that a head is published from."""
 import pytest
 import tiny
 import torch
+from samples import make_examples
 
 from safespec_hf.heads.hub import save_head
 
@@ -79,3 +80,25 @@ def folder(head, report, tmp_path):
     """The head, saved with its report and card."""
     save_head(head, tmp_path / "head", report)
     return tmp_path / "head"
+
+
+@pytest.fixture
+def examples():
+    """Labelled answers in words of the tiny tokenizer."""
+    return make_examples(24)
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """The tiny tokenizer with a chat template."""
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}pause"
+    return tokenizer
+
+
+@pytest.fixture
+def target_folder(tmp_path, target, chat_tokenizer):
+    """The target, saved with its tokenizer."""
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer.save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
