@@ -136,7 +136,7 @@ def test_the_root_of_the_package_holds_seven_modules_at_most():
         "answer/recovery",
         "decoding/verification",
         "drafting/draft_length",
-        "drafting/lookup",
+        "drafting/ngrams",
         "engine/token_tree",
     ],
 )

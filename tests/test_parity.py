@@ -18,7 +18,7 @@ from safespec_hf.config import SafetyHeadConfig
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan
-from safespec_hf.decoding.request import make_candidates, make_rows
+from safespec_hf.decoding.request import make_drafting, make_rows
 from safespec_hf.engine.cache import CachedModel
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
@@ -227,7 +227,7 @@ def decode(model, with_head, source, num_rows=2):
         newline_ids=frozenset({7, 8}),
         processors=LogitsProcessorList(),
     )
-    candidates = make_candidates(model, draft, config, POLICY, num_rows)
+    candidates = make_drafting(model, draft, config, POLICY, num_rows)
     plan = Plan(
         policy=POLICY,
         monitor=RiskMonitor(build_head(model)) if with_head else None,

@@ -35,7 +35,7 @@ from .decoding.request import (
     check_positions,
     check_processors,
     eos_ids,
-    make_candidates,
+    make_drafting,
     make_rows,
     other_criteria,
 )
@@ -259,7 +259,7 @@ class GuardedCall:
             newline_ids=attachment.newline_ids,
             processors=logits_processor,
         )
-        candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
+        candidates = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
         plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)

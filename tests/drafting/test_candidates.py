@@ -1,150 +1,28 @@
-"""Drafts by model and by lookup, transformers' own contract for them, and the segments that Safety Mode samples."""
+"""Transformers' own contract for drafts, and the segments that Safety Mode samples."""
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
 from scipy.stats import chisquare
 from scripted import ScriptedModel, count_after, count_up
-from tiny import VOCAB_SIZE, build_model, make_row, perturb
+from tiny import VOCAB_SIZE, build_draft_head, build_model, make_row, perturb
 from transformers import (
     ForcedEOSTokenLogitsProcessor,
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
 )
 
-from safespec_hf import Provenance, SafeSpecCandidateGenerator, SafeSpecConfig, SafeSpecLogitsProcessor
+from safespec_hf import (
+    SafeSpecCandidateGenerator,
+    SafeSpecConfig,
+    SafeSpecLogitsProcessor,
+    UnsupportedRequestError,
+)
 from safespec_hf.drafting.candidates import draw, sample_segments
-from safespec_hf.drafting.lookup import NgramIndex
+from safespec_hf.drafting.draft_length import DraftCosts
 from safespec_hf.engine.cache import CachedModel
-
-
-def reference_lookup(context, max_size, num_tokens):
-    """The longest n-gram that the context ends with and that was there before; of those the last one."""
-    for size in range(min(max_size, len(context) - 1), 0, -1):
-        for end in range(len(context) - 1, size - 1, -1):
-            if context[end - size : end] == context[-size:]:
-                return context[end : end + num_tokens]
-    return []
-
-
-@pytest.mark.parametrize("max_size", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(10))
-def test_a_lookup_in_a_growing_context_equals_a_search_of_all_of_it(max_size, seed):
-    choose = random.Random(seed)
-    prompt, tokens, index = [choose.randrange(4) for _ in range(choose.randint(1, 9))], [], NgramIndex(max_size)
-    for _ in range(30):
-        num = choose.randint(0, 4)
-        assert index.continuation(prompt, tokens, num)[0] == reference_lookup(prompt + tokens, max_size, num)
-        tokens = tokens + [choose.randrange(4) for _ in range(choose.randint(1, 3))]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_after_rollbacks_a_lookup_still_tells_what_really_followed(seed):
-    choose = random.Random(seed)
-    prompt, tokens, index, num_found = [1, 2, 3], [], NgramIndex(2), 0
-    for _ in range(40):
-        tokens = tokens[: choose.randint(max(0, len(tokens) - 6), len(tokens))]
-        index.keep(len(prompt) + len(tokens))
-        tokens = tokens + [choose.randrange(4) for _ in range(choose.randint(1, 8))]
-        found, _ = index.continuation(prompt, tokens, 3)
-        assert found == reference_lookup(prompt + tokens, 2, 3)
-        num_found += bool(found)
-    assert num_found > 5
-
-
-def test_tokens_that_replaced_rolled_back_ones_are_found():
-    index, prompt = NgramIndex(1), [9]
-    index.continuation(prompt, [1, 2, 3, 4, 5, 6], 1)  # all but the last are indexed
-    # four of them are rolled back, and five others come in their place before the next lookup
-    index.keep(3)
-    assert index.continuation(prompt, [1, 2, 30, 31, 32, 33, 30], 2) == ([31, 32], 1)
-
-
-def test_a_rolled_back_occurrence_does_not_hide_an_earlier_one():
-    index, prompt = NgramIndex(1), [1, 2, 3]
-    index.continuation(prompt, [1, 8, 9], 1)  # the last 1 is now at the fourth place
-    index.keep(3)
-    assert index.continuation(prompt, [7, 1], 2) == ([2, 3], 1)
-
-
-@pytest.mark.parametrize("prompt", [[5], [5, 6], [5, 6, 7]])
-def test_without_a_repetition_nothing_is_found(prompt):
-    assert NgramIndex(2).continuation(prompt, [], 4) == ([], 0)
-
-
-@torch.no_grad()
-def test_a_model_drafts_its_own_greedy_text(target):
-    generator = SafeSpecCandidateGenerator(target, num_draft_tokens=6)
-    expected = target.generate(torch.tensor([[11, 12, 13]]), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
-    assert generator.draft([make_row([11, 12, 13])], [6]).drafts == [expected]
-
-
-@torch.no_grad()
-def test_ragged_rows_are_drafted_as_each_row_alone(target):
-    prompts, nums = [[11, 12, 13, 14], [15], [16, 17]], [4, 2, 0]
-    rows = [make_row(prompt, index) for index, prompt in enumerate(prompts)]
-    together = SafeSpecCandidateGenerator(target, num_rows=3).draft(rows, nums).drafts
-    alone = [
-        SafeSpecCandidateGenerator(target).draft([make_row(p)], [num]).drafts[0]
-        for p, num in zip(prompts, nums, strict=True)
-    ]
-    assert together == alone
-
-
-@torch.no_grad()
-def test_drafting_goes_on_right_after_a_rollback(target):
-    generator, row = SafeSpecCandidateGenerator(target), make_row([11, 12, 13])
-    generator.draft([row], [5])
-    for token in (20, 21, 22):
-        row.append(token, Provenance.TARGET)
-    generator.keep([3])
-    fresh = SafeSpecCandidateGenerator(target).draft([make_row([11, 12, 13, 20, 21, 22])], [5])
-    assert generator.draft([row], [5]).drafts == fresh.drafts
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_sampled_drafts_come_with_the_distribution_they_were_drawn_from(num_rows):
-    model = ScriptedModel(count_after({11: {20: 0.7, 21: 0.2, 22: 0.1}}))
-    counts, generator = torch.zeros(VOCAB_SIZE), None
-    for _ in range(300):
-        generator = SafeSpecCandidateGenerator(model, num_rows=num_rows, do_sample=True)
-        proposal = generator.draft([make_row([10, 11], index) for index in range(num_rows)], [1] * num_rows)
-        counts += torch.tensor([draft[0] for draft in proposal.drafts]).bincount(minlength=VOCAB_SIZE)
-    # the chances are logits that are written down; what else has a logit of -30 weighs 1e-13 each
-    torch.testing.assert_close(proposal.probs_BGV[0, 0, 20:23], torch.tensor([0.7, 0.2, 0.1]), atol=1e-6, rtol=0.0)
-    share = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    assert chisquare(counts[20:23].double(), share * 300 * num_rows).pvalue > 1e-4
-
-
-@torch.no_grad()
-def test_distributions_of_ragged_drafts_are_aligned_to_the_right():
-    generator = SafeSpecCandidateGenerator(ScriptedModel(count_up), num_rows=2, do_sample=True)
-    proposal = generator.draft([make_row([10], 0), make_row([20], 1)], [3, 1])
-    assert proposal.drafts == [[11, 12, 13], [21]]
-    assert proposal.probs_BGV.argmax(-1).tolist() == [[11, 12, 13], [0, 0, 21]]
-    assert proposal.probs_BGV[1, :2].sum() == 0
-
-
-@torch.no_grad()
-def test_processors_apply_to_drafts_position_by_position(target):
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8)])
-    plain = target.generate(torch.tensor([[11, 12]]), max_new_tokens=8, do_sample=False, repetition_penalty=1.8)
-    drafts = SafeSpecCandidateGenerator(target).draft([make_row([11, 12], processors=processors)], [8]).drafts
-    assert drafts == [plain[0, 2:].tolist()]
-
-
-@pytest.mark.parametrize("draft_size", [36, 48])
-@pytest.mark.parametrize("do_sample", [False, True])
-@torch.no_grad()
-def test_a_padded_vocabulary_is_fitted_to_the_targets(draft_size, do_sample):
-    model = build_model(vocab_size=draft_size)
-    generator = SafeSpecCandidateGenerator(model, vocab_size=VOCAB_SIZE, num_draft_tokens=8, do_sample=do_sample)
-    proposal = generator.draft([make_row([11, 12])], [8])
-    assert max(proposal.drafts[0]) < min(draft_size, VOCAB_SIZE)
-    assert proposal.probs_BGV is None or proposal.probs_BGV.shape[-1] == VOCAB_SIZE
 
 
 def use_own_generator(model, monkeypatch, **kwargs):
@@ -206,6 +84,80 @@ def test_get_candidates_follows_any_history_of_the_tokens(target):
         # some of the drafts, and then a token of its own; now and then the text is rolled back as well
         kept = min(len(ids) + choose.randint(0, 4), choose.randint(3, 40))
         ids = [*candidates[0, :kept].tolist(), choose.randrange(40)]
+
+
+@torch.no_grad()
+def test_several_prompts_in_a_row_are_drafted_as_each_alone(target):
+    generator = SafeSpecCandidateGenerator(target, max_matching_ngram_size=2, num_draft_tokens=4)
+    for prompt in ([11, 12, 13, 14], [11, 12], [20], [11, 12, 20, 21, 11, 12], [11, 12]):
+        fresh = SafeSpecCandidateGenerator(target, max_matching_ngram_size=2, num_draft_tokens=4)
+        ids = torch.tensor([prompt])
+        assert torch.equal(generator.get_candidates(ids)[0], fresh.get_candidates(ids, model_outputs=None)[0])
+
+
+@torch.no_grad()
+def test_rows_get_as_many_candidates_as_the_shortest_draft_with_their_own_probabilities():
+    ids = torch.tensor([[11] * 27, [12] * 27])
+    model = build_model(max_position_embeddings=32)
+    generator = SafeSpecCandidateGenerator(model, num_rows=2, num_draft_tokens=8, do_sample=True)
+    candidates, log_probs = generator.get_candidates(ids)
+    assert candidates.shape == (2, 27 + 6)
+    scores = model(candidates[:, :-1]).logits[:, 26:].log_softmax(-1)
+    torch.testing.assert_close(log_probs, scores, atol=1e-4, rtol=1e-4)  # the same sums in other blocks
+
+
+@torch.no_grad()
+def test_no_drafts_have_no_probabilities():
+    full = build_model(max_position_embeddings=4)
+    generator = SafeSpecCandidateGenerator(full, do_sample=True)
+    candidates, log_probs = generator.get_candidates(torch.tensor([[11] * 9]))
+    assert (candidates.shape, log_probs) == ((1, 9), None)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(
+    "costs", [None, DraftCosts(draft=0.01, verify=0.002), DraftCosts(draft=0.9, verify=0.5)], ids=str
+)
+def test_transformers_own_loop_runs_with_every_length_of_drafts_past_the_drafts_end(monkeypatch, costs, do_sample):
+    target, draft = build_model(), build_model(max_position_embeddings=24, vocab_size=36)
+    use_own_generator(target, monkeypatch, assistant_model=draft, vocab_size=VOCAB_SIZE, costs=costs, takes_trees=True)
+    arguments = {"max_new_tokens": 40, "do_sample": do_sample}
+    answer = target.generate(torch.tensor([[11, 12, 13]]), prompt_lookup_num_tokens=5, **arguments)
+    assert answer.shape == (1, 43)
+    monkeypatch.undo()
+    assert do_sample or torch.equal(answer, target.generate(torch.tensor([[11, 12, 13]]), **arguments))
+
+
+def test_a_draft_model_left_in_training_mode_drafts_without_dropout_and_stays_in_it():
+    draft = build_model("gpt2", resid_pdrop=0.9, embd_pdrop=0.9)
+    expected = SafeSpecCandidateGenerator(draft).get_candidates(torch.tensor([[11, 12]]))[0]
+    draft.train()
+    draft.transformer.h[0].eval()
+    for _ in range(3):
+        assert torch.equal(SafeSpecCandidateGenerator(draft).get_candidates(torch.tensor([[11, 12]]))[0], expected)
+    assert draft.training
+    assert draft.transformer.drop.training
+    assert not draft.transformer.h[0].training
+
+
+@pytest.mark.parametrize("failing", [[11, 12, 30, 31], [20], [11, 12, 13, 40 - 1]])
+def test_a_call_that_was_broken_off_leaves_no_trace(target, failing):
+    generator, fresh = (SafeSpecCandidateGenerator(target, max_matching_ngram_size=2) for _ in range(2))
+    generator.get_candidates(torch.tensor([[11, 12, 13]]))
+    with patch.object(CachedModel, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        generator.get_candidates(torch.tensor([failing]))
+    ids = torch.tensor([[11, 12, 13, 14, 11, 12]])
+    assert torch.equal(generator.get_candidates(ids)[0], fresh.get_candidates(ids)[0])
+
+
+def test_another_number_of_rows_is_refused(target):
+    with pytest.raises(UnsupportedRequestError, match="must have 1 rows, but it has 2"):
+        SafeSpecCandidateGenerator(target).get_candidates(torch.tensor([[11], [12]]))
+
+
+def test_a_draft_head_is_refused(target):
+    with pytest.raises(UnsupportedRequestError, match="reads hidden states of the target"):
+        SafeSpecCandidateGenerator(build_draft_head(target))
 
 
 @torch.no_grad()

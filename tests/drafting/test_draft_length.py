@@ -1,5 +1,8 @@
 """A draft is made as long as it pays, by what was accepted so far."""
 
+import math
+import random
+
 import pytest
 
 from safespec_hf.drafting.draft_length import Chance, DraftCosts, DraftLength, confidence_kind, match_kind, other_kind
@@ -88,5 +91,49 @@ def test_what_was_looked_up_gains_more_the_longer_it_matched():
 def test_constant_length_finds_every_draft_worth_it():
     length = DraftLength(DraftCosts(draft=9.0, verify=9.0), is_adaptive=False)
     assert length.starts()
-    assert length.goes_on(0.0)
+    assert length.drafts_more(0.0)
     assert (length.plan(7), length.num_worthwhile([UNSURE] * 7)) == (7, 7)
+
+
+@pytest.mark.parametrize(("kind", "first"), [(confidence_kind, 0), (other_kind, 18)])
+@pytest.mark.parametrize("chance", [-1.0, 0.0, 1e-9, 0.999, 1.0, 1.0000001, math.nan])
+def test_whatever_a_draft_says_is_a_kind_of_evidence(kind, first, chance):
+    assert 0 <= kind(chance) - first < 10
+    assert kind(chance) == first or chance > 0.5
+
+
+@pytest.mark.parametrize(
+    "costs", [{"draft": -0.1}, {"verify": 0.0}, {"draft": math.nan}, {"verify": math.inf}], ids=str
+)
+def test_costs_out_of_range_are_refused(costs):
+    with pytest.raises(ValueError, match="Costs must be finite"):
+        DraftCosts(**costs)
+
+
+def random_tree(choose):
+    parents = [choose.randrange(-1, index) for index in range(choose.randint(0, 9))]
+    path = []
+    while children := [at for at, parent in enumerate(parents) if parent == (path or [-1])[-1]]:
+        if choose.random() < 0.4:
+            break
+        path.append(choose.choice(children))
+    return parents, path
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_was_learned_decisions_stay_within_their_bounds(seed):
+    choose = random.Random(seed)
+    length = DraftLength(DraftCosts(draft=choose.choice([0, 0.02, 0.3, 2]), verify=choose.choice([1e-6, 0.03, 1])))
+    for _ in range(choose.choice([0, 3, 300])):
+        parents, path = random_tree(choose)
+        length.record([choose.randrange(28) for _ in parents], path, parents)
+    assert all(0 <= length.chance(kind) <= 1 for kind in range(28))
+    kinds = [choose.randrange(28) for _ in range(choose.randint(0, 20))]
+    nums = [length.num_worthwhile(kinds[:end]) for end in range(len(kinds) + 1)]
+    assert nums == [min(end, nums[-1]) for end in range(len(kinds) + 1)]  # a longer draft changes nothing before
+    plans = [length.plan(most) for most in range(1, 20)]
+    assert plans == [min(most, plans[-1]) for most in range(1, 20)]
+    gains = [length.gain(most=most) for most in range(20)]
+    assert gains[0] == length.gain([]) == 0
+    assert gains == sorted(gains)
+    assert any(length.starts() for _ in range(130))

@@ -20,9 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..answer.logits import process_rows
 from ..answer.rows import Row, pad_rows
-from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..drafting.drafters import Proposal
+from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.inference import evaluation_mode
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_greedy, chain_parents, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
@@ -51,7 +52,7 @@ class Decoder:
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         rows (`list[Row]`): The batch, empty answers.
-        candidates ([`SafeSpecCandidateGenerator`]): Drafts for it.
+        candidates ([`DraftRouter`]): Drafts for it.
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
     """
@@ -60,7 +61,7 @@ class Decoder:
         self,
         model: PreTrainedModel,
         rows: list[Row],
-        candidates: SafeSpecCandidateGenerator,
+        candidates: DraftRouter,
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
@@ -82,8 +83,9 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
-            while self.live:
-                self._round()
+            with evaluation_mode(self.candidates.models):
+                while self.live:
+                    self._round()
         finally:
             self._leave_consistent()
 

@@ -21,8 +21,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
-from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..drafting.draft_length import DraftCosts
+from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, check_cache_layers, takes_trees
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
@@ -207,19 +207,19 @@ def make_rows(
     ]
 
 
-def make_candidates(
+def make_drafting(
     model: PreTrainedModel,
     assistant: PreTrainedModel | None,
     config: GenerationConfig,
     policy: SafeSpecConfig,
     num_rows: int,
-) -> SafeSpecCandidateGenerator:
+) -> DraftRouter:
     """Prompt lookup if it is asked for, else the draft model if there is one, beside which a lookup costs nothing."""
     if config.prompt_lookup_num_tokens is not None:
         assistant, ngram_size = None, config.max_matching_ngram_size or 2
     else:
         ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts else 0
-    return SafeSpecCandidateGenerator(
+    return DraftRouter(
         assistant,
         num_rows=num_rows,
         vocab_size=model.config.get_text_config().vocab_size,

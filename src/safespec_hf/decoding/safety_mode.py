@@ -9,7 +9,8 @@ import torch
 from ..answer.logits import SafeSpecLogitsProcessor
 from ..answer.recovery import choose, next_step
 from ..answer.rows import Row
-from ..drafting.candidates import SafeSpecCandidateGenerator, sample_segments
+from ..drafting.candidates import sample_segments
+from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
 from ..outputs import Provenance, SafeSpecEvent
 from .candidate_scores import CandidateScores
@@ -23,7 +24,7 @@ class SafetyMode:
 
     Args:
         target ([`CachedModel`]): The target, rolled back to what was kept.
-        candidates ([`SafeSpecCandidateGenerator`]): Has the draft that samples continuations, if one does.
+        candidates ([`DraftRouter`]): Has the draft that samples continuations, if one does.
         plan ([`Plan`]): The call.
         monitor ([`RiskMonitor`]): The plan's.
         commits ([`Committer`]): Adds what is chosen.
@@ -32,7 +33,7 @@ class SafetyMode:
     def __init__(
         self,
         target: CachedModel,
-        candidates: SafeSpecCandidateGenerator,
+        candidates: DraftRouter,
         plan: Plan,
         monitor: RiskMonitor,
         commits: Committer,
@@ -95,7 +96,8 @@ class SafetyMode:
     ) -> tuple[list[list[int]], CachedModel]:
         """K candidate segments, in one batch, scored; and the target's cache of them."""
         start, policy = time.perf_counter(), self.plan.policy
-        draft = None if policy.candidate_source == "target" else self.candidates.sampler
+        is_target = policy.candidate_source == "target"
+        draft = None if is_target else self.candidates.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )

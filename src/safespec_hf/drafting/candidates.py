@@ -1,4 +1,4 @@
-"""Proposes tokens: drafts of one continuation in General Mode, K sampled segments in Safety Mode."""
+"""The drafters in the form that transformers takes, and K sampled segments in Safety Mode."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from ..answer.logits import penalize
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..engine.cache import BlockOutput, CachedModel
-from ..engine.token_tree import chain_parents
+from ..engine.inference import evaluation_mode
+from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
-from .draft_length import DraftCosts, DraftLength
-from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
+from .draft_length import DraftCosts
+from .drafters import Proposal, fit_vocabulary
+from .router import DraftRouter
 
 Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
-NUM_OTHERS = 3
-"""Guesses for a token that may be verified beside the draft's first one."""
 
 
 class SafeSpecCandidateGenerator(CandidateGenerator):
-    """Drafts with a smaller model of the same tokenizer, with a draft head, with prompt lookup, or not at all.
+    """Our drafts wherever transformers takes a `CandidateGenerator`: of a smaller model, of prompt lookup, or of both.
 
-    The draft model's cache is kept across rounds and rolled back with the target's. Also usable wherever transformers
-    takes a `CandidateGenerator`, through `get_candidates`.
+    `input_ids` may be any continuation of what it drafted, go back behind it, or begin another prompt: what they have
+    in common with the last ones is not read again. Drafts are chains: transformers verifies no trees.
 
     Args:
-        assistant_model ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft model.
+        assistant_model ([`~transformers.PreTrainedModel`], *optional*): The draft model, of the target's tokenizer.
         num_rows (`int`, defaults to 1): Rows of the batch.
         num_draft_tokens (`int`, defaults to 5): Drafts per round, >= 0.
         vocab_size (`int`, *optional*): The target's; drafts are limited to it. Default: the draft model's.
         max_matching_ngram_size (`int`, *optional*): Turns on prompt lookup, with n-grams of at most this size.
-        logits_processor ([`~transformers.LogitsProcessorList`], *optional*): For `get_candidates` only.
+        logits_processor ([`~transformers.LogitsProcessorList`], *optional*): The target's.
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
-        takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
+        takes_trees (`bool`, defaults to `False`): Without effect here.
+
+    Raises:
+        UnsupportedRequestError: For a [`DraftHead`], which needs states of the target that are not shown here.
 
     Example:
 
@@ -63,118 +66,86 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         costs: DraftCosts | None = None,
         takes_trees: bool = False,
     ):
+        if isinstance(assistant_model, DraftHead):
+            raise UnsupportedRequestError(
+                "A `SafeSpecCandidateGenerator` can't draft with a `DraftHead`, which reads hidden states of the "
+                "target. Use `generate(..., safespec=True, assistant_model=draft)`, or a draft model here."
+            )
+        self.num_rows = num_rows
         self.num_draft_tokens = num_draft_tokens
-        self.vocab_size = vocab_size
         self.logits_processor = logits_processor
-        self.do_sample = do_sample
-        self.num_plain_rounds = 0
-        costs, is_adaptive = costs or DraftCosts(), costs is not None
-        length = DraftLength(costs, is_adaptive)
-        self.model: ModelDrafter | None = None
-        if assistant_model is not None:
-            drafter = HeadDrafter if isinstance(assistant_model, DraftHead) else ModelDrafter
-            # to be lossless, sampling takes its drafts one after the other
-            num_others = NUM_OTHERS if takes_trees and is_adaptive and not do_sample else 0
-            how = (num_rows, length, vocab_size, do_sample, num_others)
-            self.model = drafter(assistant_model, *how)  # type: ignore[arg-type]
-        self.lookup: LookupDrafter | None = None
-        if max_matching_ngram_size:
-            lookup_length = DraftLength(DraftCosts(verify=costs.verify), is_adaptive)
-            self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
-        self._drafters = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
-        self._from_model: list[bool] = []
-        self._last: Proposal = Proposal([])
-        self._rows: list[Row] = []
+        self._router = DraftRouter(
+            assistant_model,
+            num_rows=num_rows,
+            vocab_size=vocab_size,
+            max_matching_ngram_size=max_matching_ngram_size,
+            do_sample=do_sample,
+            costs=costs,
+        )
+        self._last_ids: list[list[int]] = []
 
-    @property
-    def layers(self) -> list[int]:
-        """The target's hidden states that the drafts are made from, for `observe`."""
-        return list(self.model.head.config.hidden_layers or []) if isinstance(self.model, HeadDrafter) else []
-
-    @property
-    def sampler(self) -> CachedModel | None:
-        """A draft model that can sample whole segments by itself, if there is one."""
-        return None if self.model is None or isinstance(self.model, HeadDrafter) else self.model.cached
-
-    @property
-    def num_forwards(self) -> int:
-        """Forwards of the draft model or head."""
-        return 0 if self.model is None else self.model.cached.usage.num_forwards
-
-    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
-        nothing: Proposal = Proposal([[] for _ in rows])
-        found = nothing if self.lookup is None else self.lookup.draft(rows, num_tokens)
-        uses_model = self.model is not None and max(num_tokens) > 0 and self._prefers_model(found, max(num_tokens))
-        made = self.model.draft(rows, num_tokens) if uses_model and self.model is not None else nothing
-        proposal, self._from_model = _merge(found, made)
-        self._last = proposal
-        self.num_plain_rounds += bool(self._drafters) and not any(proposal.drafts)
-        return proposal
-
-    def _prefers_model(self, found: Proposal, most: int) -> bool:
-        assert self.model is not None
-        if any(found.drafts) and self.lookup is not None:
-            gains = [self.lookup.length.gain(kinds) for kinds in found.kinds or []]
-            if min(gains) >= self.model.length.gain(most=most):
-                return False
-        return self.model.length.starts()
-
-    def record(self, paths: Sequence[Sequence[int]]) -> None:
-        """Learns which of each row's drafts the target accepted."""
-        no_trees: list[Sequence[int] | None] = [None for _ in paths]
-        rows = zip(self._from_model, self._last.kinds or [], self._last.parents or no_trees, paths, strict=False)
-        for from_model, kinds, parents, path in rows:
-            drafter = self.model if from_model else self.lookup
-            if drafter is not None and kinds:
-                drafter.length.record(kinds, path, parents)
-        for row, path in enumerate(paths):
-            num_first = sum(draft == index for index, draft in enumerate(path))
-            if self.model is not None and num_first < len(path):
-                self.model.reject_after(row, num_first)
-
-    def observe(self, row: int, start: int, states_TF: Tensor) -> None:
-        """Takes the target's states of `layers` of a row's context, from position `start` on."""
-        if isinstance(self.model, HeadDrafter):
-            self.model.observe(row, start, states_TF)
-
-    def keep(self, lengths: Sequence[int]) -> None:
-        """Rolls back to the first `lengths[row]` context tokens of each row."""
-        for drafter in self._drafters:
-            drafter.keep(lengths)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows of the batch."""
-        for drafter in self._drafters:
-            drafter.select(rows)
-
+    @torch.no_grad()
     def get_candidates(self, input_ids: LongTensor, **kwargs: object) -> tuple[LongTensor, Any]:
         """transformers' `CandidateGenerator` contract.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Everything generated so far.
+            input_ids (`torch.LongTensor` of shape `(num_rows, sequence_length)`): Everything generated so far.
 
         Returns:
-            `tuple`: Token ids of shape `(batch_size, sequence_length + num_drafts)`, and the log-probabilities
-            that the drafts came from, of shape `(batch_size, num_drafts, vocab_size)`, or `None` if they were not.
+            `tuple`: Token ids of shape `(num_rows, sequence_length + num_drafts)`, and the log-probabilities
+            that the drafts came from, of shape `(num_rows, num_drafts, vocab_size)`, or `None` if they were not
+            sampled or there are none.
+
+        Raises:
+            UnsupportedRequestError: If there are more or fewer rows than it was made for.
         """
+        if len(input_ids) != self.num_rows:
+            raise UnsupportedRequestError(
+                f"`input_ids` must have {self.num_rows} rows, but it has {len(input_ids)}. Pass `num_rows=` to "
+                "`SafeSpecCandidateGenerator`."
+            )
         rows = [self._as_row(index, ids) for index, ids in enumerate(input_ids)]
-        if self._rows:
-            pairs = zip(self._rows, rows, strict=True)
-            self.keep([min(_common_prefix(old.prompt, new.prompt), len(new.prompt) - 1) for old, new in pairs])
-        proposal = self.draft(rows, [self.num_draft_tokens] * len(rows))
-        drafts = input_ids.new_tensor([tokens[: min(map(len, proposal.drafts))] for tokens in proposal.drafts]).long()
-        candidates = cast("LongTensor", torch.cat([input_ids, drafts], dim=1))
-        self._rows = [self._as_row(index, ids) for index, ids in enumerate(candidates)]
-        return candidates, None if proposal.probs_BGV is None else proposal.probs_BGV.log()
+        if self._last_ids:
+            pairs = zip(self._last_ids, rows, strict=True)
+            self._router.keep([min(_common_prefix(old, row.prompt), len(row.prompt) - 1) for old, row in pairs])
+        # before drafting, so that a call that is broken off is known about as well
+        self._last_ids = [row.prompt for row in rows]
+        with evaluation_mode(self._router.models):
+            proposal = self._router.draft(rows, [self.num_draft_tokens] * len(rows))
+        num = min(map(len, proposal.drafts))
+        drafts = [tokens[:num] for tokens in proposal.drafts]
+        self._last_ids = [row.prompt + tokens for row, tokens in zip(rows, drafts, strict=True)]
+        new = input_ids.new_tensor(drafts).long().view(len(rows), num)
+        return cast("LongTensor", torch.cat([input_ids, new], dim=1)), _log_probs(proposal, num)
 
     def _as_row(self, index: int, ids: Tensor) -> Row:
         is_real = torch.ones_like(ids, dtype=torch.bool)
         return Row(index, ids, is_real, max_new_tokens=0, policy=SafeSpecConfig(), processors=self.logits_processor)
 
     def update_candidate_strategy(self, input_ids: LongTensor, scores: Tensor, num_matches: int) -> None:
-        """transformers' `CandidateGenerator` contract. Learns from what was accepted."""
-        self.record([range(num_matches)])
+        """transformers' `CandidateGenerator` contract. Learns from what was accepted.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, sequence_length)`): Everything generated so far.
+            scores (`torch.FloatTensor` of shape `(1, num_drafts + 1, vocab_size)`): The target's. Not used.
+            num_matches (`int`): Drafts that were accepted.
+        """
+        self._router.record([range(num_matches)])
+
+
+def _log_probs(proposal: Proposal, num: int) -> Tensor | None:
+    """Of each row's first `num` drafts, which in the proposal end at the same column."""
+    if proposal.probs_BGV is None or num == 0:
+        return None
+    most = proposal.probs_BGV.shape[1]
+    starts = [most - len(tokens) for tokens in proposal.drafts]
+    rows = zip(proposal.probs_BGV, starts, strict=True)
+    return torch.stack([probs_GV[start : start + num] for probs_GV, start in rows]).log()
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def sample_segments(
@@ -269,34 +240,3 @@ def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     # `right`: a share that is reached exactly belongs to the next token that has any probability
     token_K1 = torch.searchsorted(reached_KV, share_K1 * reached_KV[:, -1:], right=True)
     return torch.minimum(token_K1, torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()))
-
-
-def _merge(found: Proposal, made: Proposal) -> tuple[Proposal, list[bool]]:
-    """For each row what the model drafted, or else what the lookup found; and which of them it was."""
-    from_model = [bool(drafts) for drafts in made.drafts]
-    if not any(from_model) or not any(found.drafts):
-        return (made if any(from_model) else found), from_model
-    chosen = [model if model else lookup for model, lookup in zip(made.drafts, found.drafts, strict=True)]
-    no_kinds: list[list[int]] = [[] for _ in chosen]
-    triples = zip(from_model, made.kinds or no_kinds, found.kinds or no_kinds, strict=True)
-    kinds = [model if is_model else lookup for is_model, model, lookup in triples]
-    probs_BGV = None
-    if made.probs_BGV is not None:
-        most = max(len(tokens) for tokens in chosen)
-        probs_BGV = torch.nn.functional.pad(made.probs_BGV, (0, 0, most - made.probs_BGV.shape[1], 0))
-        for row, (is_model, tokens) in enumerate(zip(from_model, chosen, strict=True)):
-            if not is_model and tokens:
-                # a token that was looked up is certain
-                probs_BGV[row, most - len(tokens) + torch.arange(len(tokens)), torch.tensor(tokens)] = 1.0
-    if made.parents is not None:
-        pairs = zip(from_model, made.parents, chosen, strict=True)
-        parents = [tree if is_model else chain_parents(len(tokens)) for is_model, tree, tokens in pairs]
-        return Proposal(chosen, probs_BGV, kinds, parents), from_model
-    return Proposal(chosen, probs_BGV, kinds), from_model
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))

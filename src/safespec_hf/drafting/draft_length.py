@@ -8,6 +8,7 @@ counted in forwards of the target over one token, and nothing is timed here, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,17 @@ class DraftCosts:
     Args:
         draft (`float`): A forward of the drafter, >= 0; 0 for a lookup.
         verify (`float`): Every token more in a forward of the target, > 0.
+
+    Raises:
+        ValueError: If a cost is outside of its range.
     """
 
     draft: float = 0.0
     verify: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.draft < math.inf and 0 < self.verify < math.inf):
+            raise ValueError(f"Costs must be finite, with `draft` >= 0 and `verify` > 0, but they are {self}.")
 
 
 class Chance:
@@ -117,22 +125,25 @@ class DraftLength:
         """Whether a draft that is there, and is accepted with this chance, is worth verifying."""
         return not self.is_adaptive or self._worth(reach) > self.costs.verify
 
-    def goes_on(self, reach: float) -> bool:
+    def drafts_more(self, reach: float) -> bool:
         """Whether another draft is worth making after one that is accepted with this chance."""
         return not self.is_adaptive or self._worth(reach * self._next.value) > self.costs.draft + self.costs.verify
 
     def plan(self, most: int) -> int:
-        """How many drafts are worth making if no evidence can be looked at on the way, from 1 to `most`."""
+        """How many drafts are worth making if no evidence can be looked at on the way, from 1 to `most` >= 1."""
         if not self.is_adaptive:
             return most
         num, reach = 1, self._first.value
-        while num < most and self.goes_on(reach):
+        while num < most and self.drafts_more(reach):
             num, reach = num + 1, reach * self._next.value
         return num
 
     def gain(self, kinds: Sequence[int] | None = None, most: int = 0) -> float:
         """What a round saves, in forwards of the target: with these drafts, or with `most` that are yet to be made."""
-        chances = [self._first.value] + [self._next.value] * (most - 1) if kinds is None else map(self.chance, kinds)
+        if kinds is None:
+            chances = [self._first.value, *[self._next.value] * (most - 1)][:most]
+        else:
+            chances = [self.chance(kind) for kind in kinds]
         reach, gain, cost = 1.0, 0.0, self.costs.verify + (self.costs.draft if kinds is None else 0.0)
         for chance in chances:
             reach *= chance
@@ -160,19 +171,19 @@ class DraftLength:
     def _worth(self, chance: float) -> float:
         """What a token saved with this chance would have cost."""
         num_drafts = max(self._tokens_per_round - 1, 0.0)
-        seconds = 1 + num_drafts * (self.costs.draft + self.costs.verify)
-        return chance * seconds / self._tokens_per_round
+        cost = 1 + num_drafts * (self.costs.draft + self.costs.verify)
+        return chance * cost / self._tokens_per_round
 
 
 def confidence_kind(probability: float) -> int:
-    """The evidence of a draft model that gives its token this probability.
+    """The evidence of a draft model that gives its token this probability; the least, if that is no number.
 
     Example:
 
-        >>> confidence_kind(0.37), confidence_kind(1.0)
-        (3, 9)
+        >>> confidence_kind(0.37), confidence_kind(1.0), confidence_kind(float("nan"))
+        (3, 9, 0)
     """
-    return min(int(probability * NUM_CONFIDENCES), NUM_CONFIDENCES - 1)
+    return _part(probability, NUM_CONFIDENCES)
 
 
 def match_kind(num_tokens: int) -> int:
@@ -188,4 +199,9 @@ def other_kind(probability: float) -> int:
         >>> other_kind(0.0), other_kind(0.12), other_kind(0.5)
         (18, 20, 27)
     """
-    return FIRST_OTHER + min(int(probability * 2 * NUM_OTHER_CONFIDENCES), NUM_OTHER_CONFIDENCES - 1)
+    return FIRST_OTHER + _part(2 * probability, NUM_OTHER_CONFIDENCES)
+
+
+def _part(share: float, num: int) -> int:
+    """Which of `num` equal parts of [0, 1] a share lies in."""
+    return min(int(share * num), num - 1) if share > 0 else 0

@@ -43,3 +43,20 @@ def _release(model: nn.Module) -> None:
             for name, value in store.items():
                 if isinstance(value, Tensor) and value.is_inference():
                     store[name] = value.clone()
+
+
+@contextmanager
+def evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Runs models without dropout, and leaves every module in the mode that it was in.
+
+    Args:
+        models (`Sequence[torch.nn.Module]`): All that run.
+    """
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

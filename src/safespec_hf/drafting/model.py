@@ -1,0 +1,276 @@
+"""Drafts of a smaller model, or of anything else that writes token after token with a cache of its own.
+
+A drafter may fall short of the target: it may have fewer positions, not know a token, or compute nonsense. Then a row
+gets fewer drafts or none, and the others go on.
+
+Shapes: B rows, G drafts at most, S guesses for a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..answer.logits import process_rows
+from ..answer.rows import Row
+from ..engine.cache import BlockOutput, CachedModel
+from ..engine.token_tree import chain_parents, is_chain
+from .draft_length import DraftLength, confidence_kind, other_kind
+from .drafters import Proposal, fit_vocabulary
+
+MAX_TREE = 32
+"""Drafts of a row at most, other guesses included, where they are a tree."""
+Value = TypeVar("Value")
+FILLER = 0  # read by rows that sit a round out, and forgotten again
+
+
+class Guesses(NamedTuple):
+    """What one forward gives for each row's next token: a first guess, and S - 1 others.
+
+    Attributes:
+        tokens_BS, chances_BS (`torch.Tensor` of shape `(B, S)`):
+            The guesses, and how sure the draft is of each; `nan` where its scores make no distribution.
+        probs_BV (`torch.Tensor` of shape `(B, V)`, *optional*): What the one guess was sampled from.
+    """
+
+    tokens_BS: Tensor
+    chances_BS: Tensor
+    probs_BV: Tensor | None
+
+
+class ModelDrafter:
+    """Drafts with a causal language model of the target's tokenizer, whose cache is kept across rounds.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The draft model.
+        num_rows (`int`): Rows of the batch.
+        length ([`DraftLength`]): How many drafts pay.
+        vocab_size (`int`, *optional*): The target's; drafts are limited to it. Default: the draft model's.
+        do_sample (`bool`): Sample drafts from the processed distribution instead of taking its argmax.
+        num_others (`int`, defaults to 0): Guesses for a token that may be verified beside the first one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_rows: int,
+        length: DraftLength,
+        vocab_size: int | None,
+        do_sample: bool,
+        num_others: int = 0,
+    ):
+        self.cached = CachedModel(model, num_rows)
+        self.length = length
+        self.vocab_size = vocab_size
+        self.do_sample = do_sample
+        self.num_others = num_others
+        text = model.config.get_text_config()
+        self.num_positions: int = getattr(text, "max_position_embeddings", None) or 2**31
+        self.num_known: int = text.vocab_size  # tokens it has an embedding of
+        self._unknown_at: list[int | None] = [None] * num_rows  # where a row's first other token is
+        self._starts: list[int] = []
+
+    @property
+    def layers(self) -> list[int]:
+        """The target's hidden states that `observe` needs."""
+        return []
+
+    def observe(self, row: int, start: int, states_TF: Tensor) -> None:
+        """Takes the target's states of `layers` of a row's context, from position `start` on."""
+
+    def sampler(self, index: int, row: Row, num_tokens: int) -> CachedModel | None:
+        """The model with its cache, if it can write so many tokens after a row's context."""
+        is_long = row.num_context + num_tokens - 1 > self.num_positions
+        return None if is_long or not self._unread(index, row) else self.cached
+
+    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
+        """At most `num_tokens[row]` drafts for each row, and other guesses beside them."""
+        blocks, nums = self._divide(rows, num_tokens)
+        if max(nums) <= 0:
+            return Proposal([[] for _ in rows])
+        try:
+            guesses = self._write(rows, blocks, max(nums))
+        except BaseException:
+            # whatever broke it off, the cache may hold half of a forward
+            self.cached = CachedModel(self.cached.model, len(rows), usage=self.cached.usage)
+            raise
+        # a tree's mask grows with the block, and the first one holds the whole prompt
+        has_others = self.num_others > 0 and all(row.tokens for row in rows)
+        return self._propose(guesses, nums, has_others)
+
+    def _divide(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """What each row has to read first, nothing if it sits this round out, and how many drafts it gets."""
+        rooms = [self.num_positions + 1 - row.num_context for row in rows]
+        blocks = [self._unread(index, row) if rooms[index] > 0 else [] for index, row in enumerate(rows)]
+        triples = zip(blocks, rooms, num_tokens, strict=True)
+        nums = [min(room, num) if block else 0 for block, room, num in triples]
+        # all rows take as many steps, and in uneven batches a row can have columns that hold no token of it
+        while sum(map(bool, blocks)) > 1 and self._num_columns(blocks) + max(nums) - 1 > self.num_positions:
+            longest = max(
+                (index for index, block in enumerate(blocks) if block), key=lambda row: rows[row].num_context
+            )
+            blocks[longest], nums[longest] = [], 0
+        return blocks, nums
+
+    def _unread(self, index: int, row: Row) -> list[int]:
+        """The context tokens that it has not read yet; none if it does not know one of them."""
+        if self._unknown_at[index] is not None:
+            return []
+        start = self.cached.lengths[index]
+        block = row.context(start)
+        if max(block) < self.num_known:
+            return block
+        self._unknown_at[index] = start + next(at for at, token in enumerate(block) if token >= self.num_known)
+        return []
+
+    def _num_columns(self, blocks: Sequence[Sequence[int]]) -> int:
+        """Of the cache, once these blocks have been read."""
+        lengths = [length for length, block in zip(self.cached.lengths, blocks, strict=True) if block]
+        return max(lengths) + max(map(len, blocks))
+
+    def _write(self, rows: Sequence[Row], blocks: Sequence[list[int]], most: int) -> list[Guesses]:
+        """Guesses for at most so many tokens, one forward for each."""
+        self._forget_idle(blocks)
+        output = self._begin([block or [FILLER] for block in blocks])
+        self._starts = list(self.cached.lengths)
+        guesses: list[Guesses] = []
+        reach = [1.0] * len(rows)
+        # on an accelerator, reading how sure the draft is would make the host wait for every token
+        reads_early = self.length.is_adaptive and output.logits_BTV.device.type == "cpu"
+        most = most if reads_early else min(most, self.length.plan(most))
+        for number in range(most):
+            guesses.append(self._guess(rows, [guess.tokens_BS[:, 0] for guess in guesses], output.logits_BTV[:, -1]))
+            if reads_early:
+                firsts = guesses[-1].chances_BS[:, 0].tolist()
+                reach = [
+                    before * self.length.chance(confidence_kind(first))
+                    for before, first in zip(reach, firsts, strict=True)
+                ]
+            if number + 1 == most or (reads_early and not self.length.drafts_more(max(reach))):
+                break
+            output = self._go_on(guesses[-1].tokens_BS[:, 0], output)
+        self._end()
+        self._forget_idle(blocks)
+        return guesses
+
+    def _forget_idle(self, blocks: Sequence[list[int]]) -> None:
+        """Rows that sit out leave their columns to the others."""
+        if not all(blocks):
+            pairs = zip(self.cached.lengths, blocks, strict=True)
+            self.cached.keep([length if block else 0 for length, block in pairs])
+
+    def _begin(self, blocks: Sequence[list[int]]) -> BlockOutput:
+        return self.cached.forward(blocks, 1)
+
+    def _go_on(self, token_B: Tensor, before: BlockOutput) -> BlockOutput:
+        return self.cached.forward(token_B[:, None], 1)
+
+    def _end(self) -> None:
+        """A model's states of its own drafts hold if they are accepted; `keep` drops the others."""
+
+    def _scores(
+        self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Processed scores, and the tokens they are of, if not the first ones of the vocabulary."""
+        has_processors = bool(rows[0].processors)
+        # reading the drafts so far makes the host wait, so only where a processor needs them
+        extras = torch.stack(list(tokens), 1).tolist() if tokens and has_processors else [[] for _ in rows]
+        scores_BV = process_rows(rows, extras, fit_vocabulary(logits_BV, self.vocab_size))
+        return scores_BV[:, : self.num_known], None  # a processor may have left only tokens that it can't read
+
+    def _guess(self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor) -> Guesses:
+        scores_BV, to_token = self._scores(rows, tokens, logits_BV)
+        if self.do_sample:
+            probs_BV = scores_BV.softmax(dim=-1)
+            chances_B1 = probs_BV.amax(dim=-1, keepdim=True)
+            # nan is all or nothing of a row: its drafts will be dropped, but sampling would fail for the others too
+            tokens_B1 = torch.multinomial(probs_BV.nan_to_num_(nan=1.0), 1)
+            return Guesses(tokens_B1, chances_B1, fit_vocabulary(probs_BV, self.vocab_size, fill=0.0))
+        num = min(1 + self.num_others, scores_BV.shape[1])
+        values_BS, tokens_BS = scores_BV.topk(num, dim=-1) if num > 1 else scores_BV.max(dim=-1, keepdim=True)
+        chances_BS = (
+            (values_BS - scores_BV.logsumexp(dim=-1, keepdim=True)).exp() if self.length.is_adaptive else values_BS
+        )
+        return Guesses(tokens_BS if to_token is None else to_token[tokens_BS], chances_BS, None)
+
+    def _propose(self, guesses: Sequence[Guesses], nums: Sequence[int], has_others: bool) -> Proposal:
+        tokens_BGS = torch.stack([guess.tokens_BS for guess in guesses], 1).tolist()
+        if not self.length.is_adaptive and not self.do_sample:
+            return Proposal(_firsts(tokens_BGS, nums))
+        chances_BGS = torch.stack([guess.chances_BS for guess in guesses], 1).tolist()
+        nums = [_num_sound(row[:num]) for row, num in zip(chances_BGS, nums, strict=True)]
+        kinds = [[confidence_kind(chance) for chance in chances] for chances in _firsts(chances_BGS, nums)]
+        # What is dropped may depend on how sure the draft is, and on the tokens before, but never on the token
+        # itself: what is left would no longer be distributed as its probabilities say.
+        kept = [self.length.num_worthwhile(row) for row in kinds]
+        drafts = _firsts(tokens_BGS, kept)
+        probs = [guess.probs_BV for guess in guesses if guess.probs_BV is not None]
+        probs_BGV = _align_right(torch.stack(probs, 1), drafts) if probs and any(drafts) else None
+        if not self.length.is_adaptive:
+            return Proposal(drafts, probs_BGV)
+        kinds = [row[:num] for row, num in zip(kinds, kept, strict=True)]
+        parents = [chain_parents(num) for num in kept]
+        for row in range(len(drafts)) if has_others else ():
+            self._add_others(tokens_BGS[row], chances_BGS[row][: nums[row]], drafts[row], kinds[row], parents[row])
+        return Proposal(drafts, probs_BGV, kinds, None if all(map(is_chain, parents)) else parents)
+
+    def _add_others(
+        self,
+        tokens_GS: Sequence[Sequence[int]],
+        chances_GS: Sequence[Sequence[float]],
+        drafts: list[int],
+        kinds: list[int],
+        parents: list[int],
+    ) -> None:
+        """Adds the other guesses that are worth verifying, as leaves beside the chain."""
+        reach, chain = 1.0, list(kinds)
+        for place, (tokens, chances) in enumerate(zip(tokens_GS, chances_GS, strict=False)):
+            for token, chance in zip(tokens[1:], chances[1:], strict=True):
+                kind = other_kind(chance)
+                if len(drafts) < MAX_TREE and self.length.verifies(reach * self.length.chance(kind)):
+                    drafts.append(token)
+                    kinds.append(kind)
+                    parents.append(place - 1)
+            if place >= len(chain):
+                return
+            reach *= self.length.chance(chain[place])
+
+    def reject_after(self, row: int, num_drafts: int) -> None:
+        """Forgets all but a row's first `num_drafts` drafts: another guess was accepted in the place of the next."""
+        lengths = list(self.cached.lengths)
+        lengths[row] = min(lengths[row], self._starts[row] + num_drafts)
+        self.cached.keep(lengths)
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Rolls back to the first `lengths[row]` context tokens of each row."""
+        self.cached.keep(lengths)
+        pairs = zip(self._unknown_at, lengths, strict=True)
+        self._unknown_at = [None if at is None or at >= length else at for at, length in pairs]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps only these rows."""
+        self.cached.select(rows)
+        self._unknown_at = [self._unknown_at[row] for row in rows]
+
+
+def _firsts(values_BGS: Sequence[Sequence[Sequence[Value]]], nums: Sequence[int]) -> list[list[Value]]:
+    """The first guess for each of a row's first `nums[row]` tokens."""
+    return [[first for first, *_ in row[:num]] for row, num in zip(values_BGS, nums, strict=True)]
+
+
+def _num_sound(chances_GS: Sequence[Sequence[float]]) -> int:
+    """How many guesses come before the first whose scores make no distribution."""
+    return next((index for index, (first, *_) in enumerate(chances_GS) if math.isnan(first)), len(chances_GS))
+
+
+def _align_right(probs_BGV: Tensor, drafts: Sequence[list[int]]) -> Tensor:
+    most = max(map(len, drafts))
+    pairs = zip(probs_BGV, drafts, strict=True)
+    return torch.stack(
+        [torch.nn.functional.pad(probs[: len(tokens)], (0, 0, most - len(tokens), 0)) for probs, tokens in pairs]
+    )

@@ -1,0 +1,136 @@
+"""Chooses, for each round and row, whose drafts the target gets: a model's, a draft head's or a lookup's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..answer.rows import Row
+from ..engine.cache import CachedModel
+from ..heads.draft_head import DraftHead
+from .draft_length import DraftCosts, DraftLength
+from .drafters import Drafter, Proposal, fill_gaps
+from .head import HeadDrafter
+from .lookup import LookupDrafter
+from .model import ModelDrafter
+
+NUM_OTHERS = 3
+"""Guesses for a token that may be verified beside the draft's first one."""
+
+
+class DraftRouter:
+    """The drafters of a batch. Their states are kept across rounds, and rolled back with the target's.
+
+    Args:
+        assistant_model ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft model.
+        num_rows (`int`, defaults to 1): Rows of the batch.
+        vocab_size (`int`, *optional*): The target's; drafts are limited to it. Default: the draft model's.
+        max_matching_ngram_size (`int`, *optional*): Turns on prompt lookup, with n-grams of at most this size.
+        do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
+        costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
+        takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
+    """
+
+    def __init__(
+        self,
+        assistant_model: PreTrainedModel | None = None,
+        *,
+        num_rows: int = 1,
+        vocab_size: int | None = None,
+        max_matching_ngram_size: int | None = None,
+        do_sample: bool = False,
+        costs: DraftCosts | None = None,
+        takes_trees: bool = False,
+    ):
+        self.vocab_size = vocab_size
+        self.num_plain_rounds = 0
+        costs, is_adaptive = costs or DraftCosts(), costs is not None
+        length = DraftLength(costs, is_adaptive)
+        # to be lossless, sampling takes its drafts one after the other
+        num_others = NUM_OTHERS if takes_trees and is_adaptive and not do_sample else 0
+        self.model: ModelDrafter | None = None
+        if isinstance(assistant_model, DraftHead):
+            self.model = HeadDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
+        elif assistant_model is not None:
+            self.model = ModelDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
+        self.lookup: LookupDrafter | None = None
+        if max_matching_ngram_size:
+            lookup_length = DraftLength(DraftCosts(verify=costs.verify), is_adaptive)
+            self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
+        self._drafters: list[Drafter] = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
+        self._from_model: list[bool] = []
+        self._last: Proposal = Proposal([])
+
+    @property
+    def layers(self) -> list[int]:
+        """The target's hidden states that the drafts are made from, for `observe`."""
+        return [] if self.model is None else self.model.layers
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The draft model or head, to be run in [`evaluation_mode`]: dropout would belie the distributions."""
+        return [] if self.model is None else [self.model.cached.model]
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the draft model or head."""
+        return 0 if self.model is None else self.model.cached.usage.num_forwards
+
+    def sampler(self, index: int, row: Row, num_tokens: int) -> CachedModel | None:
+        """A draft model that can write so many tokens after the context of a row by itself, if there is one.
+
+        Args:
+            index (`int`): Which row of the batch it is now.
+            row ([`Row`]): The row.
+            num_tokens (`int`): At most so many, >= 1.
+        """
+        return None if self.model is None else self.model.sampler(index, row, num_tokens)
+
+    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
+        """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
+        nothing: Proposal = Proposal([[] for _ in rows])
+        found = nothing if self.lookup is None else self.lookup.draft(rows, num_tokens)
+        uses_model = self.model is not None and max(num_tokens) > 0 and self._prefers_model(found, max(num_tokens))
+        made = self.model.draft(rows, num_tokens) if uses_model and self.model is not None else nothing
+        proposal, self._from_model = fill_gaps(made, found)
+        self._last = proposal
+        self.num_plain_rounds += bool(self._drafters) and not any(proposal.drafts)
+        return proposal
+
+    def _prefers_model(self, found: Proposal, most: int) -> bool:
+        assert self.model is not None
+        if any(found.drafts) and self.lookup is not None:
+            gains = [self.lookup.length.gain(kinds) for kinds in found.kinds or []]
+            if min(gains) >= self.model.length.gain(most=most):
+                return False
+        return self.model.length.starts()
+
+    def record(self, paths: Sequence[Sequence[int]]) -> None:
+        """Learns which of each row's drafts the target accepted."""
+        no_trees: list[Sequence[int] | None] = [None for _ in paths]
+        rows = zip(self._from_model, self._last.kinds or [], self._last.parents or no_trees, paths, strict=False)
+        for from_model, kinds, parents, path in rows:
+            drafter = self.model if from_model else self.lookup
+            if drafter is not None and kinds:
+                drafter.length.record(kinds, path, parents)
+        for row, path in enumerate(paths):
+            num_first = sum(draft == index for index, draft in enumerate(path))
+            if self.model is not None and num_first < len(path):
+                self.model.reject_after(row, num_first)
+
+    def observe(self, row: int, start: int, states_TF: Tensor) -> None:
+        """Takes the target's states of `layers` of a row's context, from position `start` on."""
+        if self.model is not None:
+            self.model.observe(row, start, states_TF)
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Rolls back to the first `lengths[row]` context tokens of each row."""
+        for drafter in self._drafters:
+            drafter.keep(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps only these rows of the batch."""
+        for drafter in self._drafters:
+            drafter.select(rows)
