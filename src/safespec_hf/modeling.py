@@ -264,7 +264,7 @@ class GuardedCall:
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
-            decoder.target.adopt(cache)
+            decoder.target.take_cache(cache)
         models = [model] if self.assistant is None else [model, self.assistant]
         with (
             packed_weights(models, self.policy.pack_weights),
