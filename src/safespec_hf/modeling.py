@@ -42,7 +42,8 @@ from .decoding.request import (
 from .engine.cache import CACHE_NAME, check_user_cache
 from .engine.compiling import check_compiler, compiled_forwards
 from .engine.inference import inference_mode
-from .engine.packing import packed_weights
+from .engine.packing import packed_weights, release_packed
+from .engine.traits import input_device, max_positions
 from .errors import UnsupportedRequestError
 from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_binding, target_binding
@@ -126,7 +127,7 @@ def attach_safety_head(
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     check_binding(head, target_binding(model, tokenizer), ignore_mismatches)
     detach_safety_head(model)  # only now: a head that was refused must not cost the model the one it had
-    model._safespec = Attachment(head.eval().to(model.device), always, ignore_mismatches, tokenizer)
+    model._safespec = Attachment(head.eval().to(input_device(model)), always, ignore_mismatches, tokenizer)
     model.__class__ = guarded_class(type(model))
     return model
 
@@ -140,6 +141,7 @@ def detach_safety_head(model: Model) -> Model:
     if isinstance(model, Guarded):
         model.__class__ = type(model).__mro__[2]
         del model._safespec
+        release_packed(model)
     return model
 
 
@@ -199,9 +201,7 @@ class Guarded:
 
     def _refuse_if_always(self, name: str) -> None:
         if self._safespec.always:
-            raise UnsupportedRequestError(
-                f"`{name}` can't be guarded, and this model's head was attached with `always=True`."
-            )
+            raise UnsupportedRequestError(f"`{name}` can't be guarded: this head was attached with `always=True`.")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the dynamic class can't be found by name, so copies and pickles are rebuilt from the original one
@@ -245,9 +245,9 @@ class GuardedCall:
     ) -> SafeSpecOutput | Tensor:
         attachment: Attachment = model._safespec
         attachment.use_tokenizer(model, tokenizer)
-        attachment.head.to(model.device)
+        attachment.head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         self._check(model, attachment, input_ids, logits_processor, generation_config, model_kwargs)
-        input_ids = input_ids.to(model.device)
+        input_ids = input_ids.to(input_device(model))
         mask = model_kwargs.get("attention_mask")
         is_real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
         check_positions(model_kwargs.get("position_ids"), is_real)
@@ -264,7 +264,7 @@ class GuardedCall:
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
-            decoder.target.adopt(cache)
+            decoder.target.take_cache(cache)
         models = [model] if self.assistant is None else [model, self.assistant]
         with (
             packed_weights(models, self.policy.pack_weights),
@@ -290,7 +290,7 @@ class GuardedCall:
         check_model_kwargs(model_kwargs, input_ids)
         check_processors(processors, input_ids.shape[0])
         if self.policy.compile:
-            check_compiler(model.device)
+            check_compiler(input_device(model))
         if self.policy.candidate_source == "draft" and (
             self.assistant is None or isinstance(self.assistant, DraftHead)
         ):
@@ -332,7 +332,7 @@ class GuardedCall:
             reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
             refusal_ids=refusal + ends[:1],
             separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-            max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+            max_context=max_positions(model) or 2**31,
             seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
         )
 

@@ -28,7 +28,7 @@ from ..engine.tap import split_tap
 from ..engine.token_tree import accept_greedy, chain_parents, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .commit import Committer, Flag
-from .plan import Plan
+from .plan import Plan, check_context
 from .safety_mode import SafetyMode
 from .verification import Verification, verify_sampled
 
@@ -65,6 +65,7 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
+        check_context(rows, plan)
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
         self.target = CachedModel(model, len(rows), [*self._risk_layers, *candidates.layers])
@@ -114,11 +115,9 @@ class Decoder:
 
     def _draft(self) -> Proposal:
         start, most = time.perf_counter(), self.plan.num_draft_tokens
+        most = min(most, self.plan.max_context - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
-        limits = [
-            0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)
-            for row in self.live
-        ]
+        limits = [0 if row.closing else max(min(most, row.room - 1), 0) for row in self.live]
         proposal = self.candidates.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
@@ -251,7 +250,7 @@ class Decoder:
         if len(self.rows) == 1:
             row = self.rows[0]
             hidden = (index for index in range(len(row.tokens)) if not row.is_visible(index))
-            self.target.leave(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
+            self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
         self.statistics.num_draft_forwards = self.candidates.num_forwards
@@ -272,5 +271,5 @@ class Decoder:
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
-            **{CACHE_NAME: self.target.hand_over() if with_cache and self._is_plain(prompt_ids) else None},
+            **{CACHE_NAME: self.target.give_cache() if with_cache and self._is_plain(prompt_ids) else None},
         )
