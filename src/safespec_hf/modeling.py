@@ -4,76 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .answer.pooling import find_newline_ids
 from .config import SafeSpecConfig
-from .decoding.loop import Decoder
-from .decoding.monitor import RiskMonitor
-from .decoding.plan import Plan
-from .decoding.request import (
-    DEFAULT_NUM_DRAFT_TOKENS,
-    check_assistant,
-    check_generation_config,
-    check_model,
-    check_model_kwargs,
-    check_positions,
-    check_processors,
-    eos_ids,
-    make_candidates,
-    make_rows,
-    other_criteria,
-)
-from .engine.cache import CACHE_NAME, check_user_cache
-from .engine.compiling import check_compiler, compiled_forwards
-from .engine.inference import inference_mode
-from .engine.packing import packed_weights
+from .decoding.attachment import Attachment
+from .decoding.call import GuardedCall
+from .decoding.request import check_model
 from .errors import UnsupportedRequestError
-from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_binding, target_binding
-from .outputs import SafeSpecOutput
 
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-@dataclass(slots=True)
-class Attachment:
-    """What a guarded model carries besides its weights. Not a module, so that it is not saved with them."""
-
-    head: SafetyHead
-    always: bool
-    ignore_mismatches: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    newline_ids: frozenset[int] = field(default_factory=frozenset)
-
-    def use_tokenizer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Takes a tokenizer if it is another one than before, and checks that it is the head's."""
-        if tokenizer is not None and tokenizer is not self.tokenizer:
-            check_binding(self.head, target_binding(model, tokenizer), self.ignore_mismatches)
-            self.tokenizer, self.newline_ids = tokenizer, frozenset()
-        if self.tokenizer is None:
-            raise UnsupportedRequestError(
-                f"No tokenizer was found at {model.config.name_or_path!r}, and guarded decoding needs one for "
-                "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
-            )
-        if not self.newline_ids:
-            self.newline_ids = find_newline_ids(self.tokenizer)
 
 
 def attach_safety_head(
@@ -218,130 +163,6 @@ def guarded_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _rebuild(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     guarded = guarded_class(model_class)  # type: ignore[arg-type]  # classes are hashable
     return guarded.__new__(guarded)
-
-
-@dataclass(frozen=True, slots=True)
-class GuardedCall:
-    """The decoding strategy of one guarded `generate` call, run by transformers once it has prepared everything."""
-
-    policy: SafeSpecConfig
-    assistant: PreTrainedModel | None = None
-    streamer: BaseStreamer | None = None
-    num_assistant_tokens: int | None = None
-    is_monitored: bool = True  # False only to measure what safety costs
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        *,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        synced_gpus: bool = False,
-        **model_kwargs: Any,
-    ) -> SafeSpecOutput | Tensor:
-        attachment: Attachment = model._safespec
-        attachment.use_tokenizer(model, tokenizer)
-        attachment.head.to(model.device)
-        self._check(model, attachment, input_ids, logits_processor, generation_config, model_kwargs)
-        input_ids = input_ids.to(model.device)
-        mask = model_kwargs.get("attention_mask")
-        is_real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
-        check_positions(model_kwargs.get("position_ids"), is_real)
-        rows = make_rows(
-            input_ids,
-            is_real,
-            max_length=generation_config.max_length,
-            policy=self.policy,
-            newline_ids=attachment.newline_ids,
-            processors=logits_processor,
-        )
-        candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
-        plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
-        decoder = Decoder(model, rows, candidates, plan, self.streamer)
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            decoder.target.adopt(cache)
-        models = [model] if self.assistant is None else [model, self.assistant]
-        with (
-            packed_weights(models, self.policy.pack_weights),
-            compiled_forwards(models, self.policy.compile),
-            inference_mode([*models, attachment.head]),
-        ):
-            decoder.run()
-        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
-        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
-        return output if is_whole else output.sequences
-
-    def _check(
-        self,
-        model: PreTrainedModel,
-        attachment: Attachment,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        assert attachment.tokenizer is not None
-        check_generation_config(config)
-        check_model_kwargs(model_kwargs, input_ids)
-        check_processors(processors, input_ids.shape[0])
-        if self.policy.compile:
-            check_compiler(model.device)
-        if self.policy.candidate_source == "draft" and (
-            self.assistant is None or isinstance(self.assistant, DraftHead)
-        ):
-            raise UnsupportedRequestError(
-                "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
-                f"{'none' if self.assistant is None else 'a draft head'}."
-            )
-        if self.assistant is not None:
-            check_assistant(model, self.assistant, len(attachment.tokenizer))
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            check_user_cache(cache, input_ids, model_kwargs.get("attention_mask"))
-        if input_ids.shape[0] > 1 and self.streamer is not None:
-            raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {input_ids.shape[0]}.")
-        if input_ids.shape[0] > 1 and config._pad_token_tensor is None:
-            raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
-
-    def _plan(
-        self,
-        model: PreTrainedModel,
-        attachment: Attachment,
-        config: GenerationConfig,
-        criteria: StoppingCriteriaList,
-        num_rows: int,
-    ) -> Plan:
-        tokenizer, policy = attachment.tokenizer, self.policy
-        assert tokenizer is not None
-        ends = eos_ids(criteria)
-        given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, self.num_assistant_tokens)
-        refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
-        return Plan(
-            policy=policy,
-            monitor=RiskMonitor(attachment.head) if self.is_monitored else None,
-            risk_threshold=policy.risk_threshold or attachment.head.config.risk_threshold,
-            num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
-            do_sample=bool(config.do_sample),
-            eos_ids=frozenset(ends),
-            criteria=other_criteria(criteria, config.max_length),
-            reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
-            refusal_ids=refusal + ends[:1],
-            separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-            max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
-            seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
-        )
-
-
-def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
-    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
-    if seed is not None or not do_sample:
-        return [seed or 0] * num_rows
-    return torch.randint(2**31, (num_rows,)).tolist()
 
 
 def choose_policy(

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -23,9 +29,13 @@ from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..drafting.draft_length import DraftCosts
-from ..engine.cache import CACHE_NAME, check_cache_layers, takes_trees
+from ..engine.cache import CACHE_NAME, check_cache_layers, check_user_cache, takes_trees
+from ..engine.compiling import check_compiler
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
+from ..heads.safety_head import SafetyHead
+from .monitor import RiskMonitor
+from .plan import Plan
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
@@ -56,6 +66,56 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedRequestError(
             f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
         )
+
+
+def check_request(
+    model: PreTrainedModel,
+    assistant: PreTrainedModel | None,
+    policy: SafeSpecConfig,
+    prompt_ids: Tensor,
+    *,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    model_kwargs: Mapping[str, Any],
+    num_tokens: int,
+    is_streamed: bool,
+) -> Tensor:
+    """Raises unless everything that was asked for can be kept, safety included.
+
+    Args:
+        num_tokens (`int`): That the tokenizer knows.
+
+    Returns:
+        `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
+
+    Raises:
+        UnsupportedRequestError: Says what can't be kept, and what to do instead.
+    """
+    num_rows = prompt_ids.shape[0]
+    check_generation_config(config)
+    check_model_kwargs(model_kwargs, prompt_ids)
+    check_processors(processors, num_rows)
+    if policy.compile:
+        check_compiler(model.device)
+    if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
+        raise UnsupportedRequestError(
+            "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
+            f"{'none' if assistant is None else 'a draft head'}."
+        )
+    if assistant is not None:
+        check_assistant(model, assistant, num_tokens)
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    cache: Any = model_kwargs.get(CACHE_NAME)
+    if getattr(cache, "_is_user_defined", False):
+        check_user_cache(cache, prompt_ids, mask)
+    if num_rows > 1 and is_streamed:
+        raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
+    if num_rows > 1 and config._pad_token_tensor is None:
+        raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
+    is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
+    is_real = is_real.to(model.device)
+    check_positions(model_kwargs.get("position_ids"), is_real)
+    return is_real
 
 
 def check_generation_config(config: GenerationConfig) -> None:
@@ -228,6 +288,45 @@ def make_candidates(
         costs=draft_costs(model, assistant) if policy.adaptive_drafts else None,
         takes_trees=takes_trees(model),
     )
+
+
+def make_plan(
+    model: PreTrainedModel,
+    policy: SafeSpecConfig,
+    head: SafetyHead,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: GenerationConfig,
+    criteria: StoppingCriteriaList,
+    num_rows: int,
+    num_assistant_tokens: int | None,
+    is_monitored: bool,
+) -> Plan:
+    """Everything about a call that stays the same while it runs."""
+    ends, do_sample = eos_ids(criteria), bool(config.do_sample)
+    given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
+    refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
+    return Plan(
+        policy=policy,
+        monitor=RiskMonitor(head) if is_monitored else None,
+        risk_threshold=policy.risk_threshold or head.config.risk_threshold,
+        num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
+        do_sample=do_sample,
+        eos_ids=frozenset(ends),
+        criteria=other_criteria(criteria, config.max_length),
+        reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
+        refusal_ids=refusal + ends[:1],
+        separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
+        max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+        seeds=recovery_seeds(policy.seed, do_sample, num_rows),
+    )
+
+
+def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
+    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
+    if seed is not None or not do_sample:
+        return [seed or 0] * num_rows
+    return torch.randint(2**31, (num_rows,)).tolist()
 
 
 def draft_costs(model: PreTrainedModel, assistant: PreTrainedModel | None) -> DraftCosts:
