@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from ..config import SafetyHeadConfig
 from ..errors import HeadMismatchError
+from .card import Report
 from .loading import StrictModel
+from .publishing import check_destination, publish, save_folder
+
+_PUSH_KWARGS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr", "tags")
 
 
 class SafetyHead(StrictModel):
@@ -87,6 +92,56 @@ class SafetyHead(StrictModel):
         """
         logits = self(features).float()
         return torch.sigmoid(logits if self.config.unsafe_label == 1 else -logits)
+
+    def save_pretrained(  # type: ignore[override]  # transformers' own keywords are in `kwargs`
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *,
+        report: Report | None = None,
+        license: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """[`save_head`][safespec_hf.heads.hub.save_head], by the name that transformers gives it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder; made if it is missing.
+            is_main_process (`bool`, *optional*, defaults to `True`): Only the main one of many processes saves.
+            report, license: As for [`save_head`][safespec_hf.heads.hub.save_head].
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Publish it as well, as `repo_id`; other keywords are those of [`push_to_hub`].
+            kwargs: As for [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Raises:
+            SafeSpecError: If `repo_id`, `revision` or `license` can't be one.
+        """
+        pushed = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            # transformers' default is the folder's name, in the name space of whoever is logged in
+            repo_id = pushed.pop("repo_id", Path(save_directory).name)
+            check_destination(repo_id, pushed.get("revision"))
+        if is_main_process:
+            save_folder(self, save_directory, report, license, **kwargs)
+        if push_to_hub and is_main_process:
+            publish(type(self), save_directory, repo_id, license=license, **pushed)
+
+    def push_to_hub(  # type: ignore[override]  # transformers' own keywords are in `kwargs`
+        self, repo_id: str, *, report: str | os.PathLike[str] | None = None, license: str | None = None, **kwargs: Any
+    ) -> str:
+        """[`push_head`][safespec_hf.heads.hub.push_head], by the name that transformers gives it.
+
+        Args:
+            repo_id (`str`): `owner/name`; made if it is missing.
+            report, license: As for [`push_head`][safespec_hf.heads.hub.push_head].
+            kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`, `tags`.
+
+        Returns:
+            `str`: The address of the repository, or of the branch in it.
+        """
+        # a head is small: it is not cut into shards
+        kwargs.pop("max_shard_size", None)
+        return publish(type(self), self, repo_id, report=report, license=license, **kwargs)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
