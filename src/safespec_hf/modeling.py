@@ -28,17 +28,14 @@ from .decoding.monitor import RiskMonitor
 from .decoding.plan import Plan
 from .decoding.request import (
     DEFAULT_NUM_DRAFT_TOKENS,
-    check_assistant,
     check_generation_config,
-    check_model,
-    check_model_kwargs,
-    check_positions,
     check_processors,
     eos_ids,
     make_candidates,
     make_rows,
     other_criteria,
 )
+from .decoding.support import check_assistant, check_model, check_model_kwargs, check_positions
 from .engine.cache import CACHE_NAME, check_user_cache
 from .engine.compiling import check_compiler, compiled_forwards
 from .engine.inference import inference_mode
