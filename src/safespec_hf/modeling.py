@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .config import SafeSpecConfig
 from .decoding.attachment import Attachment
 from .decoding.call import GuardedCall
-from .decoding.request import check_model
+from .decoding.support import check_model
 from .errors import UnsupportedRequestError
 from .heads.safety_head import SafetyHead, check_binding, target_binding
 
