@@ -236,25 +236,25 @@ def test_forwards_of_forks_are_counted_with_their_parents(target):
 
 
 @torch.no_grad()
-def test_an_adopted_cache_is_continued(target):
+def test_a_cache_that_was_taken_is_continued(target):
     cache = DynamicCache()
     target(torch.tensor([[11, 12, 13]]), **{CACHE_NAME: cache})
     cached = CachedModel(target, 1)
-    cached.adopt(cache)
+    cached.take_cache(cache)
     logits = cached.forward([[14]], 1).logits_BTV[0, -1]
     torch.testing.assert_close(logits, prefill(target, [11, 12, 13, 14]), **TOLERANCE)
     assert cache.get_seq_length() == 4
 
 
 @torch.no_grad()
-def test_leaving_crops_even_a_forward_that_was_interrupted_between_layers(target):
+def test_trimming_crops_even_a_forward_that_was_interrupted_between_layers(target):
     cached = CachedModel(target, 1)
     cached.forward([[11, 12, 13]], 1)
     target.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cached.forward([[14, 15]], 1)
     assert [layer.get_seq_length() for layer in cached.cache.layers] == [5, 3]
-    cached.leave(3)
+    cached.trim_cache(3)
     assert [layer.get_seq_length() for layer in cached.cache.layers] == [3, 3]
 
 

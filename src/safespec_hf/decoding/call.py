@@ -92,7 +92,7 @@ class GuardedCall:
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
-            decoder.target.adopt(cache)
+            decoder.target.take_cache(cache)
         with self._fast_forwards(model, attachment.head):
             decoder.run()
         pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)

@@ -249,7 +249,7 @@ class Decoder:
         if len(self.rows) == 1:
             row = self.rows[0]
             hidden = (index for index in range(len(row.tokens)) if not row.is_visible(index))
-            self.target.leave(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
+            self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
         self.statistics.num_draft_forwards = self.candidates.num_forwards
@@ -270,5 +270,5 @@ class Decoder:
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
-            **{CACHE_NAME: self.target.hand_over() if with_cache and self._is_plain(prompt_ids) else None},
+            **{CACHE_NAME: self.target.give_cache() if with_cache and self._is_plain(prompt_ids) else None},
         )

@@ -3,24 +3,27 @@
 A forward over few tokens is little but reading weights, and oneDNN reads a matrix that lies in blocks up to twice as
 fast as one that lies in rows. torch.compile does the same when it freezes a model; here it takes no compilation, and a
 tenth of a second for 100 million weights.
+
+A copy lives as long as the memory that it was made from: moving, recasting or loading weights lets go of it, and so
+does [`release_packed`].
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .sharing import Shared, ThreadSwitch
+
 MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
-
-
-_PACKED: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
+_WIDTH = 1024  # of the rows in which weights are read for a fingerprint
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -45,36 +48,55 @@ def multiply(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
 
 
+class _Copy(NamedTuple):
+    matrix: Tensor
+    fingerprint: int
+    end: weakref.finalize[[Any, None], Any]
+
+
+# By the place of the original: torch.compile can't trace a tensor of oneDNN's layout, so compiled code looks here
+_COPIES: dict[tuple[object, ...], _Copy] = {}
+_PATCHES = Shared()
+_PACKS = ThreadSwitch()
+
+
 class PackedLinear:
-    """The forward of a linear layer with a packed copy of its weights.
+    """The forward of a linear layer: with packed weights in the threads that want it, elsewhere the layer's own.
 
     Args:
         layer (`torch.nn.Linear`): On a CPU.
-        fingerprint (`tuple[int, ...]`): Tells whether the copy is still one.
     """
 
-    def __init__(self, layer: Any, fingerprint: tuple[int, ...]):
-        packed = pack(layer.weight)
-        assert packed is not None
-        self.weight, self.packed, self.bias, self.fingerprint = layer.weight, packed, layer.bias, fingerprint
-        # the matrix is kept alive here, so that no other one can take its place in memory while the copy exists
-        _PACKED_BY_PLACE[_place(self.weight)] = packed
+    def __init__(self, layer: Any):
+        self.layer = layer
+        self.weight, self.bias = layer.weight, layer.bias
+        self.packed: Tensor | None = None
+
+    def update(self) -> None:
+        """Takes the weights that the layer has now."""
+        self.weight, self.bias = self.layer.weight, self.layer.bias
+        self.packed = _find_copy(self.weight)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's outputs."""
         if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                return nn.functional.linear(inputs, self.weight, self.bias)
             return torch.ops.safespec_hf.multiply(inputs, self.weight, self.bias)
+        if self.packed is None or not _PACKS.is_on or torch.is_autocast_enabled("cpu"):
+            return nn.Linear.forward(self.layer, inputs)
         return multiply(inputs, self.packed, self.bias)
 
 
-# torch.compile can't trace a tensor of oneDNN's layout, so compiled code finds it by the matrix it was packed from
-_PACKED_BY_PLACE: WeakValueDictionary[tuple[int, ...], Tensor] = WeakValueDictionary()
 _LIBRARY = torch.library.Library("safespec_hf", "DEF")
 _LIBRARY.define("multiply(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _multiply_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return multiply(inputs, _PACKED_BY_PLACE[_place(weight)], bias)
+    known = _COPIES.get(_place(weight))
+    if known is None:  # somebody else's compiled forward, which was traced while a call was running
+        return nn.functional.linear(inputs, weight, bias)
+    return multiply(inputs, known.matrix, bias)
 
 
 def _shape_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,15 +107,12 @@ _LIBRARY.impl("multiply", _multiply_compiled, "CPU")
 torch.library.register_fake("safespec_hf::multiply", _shape_compiled, lib=_LIBRARY)
 
 
-def _place(weight: Tensor) -> tuple[int, ...]:
-    return weight.data_ptr(), *weight.shape
-
-
 @contextmanager
 def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -> Iterator[None]:
-    """Runs the linear layers of models with packed weights.
+    """Runs the linear layers of models with packed weights, in this thread.
 
-    Copies are kept for the next time, as long as the layer lives and its weights are the same.
+    Copies are kept for the next time, as long as the weights are the same. Under autocast, which casts weights as it
+    goes, nothing is packed.
 
     Args:
         models (`Sequence[torch.nn.Module]`):
@@ -102,18 +121,28 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
     """
     layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain_linear(layer)]
     num_bytes = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    if is_wanted is False or (is_wanted is None and num_bytes > MAX_AUTO_BYTES):
+    is_too_large = is_wanted is None and num_bytes > MAX_AUTO_BYTES
+    if is_wanted is False or is_too_large or torch.is_autocast_enabled("cpu"):
         layers = []
-    patched = []
-    try:
+    with (
+        _PATCHES.held({id(layer): functools.partial(_put_on, layer) for layer in layers}),
+        _PACKS.turned(bool(layers)),
+    ):
         for layer in layers:
-            # in the instance's own dictionary, where `Module.__call__` looks first
-            layer.__dict__["forward"] = _packed(layer)
-            patched.append(layer)
+            layer.__dict__["forward"].update()
         yield
-    finally:
-        for layer in patched:
-            layer.__dict__.pop("forward", None)
+
+
+def release_packed(model: nn.Module) -> None:
+    """Lets go of the packed copies of a model's weights; they are made anew where they are wanted again.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    """
+    for layer in model.modules():
+        known = _COPIES.pop(_place(layer.weight), None) if isinstance(layer, nn.Linear) else None
+        if known is not None:
+            known.end.detach()
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -121,28 +150,69 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
+def _put_on(layer: Any) -> Any:
+    # in the instance's own dictionary, where `Module.__call__` looks first
+    layer.__dict__["forward"] = PackedLinear(layer)
+    return functools.partial(layer.__dict__.pop, "forward", None)
+
+
 def _is_plain_linear(layer: Any) -> bool:
     """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
-    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    is_linear = is_linear and "forward" not in layer.__dict__ and is_plain(layer.weight)
-    return is_linear and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return False
+    forward, weights = layer.__dict__.get("forward"), [layer.weight, *([] if layer.bias is None else [layer.bias])]
+    is_free = forward is None or isinstance(forward, PackedLinear)  # of another thread's call
+    is_fit = all(is_plain(weight) and weight.dtype == layer.weight.dtype for weight in weights)
+    return is_free and is_fit and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
 
 
-def _packed(layer: Any) -> PackedLinear:
-    bias = 0 if layer.bias is None else layer.bias.data_ptr()
-    version = 0 if layer.weight.is_inference() else layer.weight._version  # inference tensors have none
-    now = (layer.weight.data_ptr(), version, _sum_bits(layer.weight.detach()), bias)
-    known = _PACKED.get(layer)
-    if known is None or known.fingerprint != now:
-        known = _PACKED[layer] = PackedLinear(layer, now)
-    return known
+def _place(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
-def _sum_bits(weight: Tensor) -> int:
-    """Changes with the weights, even where the version counter does not, as when an adapter is merged."""
-    bits = weight.reshape(-1).view(torch.int16)
+def _find_copy(weight: Tensor) -> Tensor:
+    place, now = _place(weight), fingerprint(weight)
+    known = _COPIES.get(place)
+    if known is not None and known.fingerprint == now:
+        return known.matrix
+    if known is not None:
+        known.end.detach()
+    matrix, end = pack(weight), weakref.finalize(weight.untyped_storage(), _COPIES.pop, place, None)
+    end.atexit = False
+    assert matrix is not None
+    _COPIES[place] = _Copy(matrix, now, end)
+    return matrix
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A number that changes with any bit of a matrix and with the order of its numbers, at the speed of reading them.
+
+    The version counter would not do: merging an adapter, or whatever else writes through `.data`, leaves it as it is.
+
+    Example:
+
+        >>> import torch
+        >>> rows = torch.eye(3)
+        >>> fingerprint(rows) == fingerprint(rows.clone()), fingerprint(rows) == fingerprint(rows[[1, 0, 2]])
+        (True, False)
+    """
+    bits = weight.detach().reshape(-1).view(torch.int16)
     num = bits.numel() // 4 * 4  # as 64-bit numbers they are read as fast as memory can
-    return int(bits[:num].view(torch.int64).sum()) + int(bits[num:].sum())
+    words = bits[:num].view(torch.int64)
+    num_rows, num_rest = divmod(words.numel(), _WIDTH)
+    # The multiplier of a number is that of its row times that of its column: whatever is swapped, the sum changes.
+    # Odd multipliers lose no bit, and sums are taken modulo 2**64.
+    column_W, row_R = _multipliers(_WIDTH), _multipliers(num_rows + 2)
+    sums = torch.mv(words[: num_rows * _WIDTH].view(num_rows, _WIDTH), column_W).mul_(row_R[:num_rows])
+    rest = torch.dot(words[num_rows * _WIDTH :], column_W[:num_rest]) * row_R[num_rows]
+    end = torch.dot(bits[num:].to(torch.int64), column_W[: bits.numel() - num]) * row_R[num_rows + 1]
+    return int(sums.sum() + rest + end)
+
+
+@functools.lru_cache(maxsize=256)
+def _multipliers(num: int) -> Tensor:
+    generator = torch.Generator().manual_seed(num)
+    return torch.randint(-(2**62), 2**62, (num,), generator=generator, dtype=torch.int64).mul_(2).add_(1)
 
 
 @functools.cache

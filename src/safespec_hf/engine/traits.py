@@ -1,0 +1,147 @@
+"""What has to be known of a model to run its forwards here. Differences between transformers versions stay here."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..errors import UnsupportedRequestError
+
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+"""What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
+WHOLE_CONTEXT = {"full_attention", "global"}
+"""What configs call a layer that attends to all tokens before."""
+MAX_OFFSET = 8
+"""Rows that a table of positions may have beyond those that can be used; OPT's has 2."""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs and gives its outputs.
+
+    The weights of an offloaded model are on the `meta` device, and come to another one for the time they are needed:
+    its hooks know which.
+    """
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for hook in _hooks(model):
+        if hook.execution_device is not None:
+            return torch.empty(0, device=hook.execution_device).device  # it may be a number or a name
+    return next((weight.device for weight in model.parameters() if weight.device.type != "meta"), device)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights of a model are elsewhere until they are needed."""
+    return any(weight.device.type == "meta" for weight in model.parameters())
+
+
+def _hooks(model: nn.Module) -> Iterator[Any]:
+    """accelerate's hooks that move weights and inputs, the outermost module's first."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                yield each
+
+
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether a layer of a model sees the last tokens only: a sliding window, a chunk, local attention.
+
+    Configs say so in many ways. The number of a window without a word on which layers have one counts for all.
+    """
+    if any(DynamicCache(config=model.config).is_sliding):
+        return True
+    text = model.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
+    if kinds:
+        return any(kind not in WHOLE_CONTEXT for kind in kinds)
+    return any(
+        isinstance(value, int) and value > 0 and any(word in name for word in ("window", "local", "attention_chunk"))
+        for name, value in vars(text).items()
+    )
+
+
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Whether a model can read a tree in one forward.
+
+    A mask of who sees whom has to reach its attention as it is, and positions alone must tell the order of tokens.
+    """
+    text = model.config.get_text_config()
+    has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
+    has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
+    is_fit = model.config._attn_implementation in ("sdpa", "eager")
+    return is_fit and not (has_own_mask or has_bias or has_windows(model))
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a row can have at most: the size of a table of positions, or of a mask that lies ready.
+
+    `None` where there is no such table. A model with rotary embeddings goes on past the length it was trained for.
+    """
+    num = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if num is None:
+        return None
+    embedded = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            has_table = module is not embedded and num <= module.num_embeddings < num + MAX_OFFSET
+        else:
+            tables = [*module._buffers.values(), *vars(module).values()]
+            has_table = any(isinstance(table, Tensor) and table.dim() > 1 and num in table.shape for table in tables)
+        if has_table:
+            return int(num)
+    return None
+
+
+def check_cache_layers(model: PreTrainedModel) -> None:
+    """Raises unless every layer's state can be rolled back by dropping columns.
+
+    Raises:
+        UnsupportedRequestError: For recurrent, linear-attention and other layers without a plain KV cache.
+    """
+    layers = DynamicCache(config=model.config).layers
+    others = sorted({type(layer).__name__ for layer in layers if not _is_attention(layer)})
+    if others or model._is_stateful:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
+            "Guarded decoding needs attention layers with a KV cache, full or sliding-window."
+        )
+
+
+def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises unless a cache that the caller passed can be continued.
+
+    Raises:
+        UnsupportedRequestError: For anything but a `DynamicCache` of full-attention layers with one row of a part of
+            the prompt, unpadded.
+    """
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UnsupportedRequestError(
+            f"`{CACHE_NAME}` must be a `DynamicCache` of full-attention layers, but it is a "
+            f"{type(cache).__name__}. Leave it out, and the cache is made for you."
+        )
+    is_padded = attention_mask is not None and not bool(attention_mask.all())
+    if prompt_ids.shape[0] > 1 or is_padded or cache.get_seq_length() >= prompt_ids.shape[1]:
+        raise UnsupportedRequestError(
+            f"`{CACHE_NAME}` can be continued for one unpadded row that is longer than the cache, but there are "
+            f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
+        )
+
+
+def _is_attention(layer: Any) -> bool:
+    return type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
