@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,16 +21,17 @@ from transformers.generation.streamers import BaseStreamer
 from ..config import SafeSpecConfig
 from ..engine.cache import CACHE_NAME
 from ..engine.compiling import compiled_forwards
+from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
-from ..heads.safety_head import SafetyHead
+from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
-from .attachment import Attachment
+from .attachment import Attachment, newline_ids
 from .loop import Decoder
 from .request import check_request, make_candidates, make_plan, make_rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GuardedCall:
     """The decoding strategy of one guarded `generate` call, run by transformers once it has prepared everything."""
 
@@ -39,6 +40,7 @@ class GuardedCall:
     streamer: BaseStreamer | None = None
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
+    has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
     def __call__(
@@ -53,10 +55,11 @@ class GuardedCall:
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> SafeSpecOutput | Tensor:
+        self.has_run = True
         attachment: Attachment = model._safespec
-        attachment.use_tokenizer(model, tokenizer)
-        attachment.head.to(model.device)
-        assert attachment.tokenizer is not None
+        head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
+        head.to(model.device)
+        check_usable(head, model)
         is_real = check_request(
             model,
             self.assistant,
@@ -65,7 +68,7 @@ class GuardedCall:
             config=generation_config,
             processors=logits_processor,
             model_kwargs=model_kwargs,
-            num_tokens=len(attachment.tokenizer),
+            num_tokens=len(tokenizer),
             is_streamed=self.streamer is not None,
         )
         input_ids = input_ids.to(model.device)
@@ -74,15 +77,15 @@ class GuardedCall:
             is_real,
             max_length=generation_config.max_length,
             policy=self.policy,
-            newline_ids=attachment.newline_ids,
+            newline_ids=newline_ids(tokenizer),
             processors=logits_processor,
         )
         candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
         plan = make_plan(
             model,
             self.policy,
-            attachment.head,
-            attachment.tokenizer,
+            head,
+            tokenizer,
             config=generation_config,
             criteria=stopping_criteria,
             num_rows=len(rows),
@@ -93,7 +96,7 @@ class GuardedCall:
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
             decoder.target.take_cache(cache)
-        with self._fast_forwards(model, attachment.head):
+        with self._fast_forwards(model, head):
             decoder.run()
         pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
         output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
@@ -103,6 +106,7 @@ class GuardedCall:
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
         models = [model] if self.assistant is None else [model, self.assistant]
         with (
+            evaluating([*models, head]),
             packed_weights(models, self.policy.pack_weights),
             compiled_forwards(models, self.policy.compile),
             inference_mode([*models, head]),
