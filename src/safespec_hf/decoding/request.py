@@ -69,6 +69,8 @@ def check_request(
     check_generation_config(config)
     check_model_kwargs(model_kwargs, prompt_ids)
     check_processors(processors, num_rows)
+    if policy.compile and config.disable_compile:
+        raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
         check_compiler(model.device)
     if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
@@ -95,23 +97,34 @@ def check_request(
 def check_generation_config(config: GenerationConfig) -> None:
     """Raises for generation settings under which safety, or their own meaning, can't be kept.
 
+    Which of the other fields are honoured, and which mean nothing here, is in `docs/compatibility.md`.
+
     Raises:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
-    mode, cache, early_exit = config.get_generation_mode(), config.cache_implementation, config.assistant_early_exit
-    ensemble = config.assistant_ensemble_weight
-    refused = [
+    mode, outputs = config.get_generation_mode(), "`model(...)` on the returned sequences"
+    refused: list[tuple[bool, str, Any, str]] = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
-        (cache not in (None, "dynamic"), "cache_implementation", cache, "the default, a dynamic cache"),
         (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
-        (bool(config.output_attentions), "output_attentions", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_hidden_states), "output_hidden_states", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_scores), "output_scores", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_logits), "output_logits", True, "`model(...)` on the returned sequences"),
-        (config.prefill_chunk_size is not None, "prefill_chunk_size", config.prefill_chunk_size, "one prefill"),
-        (ensemble is not None, "assistant_ensemble_weight", ensemble, "lossless verification, the default"),
-        (early_exit is not None, "assistant_early_exit", early_exit, "`assistant_model`"),
     ]
+    for name, neutral, instead in (
+        ("cache_implementation", (None, "dynamic"), "the default, a dynamic cache"),
+        ("output_attentions", (None, False), outputs),
+        ("output_hidden_states", (None, False), outputs),
+        ("output_scores", (None, False), outputs),
+        ("output_logits", (None, False), outputs),
+        ("prefill_chunk_size", (None,), "one prefill"),
+        ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
+        ("assistant_early_exit", (None,), "`assistant_model`"),
+        ("use_mtp", (None, False), "`assistant_model`"),
+        ("speculation_type", (None,), "`assistant_model`"),
+        ("is_assistant", (None, False), "the guarded model as the target"),
+    ):
+        value = getattr(config, name, None)  # not every release of transformers has all of them
+        refused.append((value not in neutral, name, value, instead))
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(config, name)
+        refused.append((value is not None and value < 1, name, value, "an integer >= 1"))
     for is_refused, name, value, instead in refused:
         if is_refused:
             raise UnsupportedRequestError(f"Guarded decoding does not support {name}={value!r}. Use {instead}.")
