@@ -35,6 +35,7 @@ PUBLIC_NAMES = [
     "DEFAULT_TARGET_ID",
     "DraftHead",
     "DraftHeadConfig",
+    "GuardedModel",
     "HeadFileError",
     "HeadMismatchError",
     "Provenance",

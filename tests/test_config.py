@@ -1,9 +1,14 @@
 """Configs refuse what is out of range, say the legal range and the value, and can't be changed by accident."""
 
+import copy
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from safespec_hf import SafeSpecConfig, SafetyHeadConfig
 
@@ -22,6 +27,8 @@ ILLEGAL_POLICY = [
     ("recovery_temperature", math.inf),
     ("recovery_temperature", math.nan),
     ("candidate_source", "nobody"),
+    ("seed", -1),
+    ("seed", 2**64),
     ("flagged_token_penalty", -0.1),
     ("flagged_token_penalty", math.nan),
 ]
@@ -40,6 +47,38 @@ ILLEGAL_HEAD = [
     ("unsafe_label", 2),
     ("risk_threshold", 0.0),
     ("risk_threshold", 1.5),
+]
+WRONG_TYPE_POLICY = [
+    ("risk_threshold", "0.5"),
+    ("risk_threshold", True),
+    ("num_draft_tokens", 4.0),
+    ("num_candidates", "8"),
+    ("num_candidates", True),
+    ("num_candidates", np.int64(8)),
+    ("max_recoveries", torch.tensor(3)),
+    ("max_segment_tokens", None),
+    ("adaptive_drafts", 1),
+    ("compile", "yes"),
+    ("pack_weights", "auto"),
+    ("reflection", None),
+    ("refusal", b"no"),
+    ("recovery_temperature", [1.0]),
+    ("candidate_source", None),
+    ("flagged_token_penalty", np.float32(3)),
+    ("seed", 1.5),
+]
+WRONG_TYPE_HEAD = [
+    ("hidden_size", 8.0),
+    ("hidden_size", True),
+    ("hidden_layers", ["1"]),
+    ("hidden_layers", [True]),
+    ("hidden_layers", 1),
+    ("mlp_ratio", "half"),
+    ("pooling", None),
+    ("risk_threshold", "0.5"),
+    ("risk_threshold", None),
+    ("risk_threshold", True),
+    ("target", "org/name"),
 ]
 BOUNDARY_POLICY = [
     ("risk_threshold", 1.0),
@@ -61,6 +100,74 @@ def test_a_policy_refuses_an_illegal_value_and_names_field_and_value(name, value
     with pytest.raises(ValueError, match=f"`{name}` must be") as error:
         SafeSpecConfig(**{name: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [(SafeSpecConfig, *case) for case in WRONG_TYPE_POLICY] + [(SafetyHeadConfig, *case) for case in WRONG_TYPE_HEAD],
+)
+def test_a_value_of_a_wrong_type_is_refused_with_its_field_and_type(config, name, value):
+    with pytest.raises(TypeError, match=f"`{name}` must be of type .*{type(value).__name__}"):
+        config(**{name: value})
+
+
+def test_a_whole_number_will_do_for_a_fraction():
+    assert SafeSpecConfig(risk_threshold=1, recovery_temperature=2).recovery_temperature == 2
+
+
+POLICIES = [
+    SafeSpecConfig(),
+    SafeSpecConfig(risk_threshold=0.25, num_candidates=20, reflection="", seed=7, candidate_source="target"),
+    SafeSpecConfig(flagged_token_penalty=math.inf, pack_weights=False),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_survives_json(policy):
+    assert SafeSpecConfig.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_saved_with_a_generation_config(policy, tmp_path):
+    config = GenerationConfig(safespec=policy, max_new_tokens=3)
+    config.save_pretrained(tmp_path)
+    assert SafeSpecConfig.from_dict(GenerationConfig.from_pretrained(tmp_path).safespec) == policy
+    assert SafeSpecConfig.from_dict(json.loads(config.to_json_string())["safespec"]) == policy
+
+
+def test_generation_configs_of_different_policies_differ():
+    configs = [GenerationConfig(safespec=policy) for policy in POLICIES]
+    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == 3
+    assert configs[0] == copy.deepcopy(configs[0]) != configs[1]
+    assert configs[1].to_dict()["safespec"] == configs[1].to_diff_dict()["safespec"] == POLICIES[1]
+
+
+def test_fields_that_a_dict_leaves_out_have_their_defaults():
+    assert SafeSpecConfig.from_dict({"num_candidates": 3}) == SafeSpecConfig(num_candidates=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "named"),
+    [
+        ({"num_candidate": 3, "seed": 1}, ValueError, "num_candidate"),
+        ({3: 3}, ValueError, "3"),
+        ({"num_candidates": "3"}, TypeError, "num_candidates"),
+        ({"risk_threshold": 1.5}, ValueError, "risk_threshold"),
+        (["num_candidates"], TypeError, "list"),
+    ],
+)
+def test_a_malformed_dict_is_refused_by_the_name_of_its_field(values, error, named):
+    with pytest.raises(error, match=named):
+        SafeSpecConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(("name", "value"), ILLEGAL_HEAD + WRONG_TYPE_HEAD)
+def test_a_head_config_that_was_changed_after_loading_can_be_checked_again(name, value):
+    config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1])
+    config.check()
+    setattr(config, name, value)
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
+        config.check()
 
 
 @pytest.mark.parametrize(("name", "value"), BOUNDARY_POLICY)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
     from .heads.draft_head import DraftHead, DraftHeadConfig
     from .heads.safety_head import SafetyHead, target_binding
-    from .modeling import attach_safety_head, detach_safety_head
+    from .modeling import GuardedModel, attach_safety_head, detach_safety_head
     from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_TARGET_ID",
     "DraftHead",
     "DraftHeadConfig",
+    "GuardedModel",
     "HeadFileError",
     "HeadMismatchError",
     "Provenance",
@@ -69,7 +70,7 @@ _HOMES = {
     "errors": ["HeadFileError", "HeadMismatchError", "SafeSpecError", "UnsupportedRequestError"],
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
-    "modeling": ["attach_safety_head", "detach_safety_head"],
+    "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
     "outputs": ["Provenance", "SafeSpecEvent", "SafeSpecOutput", "SafeSpecStatistics"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 
@@ -41,6 +44,7 @@ class SafetyHeadConfig(PreTrainedConfig):
         target (`dict`, *optional*): [`target_binding`] of the target it was trained on.
 
     Raises:
+        TypeError: If a value is of another type.
         ValueError: If a value is outside of its range.
 
     Example:
@@ -66,6 +70,16 @@ class SafetyHeadConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raises for a value of a wrong type or outside of its range: fields can be set after loading, too.
+
+        Raises:
+            TypeError: Names the field, its legal type and its value.
+            ValueError: Names the field, its legal range and its value.
+        """
+        _check_types(self, _field_types(SafetyHeadConfig))
         _check("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
         layers = self.hidden_layers
         _check("hidden_layers", layers, layers is None or (bool(layers) and min(layers) >= 0), "indices >= 0")
@@ -89,10 +103,12 @@ class SafeSpecConfig:
     """The policy of one `generate(..., safespec=SafeSpecConfig(...))` call.
 
     Args:
-        risk_threshold (`float`, *optional*): Overrides the head's own calibrated threshold, in (0, 1].
+        risk_threshold (`float`, *optional*):
+            Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
+            is unsafe: next to nothing is flagged.
         num_draft_tokens (`int`, *optional*):
-            Draft tokens per round at most, >= 1. Default: `num_assistant_tokens` or `prompt_lookup_num_tokens` if
-            given to `generate`, else 8.
+            Draft tokens per round at most, >= 1. Default: `prompt_lookup_num_tokens` or `num_assistant_tokens` if
+            `generate` got it as an argument or in a generation config, the draft model's own included, else 8.
         adaptive_drafts (`bool`, defaults to `True`):
             Draft as many of them as pay, by how often drafts like these were accepted in this answer, and none while
             speculation loses. `False` always drafts that many.
@@ -124,13 +140,16 @@ class SafeSpecConfig:
         flagged_token_penalty (`float`, defaults to 3.0):
             Taken off the logits of first tokens of candidates already found unsafe here, >= 0; `inf` bans them.
         seed (`int`, *optional*):
-            Seed of candidate sampling. Default: 0 for greedy calls, which stay reproducible, and drawn from torch's
-            generator for sampled ones.
+            Seed of candidate sampling, in [0, 2**63). Default: 0 for greedy calls, which stay reproducible, and drawn
+            from torch's generator for sampled ones.
         score_last_token (`bool`, defaults to `False`):
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
             risk (`nan`). `True` spends one more target forward to score it; an answer of one token always does.
 
+    Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
+
     Raises:
+        TypeError: If a value is of another type.
         ValueError: If a value is outside of its range.
 
     Example:
@@ -161,6 +180,7 @@ class SafeSpecConfig:
     score_last_token: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self, _field_types(SafeSpecConfig))
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
@@ -175,8 +195,71 @@ class SafeSpecConfig:
         sources = get_args(CandidateSource)
         _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON. transformers calls this when it saves a generation config."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SafeSpecConfig:
+        """The policy that [`~SafeSpecConfig.to_dict`] described; fields that are not there have their defaults.
+
+        Args:
+            values (`Mapping[str, Any]`): Field names to values.
+
+        Raises:
+            TypeError: If it is no mapping, or a value is of a wrong type.
+            ValueError: Names fields that a policy does not have, or a value outside of its range.
+
+        Example:
+
+            >>> from safespec_hf import SafeSpecConfig
+            >>> SafeSpecConfig.from_dict(SafeSpecConfig(seed=3).to_dict()) == SafeSpecConfig(seed=3)
+            True
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"A policy is read from a dict of its fields, but got a {type(values).__name__}.")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(
+                f"A `SafeSpecConfig` has no field {', '.join(unknown)}. Its fields are {', '.join(known)}."
+            )
+        return cls(**values)
 
 
 def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
     if not is_legal:
         raise ValueError(f"`{name}` must be {legal}, but it is {value!r}.")
+
+
+@cache
+def _field_types(cls: type) -> dict[str, Any]:
+    """Field names of a config class to their types, without inherited ones: transformers' can't be evaluated."""
+    own = SimpleNamespace(__annotations__=dict(cls.__annotations__))
+    return get_type_hints(own, globalns=globals())
+
+
+def _check_types(config: object, hints: Mapping[str, Any]) -> None:
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if not _is_of_type(value, hint):
+            legal = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+            raise TypeError(f"`{name}` must be of type {legal}, but it is a {type(value).__name__}: {value!r}.")
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """`True` is no number, a whole number is a float as well, and NumPy's integers are not what JSON can hold."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_is_of_type(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if arguments:
+        return any(_is_of_type(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -4,88 +4,44 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, overload
 
-import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from .answer.pooling import find_newline_ids
 from .config import SafeSpecConfig
-from .decoding.loop import Decoder
-from .decoding.monitor import RiskMonitor
-from .decoding.plan import Plan
-from .decoding.request import (
-    DEFAULT_NUM_DRAFT_TOKENS,
-    check_assistant,
-    check_generation_config,
-    check_model,
-    check_model_kwargs,
-    check_positions,
-    check_processors,
-    eos_ids,
-    make_drafting,
-    make_rows,
-    other_criteria,
-)
-from .engine.cache import CACHE_NAME, check_user_cache
-from .engine.compiling import check_compiler, compiled_forwards
-from .engine.inference import inference_mode
-from .engine.packing import packed_weights, release_packed
-from .engine.traits import input_device, max_positions
+from .decoding.attachment import Attachment
+from .decoding.call import GuardedCall
+from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
+from .decoding.support import check_model
+from .engine.packing import release_packed
 from .errors import UnsupportedRequestError
-from .heads.draft_head import DraftHead
-from .heads.safety_head import SafetyHead, check_binding, target_binding
+from .heads.safety_head import SafetyHead, check_target, check_usable
+from .heads.tokenizers import find_tokenizer
 from .outputs import SafeSpecOutput
 
-logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+if TYPE_CHECKING:
 
-@dataclass(slots=True)
-class Attachment:
-    """What a guarded model carries besides its weights. Not a module, so that it is not saved with them."""
+    class _Model(PreTrainedModel, GenerationMixin):
+        def __getattr__(self, name: str) -> Any: ...  # what the model's own class has
 
-    head: SafetyHead
-    always: bool
-    ignore_mismatches: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    newline_ids: frozenset[int] = field(default_factory=frozenset)
-
-    def use_tokenizer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Takes a tokenizer if it is another one than before, and checks that it is the head's."""
-        if tokenizer is not None and tokenizer is not self.tokenizer:
-            check_binding(self.head, target_binding(model, tokenizer), self.ignore_mismatches)
-            self.tokenizer, self.newline_ids = tokenizer, frozenset()
-        if self.tokenizer is None:
-            raise UnsupportedRequestError(
-                f"No tokenizer was found at {model.config.name_or_path!r}, and guarded decoding needs one for "
-                "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
-            )
-        if not self.newline_ids:
-            self.newline_ids = find_newline_ids(self.tokenizer)
+else:
+    _Model = object
 
 
 def attach_safety_head(
-    model: Model,
+    model: PreTrainedModel,
     head: SafetyHead | str | os.PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: SafeSpecConfig | None = None,
     always: bool = False,
     ignore_mismatches: tuple[str, ...] = (),
     **hub_kwargs: Any,
-) -> Model:
+) -> GuardedModel:
     """Gives a model's `generate` the argument `safespec`, and returns the same model.
 
     `model.generate(..., safespec=True)`, or with a [`SafeSpecConfig`], decodes under the head's eye; add
@@ -96,6 +52,7 @@ def attach_safety_head(
         model ([`~transformers.PreTrainedModel`]): A decoder-only language model. For a PEFT model, its base model.
         head ([`SafetyHead`], `str` or `os.PathLike`): The head, or its Hub id or folder.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Default: the one beside the model.
+        policy ([`SafeSpecConfig`], *optional*): What `safespec=True` means. Default: `SafeSpecConfig()`.
         always (`bool`, defaults to `False`): Guard every `generate`, with the default policy where none is given.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
@@ -104,7 +61,10 @@ def attach_safety_head(
     Raises:
         HeadMismatchError: If the head was trained for another target; says which field differs.
         UnsupportedRequestError: If this kind of model can't be guarded.
-        TypeError: If `model` is not a transformers model that can generate.
+        TypeError: If `model` is not a transformers model that can generate, or another argument is of a wrong type.
+
+    Returns:
+        [`GuardedModel`]: The same model. `model.safety` tells what was attached.
 
     Example:
 
@@ -121,15 +81,21 @@ def attach_safety_head(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
             "model, attach the head to `model.get_base_model()`."
         )
+    check_attachable(model, tokenizer, policy, hub_kwargs if isinstance(head, SafetyHead) else {})
     check_model(model)
     if not isinstance(head, SafetyHead):
         head = SafetyHead.from_pretrained(head, **hub_kwargs)
-    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
-    check_binding(head, target_binding(model, tokenizer), ignore_mismatches)
-    detach_safety_head(model)  # only now: a head that was refused must not cost the model the one it had
-    model._safespec = Attachment(head.eval().to(input_device(model)), always, ignore_mismatches, tokenizer)
-    model.__class__ = guarded_class(type(model))
-    return model
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model.config.name_or_path or "")
+    check_target(head, model, tokenizer, ignore_mismatches)
+    check_usable(head, model)
+    keep_request(model)
+    # only now: a head that was refused must not cost the model the one it had
+    guarded = cast("GuardedModel", model)
+    guarded._safespec = Attachment(head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches)
+    if not isinstance(model, GuardedModel):
+        plain_class: Any = type(model)
+        guarded.__class__ = guarded_class(plain_class)
+    return guarded
 
 
 def detach_safety_head(model: Model) -> Model:
@@ -137,19 +103,66 @@ def detach_safety_head(model: Model) -> Model:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model; returned.
+
+    Raises:
+        UnsupportedRequestError: If the model's generation config asks for `safespec`, which would be ignored without a
+            head, or if another library has put a class on top of ours that can't be rebuilt without it.
     """
-    if isinstance(model, Guarded):
-        model.__class__ = type(model).__mro__[2]
+    if isinstance(model, GuardedModel):
+        if getattr(model.generation_config, "safespec", None):
+            raise UnsupportedRequestError(
+                "The model's generation config asks for `safespec`, and without a head transformers would ignore that "
+                "and answer unguarded. Take it off first: `del model.generation_config.safespec`."
+            )
+        model.__class__ = _without_guard(type(model))
         del model._safespec
         release_packed(model)
     return model
 
 
-class Guarded:
-    """Mixed in before a model's class by [`attach_safety_head`]. Use that; this is not for subclassing."""
+class GuardedModel(_Model):
+    """A model with a safety head: what [`attach_safety_head`] returns, for annotations and `isinstance`.
+
+    It is a subclass, made at run time, of the class that the model had. It is not for subclassing.
+    """
 
     _safespec: Attachment
+    _plain_class: ClassVar[type[PreTrainedModel]]
 
+    @property
+    def safety(self) -> Attachment:
+        """What is attached: `head`, `policy`, `risk_threshold`, `always`, `tokenizer`. Attach again to change it."""
+        return self._safespec
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        safespec: Literal[True] | SafeSpecConfig,
+        return_dict_in_generate: Literal[True],
+        **kwargs: Any,
+    ) -> SafeSpecOutput: ...
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: None = None,
+        *,
+        safespec: Literal[True] | SafeSpecConfig,
+        return_dict_in_generate: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        safespec: bool | SafeSpecConfig | None = None,
+        **kwargs: Any,
+    ) -> Any: ...
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -161,7 +174,9 @@ class Guarded:
         """[`~transformers.GenerationMixin.generate`], guarded when `safespec` says so.
 
         Args:
-            safespec (`bool` or [`SafeSpecConfig`], *optional*): `True` for the default policy.
+            safespec (`bool` or [`SafeSpecConfig`], *optional*):
+                `True` for the policy of the attachment. Default: what the generation config says, the given one or
+                else the model's; there it may also be the dict of [`~SafeSpecConfig.to_dict`].
 
         Returns:
             As without `safespec`; with `return_dict_in_generate=True` a [`SafeSpecOutput`].
@@ -169,232 +184,103 @@ class Guarded:
         Raises:
             SafeSpecError: Before the first forward, if the request can't be met safely.
         """
-        policy = choose_policy(self._safespec, safespec, generation_config, self.generation_config)  # type: ignore[attr-defined]
-        generate = super().generate  # type: ignore[misc]
+        configs = (
+            [self.generation_config] if generation_config is None else [generation_config, self.generation_config]
+        )
+        policy = choose_policy(self.safety, safespec, *configs)
         if policy is None:
-            return generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         if args:
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
-        check_keywords(kwargs)
-        call = GuardedCall(
-            policy, kwargs.pop("assistant_model", None), kwargs.get("streamer"), kwargs.get("num_assistant_tokens")
-        )
-        return generate(inputs, generation_config, custom_generate=call, **kwargs)
+        check_keywords(kwargs, configs)
+        assistant = kwargs.pop("assistant_model", None)
+        num_tokens = num_assistant_tokens(kwargs, configs, assistant)
+        call = GuardedCall(policy, assistant, kwargs.get("streamer"), num_tokens)
+        output = super().generate(inputs, generation_config, custom_generate=call, **kwargs)
+        if not call.has_run:
+            raise UnsupportedRequestError(
+                f"Nothing guarded the answer: `{type(self).__name__}.generate` drops `custom_generate`."
+            )
+        return output
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any
     ) -> dict[str, Any]:
         # transformers drops the tokenizer for a callable, and stop strings with it
         tokenizer = kwargs.get("tokenizer")
-        mode_kwargs = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)  # type: ignore[misc]
+        mode_kwargs: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
         return mode_kwargs | {"tokenizer": tokenizer} if isinstance(custom_generate, GuardedCall) else mode_kwargs
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, which can't be guarded."""
-        self._refuse_if_always("generate_batch")
-        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+    def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
+        """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""
+        self._refuse_request("generate_batch", safespec, *args, *kwargs.values())
+        return super().generate_batch(*args, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, which can't be guarded."""
-        self._refuse_if_always("init_continuous_batching")
-        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+    def init_continuous_batching(
+        self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""
+        self._refuse_request("init_continuous_batching", safespec, *args, *kwargs.values())
+        return super().init_continuous_batching(*args, **kwargs)
 
-    def _refuse_if_always(self, name: str) -> None:
-        if self._safespec.always:
-            raise UnsupportedRequestError(f"`{name}` can't be guarded: this head was attached with `always=True`.")
+    def continuous_batching_context_manager(
+        self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""
+        self._refuse_request("continuous_batching_context_manager", safespec, *args, *kwargs.values())
+        return super().continuous_batching_context_manager(*args, **kwargs)
+
+    def _refuse_request(self, name: str, safespec: bool | SafeSpecConfig | None, *arguments: Any) -> None:
+        configs = [value for value in (*arguments, self.generation_config) if isinstance(value, GenerationConfig)]
+        if choose_policy(self.safety, safespec, *configs) is not None:
+            always = (
+                "this model's head was attached with `always=True`" if self.safety.always else "`safespec` asks for it"
+            )
+            raise UnsupportedRequestError(
+                f"`{name}` can't be guarded, and {always}. Use `generate`, which takes batches of any size."
+            )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """[`~transformers.PreTrainedModel.save_pretrained`]; a `safespec` in the generation config is saved, too."""
+        keep_request(self)
+        super().save_pretrained(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # the dynamic class can't be found by name, so copies and pickles are rebuilt from the original one
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if "_plain_class" not in vars(type(self)):
+            return reduced  # another library's class is on top of ours: it is copied as it would be without us
+        # our class can't be found by name, so copies and pickles are rebuilt from the original one
+        return _rebuild, (type(self)._plain_class, *reduced[1][1:]), *reduced[2:]
 
 
 @functools.cache
-def guarded_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def guarded_class(model_class: type) -> Any:
     """The subclass of `model_class` with a guarded `generate`; it keeps the name, which configs and pipelines read."""
     names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(model_class.__name__, (Guarded, model_class), names)
+    return type(model_class.__name__, (GuardedModel, model_class), {**names, "_plain_class": model_class})
 
 
-def _rebuild(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    guarded = guarded_class(model_class)  # type: ignore[arg-type]  # classes are hashable
+def _rebuild(model_class: type) -> Any:
+    guarded = guarded_class(model_class)
     return guarded.__new__(guarded)
 
 
-@dataclass(frozen=True, slots=True)
-class GuardedCall:
-    """The decoding strategy of one guarded `generate` call, run by transformers once it has prepared everything."""
-
-    policy: SafeSpecConfig
-    assistant: PreTrainedModel | None = None
-    streamer: BaseStreamer | None = None
-    num_assistant_tokens: int | None = None
-    is_monitored: bool = True  # False only to measure what safety costs
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        *,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        synced_gpus: bool = False,
-        **model_kwargs: Any,
-    ) -> SafeSpecOutput | Tensor:
-        attachment: Attachment = model._safespec
-        attachment.use_tokenizer(model, tokenizer)
-        attachment.head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
-        self._check(model, attachment, input_ids, logits_processor, generation_config, model_kwargs)
-        input_ids = input_ids.to(input_device(model))
-        mask = model_kwargs.get("attention_mask")
-        is_real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
-        check_positions(model_kwargs.get("position_ids"), is_real)
-        rows = make_rows(
-            input_ids,
-            is_real,
-            max_length=generation_config.max_length,
-            policy=self.policy,
-            newline_ids=attachment.newline_ids,
-            processors=logits_processor,
-        )
-        candidates = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
-        plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
-        decoder = Decoder(model, rows, candidates, plan, self.streamer)
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            decoder.target.take_cache(cache)
-        models = [model] if self.assistant is None else [model, self.assistant]
-        with (
-            packed_weights(models, self.policy.pack_weights),
-            compiled_forwards(models, self.policy.compile),
-            inference_mode([*models, attachment.head]),
-        ):
-            decoder.run()
-        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
-        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
-        return output if is_whole else output.sequences
-
-    def _check(
-        self,
-        model: PreTrainedModel,
-        attachment: Attachment,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        assert attachment.tokenizer is not None
-        check_generation_config(config)
-        check_model_kwargs(model_kwargs, input_ids)
-        check_processors(processors, input_ids.shape[0])
-        if self.policy.compile:
-            check_compiler(input_device(model))
-        if self.policy.candidate_source == "draft" and (
-            self.assistant is None or isinstance(self.assistant, DraftHead)
-        ):
-            raise UnsupportedRequestError(
-                "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
-                f"{'none' if self.assistant is None else 'a draft head'}."
-            )
-        if self.assistant is not None:
-            check_assistant(model, self.assistant, len(attachment.tokenizer))
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            check_user_cache(cache, input_ids, model_kwargs.get("attention_mask"))
-        if input_ids.shape[0] > 1 and self.streamer is not None:
-            raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {input_ids.shape[0]}.")
-        if input_ids.shape[0] > 1 and config._pad_token_tensor is None:
-            raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
-
-    def _plan(
-        self,
-        model: PreTrainedModel,
-        attachment: Attachment,
-        config: GenerationConfig,
-        criteria: StoppingCriteriaList,
-        num_rows: int,
-    ) -> Plan:
-        tokenizer, policy = attachment.tokenizer, self.policy
-        assert tokenizer is not None
-        ends = eos_ids(criteria)
-        given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, self.num_assistant_tokens)
-        refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
-        return Plan(
-            policy=policy,
-            monitor=RiskMonitor(attachment.head) if self.is_monitored else None,
-            risk_threshold=policy.risk_threshold or attachment.head.config.risk_threshold,
-            num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
-            do_sample=bool(config.do_sample),
-            eos_ids=frozenset(ends),
-            criteria=other_criteria(criteria, config.max_length),
-            reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
-            refusal_ids=refusal + ends[:1],
-            separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-            max_context=max_positions(model) or 2**31,
-            seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
-        )
-
-
-def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
-    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
-    if seed is not None or not do_sample:
-        return [seed or 0] * num_rows
-    return torch.randint(2**31, (num_rows,)).tolist()
-
-
-def choose_policy(
-    attachment: Attachment,
-    safespec: bool | SafeSpecConfig | None,
-    generation_config: GenerationConfig | None,
-    model_config: GenerationConfig,
-) -> SafeSpecConfig | None:
-    """The policy of a call, or `None` for an unguarded one.
-
-    A `safespec` entry of a generation config counts as well: transformers would accept it and run unguarded.
+def _without_guard(model_class: type) -> Any:
+    """The class without ours in it. FSDP, parametrizations and others may have put theirs on top, and keep it.
 
     Raises:
-        TypeError: If it is neither a `bool` nor a [`SafeSpecConfig`].
-        UnsupportedRequestError: If safety is switched off on a model that is always guarded.
+        UnsupportedRequestError: If theirs is bound to the class it was written as.
     """
-    for config in (generation_config, model_config):
-        safespec = getattr(config, "safespec", None) if safespec is None else safespec
-    if safespec is not None and not isinstance(safespec, (bool, SafeSpecConfig)):
-        raise TypeError(f"`safespec` must be a bool or a SafeSpecConfig, but it is a {type(safespec).__name__}.")
-    if safespec is False and attachment.always:
+    if "_plain_class" in vars(model_class):
+        return vars(model_class)["_plain_class"]
+    if not issubclass(model_class, GuardedModel):
+        return model_class
+    names = {name: value for name, value in vars(model_class).items() if name not in ("__dict__", "__weakref__")}
+    functions = [value for value in names.values() if isinstance(value, FunctionType)]
+    if any(cell.cell_contents is model_class for function in functions for cell in function.__closure__ or ()):
         raise UnsupportedRequestError(
-            "`safespec=False` on a model whose head was attached with `always=True`. Use `detach_safety_head` first."
+            f"{model_class.__qualname__} was put on top of the guarded model and calls `super()`, so it can't be "
+            "taken apart. Undo it first, then detach the head."
         )
-    if isinstance(safespec, SafeSpecConfig):
-        return safespec
-    return SafeSpecConfig() if safespec or attachment.always else None
-
-
-def check_keywords(kwargs: dict[str, Any]) -> None:
-    """Raises for arguments that would take `generate` past the guarded loop.
-
-    Raises:
-        UnsupportedRequestError: Names the argument.
-    """
-    for name, why in (
-        ("custom_generate", "is a decoding strategy of its own"),
-        ("assistant_tokenizer", "means a draft model with another tokenizer; use one that shares the target's"),
-        ("synced_gpus", "needs all processes to run the same number of forwards"),
-        ("inputs_embeds", "hides the prompt's tokens; pass `input_ids`"),
-    ):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise UnsupportedRequestError(f"`{name}` can't be combined with `safespec`: it {why}.")
-    if kwargs.get("cache_implementation") == "paged":
-        raise UnsupportedRequestError("`cache_implementation='paged'` switches to continuous batching, unguarded.")
-
-
-def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model's weights, if there is one."""
-    if not model.config.name_or_path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except (OSError, ValueError) as error:
-        logger.warning("safespec-hf found no tokenizer for %s (%s).", model.config.name_or_path, type(error).__name__)
-        return None
+    metaclass: Any = type(model_class)
+    return metaclass(model_class.__name__, tuple(map(_without_guard, model_class.__bases__)), names)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import build_head, build_model
-from transformers import StaticCache, SynthIDTextWatermarkingConfig, TextStreamer
+from transformers import CompileConfig, GenerationConfig, StaticCache, SynthIDTextWatermarkingConfig, TextStreamer
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.engine.cache import CACHE_NAME
@@ -139,3 +139,133 @@ def test_gpt2_never_reads_beyond_its_positions(tokenizer):
     policy = SafeSpecConfig(risk_threshold=1e-9, max_recoveries=2, reflection="pause think " * 20, refusal="no thanks")
     output = model.generate(PROMPT, max_new_tokens=29, do_sample=False, safespec=policy, return_dict_in_generate=True)
     assert output.finish_reasons == ["safety_refusal"]
+
+
+# Every field of a generation config. "same": the answer is plain `generate`'s, since it is honoured or since it means
+# nothing without beams, a static cache, an encoder or another tokenizer. "refused": by name.
+FIELDS = {
+    "max_length": ("same", 9),
+    "max_new_tokens": ("same", 5),
+    "min_length": ("same", 9),
+    "min_new_tokens": ("same", 5),
+    "early_stopping": ("same", True),
+    "max_time": ("same", 1000.0),
+    "stop_strings": ("same", ["w20"]),
+    "do_sample": ("same", False),
+    "num_beams": ("refused", 2),
+    "use_mtp": ("refused", True),
+    "use_cache": ("refused", False),
+    "cache_implementation": ("refused", "static"),
+    "cache_config": ("same", {"nbits": 4}),
+    "max_cache_len": ("same", 64),
+    "temperature": ("same", 0.5),
+    "top_k": ("same", 3),
+    "top_p": ("same", 0.5),
+    "min_p": ("same", 0.1),
+    "top_h": ("same", 0.5),
+    "typical_p": ("same", 0.5),
+    "epsilon_cutoff": ("same", 0.01),
+    "eta_cutoff": ("same", 0.01),
+    "repetition_penalty": ("same", 3.0),
+    "encoder_repetition_penalty": ("same", 3.0),
+    "length_penalty": ("same", 2.0),
+    "no_repeat_ngram_size": ("same", 2),
+    "bad_words_ids": ("same", [[20], [21, 22]]),
+    "renormalize_logits": ("same", True),
+    "forced_bos_token_id": ("same", 12),
+    "forced_eos_token_id": ("same", 2),
+    "remove_invalid_values": ("same", True),
+    "exponential_decay_length_penalty": ("same", (2, 1.5)),
+    "suppress_tokens": ("same", [20, 21]),
+    "begin_suppress_tokens": ("same", [20, 21]),
+    "sequence_bias": ("same", [[[20], 5.0]]),
+    "token_healing": ("refused", True),
+    "guidance_scale": ("refused", 2.0),
+    "watermarking_config": ("same", {"greenlist_ratio": 0.5, "bias": 4.0}),
+    "num_return_sequences": ("same", 1),
+    "output_attentions": ("refused", True),
+    "output_hidden_states": ("refused", True),
+    "output_scores": ("refused", True),
+    "output_logits": ("refused", True),
+    "return_dict_in_generate": ("same", False),
+    "pad_token_id": ("same", 0),
+    "bos_token_id": ("same", 1),
+    "eos_token_id": ("same", 20),
+    "encoder_no_repeat_ngram_size": ("same", 2),
+    "decoder_start_token_id": ("same", 1),
+    "is_assistant": ("refused", True),
+    "num_assistant_tokens": ("same", 3),
+    "num_assistant_tokens_schedule": ("same", "heuristic"),
+    "assistant_confidence_threshold": ("same", 0.9),
+    "prompt_lookup_num_tokens": ("same", 3),
+    "max_matching_ngram_size": ("same", 3),
+    "assistant_early_exit": ("refused", 1),
+    "assistant_lookbehind": ("same", 3),
+    "target_lookbehind": ("same", 3),
+    "assistant_ensemble_weight": ("refused", 0.5),
+    "speculation_type": ("refused", "dflash"),
+    "compile_config": ("same", CompileConfig()),
+    "disable_compile": ("same", True),
+    "continuous_batching_config": ("same", None),
+    "low_memory": ("same", True),
+    "penalty_alpha": ("refused", 0.6),
+    "dola_layers": ("refused", "low"),
+    "diversity_penalty": ("same", 0.5),
+    "num_beam_groups": ("same", 2),
+    "constraints": ("refused", ["w20"]),
+    "force_words_ids": ("refused", [[20]]),
+    "prefill_chunk_size": ("refused", 2),
+}
+MORE = {  # without which a field is invalid or idle
+    "penalty_alpha": {"top_k": 4},
+    "exponential_decay_length_penalty": {"eos_token_id": 20},
+    "min_length": {"eos_token_id": 20},
+    "min_new_tokens": {"eos_token_id": 20},
+}
+METADATA = {"_from_model_config", "transformers_version"}
+SAID = {
+    "num_beams": "beam",
+    "guidance_scale": "ClassifierFreeGuidance",
+    "penalty_alpha": "contrastive",
+    "dola_layers": "dola",
+    "constraints": "constrained",
+    "force_words_ids": "constrained",
+}
+
+
+def test_every_field_of_a_generation_config_is_known():
+    unknown = set(vars(GenerationConfig())) - set(FIELDS) - METADATA
+    assert unknown == set(), "honour it, refuse it by name, or show that it means nothing here; then add it to FIELDS"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("is_argument", [False, True])
+def test_no_field_of_a_generation_config_is_ignored_without_a_word(guarded, tokenizer, name, is_argument):
+    kind, value = FIELDS[name]
+    if name not in vars(GenerationConfig()):
+        return  # of a later release of transformers
+    extra = {"tokenizer": tokenizer} if name == "stop_strings" else {}
+    arguments = {"max_new_tokens": 8, "do_sample": False, **MORE.get(name, {}), name: value}
+    if name == "max_length":
+        del arguments["max_new_tokens"]
+    if not is_argument:
+        arguments = {"generation_config": GenerationConfig(**arguments)}
+    arguments |= extra
+    if kind == "refused":
+        guarded.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+        with pytest.raises(UnsupportedRequestError, match=SAID.get(name, name)):
+            guarded.generate(PROMPT, **arguments, safespec=True)
+    else:
+        expected = guarded.generate(PROMPT, **arguments)
+        assert torch.equal(guarded.generate(PROMPT, **arguments, safespec=True), expected)
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "max_matching_ngram_size"])
+def test_a_lookup_of_nothing_is_refused(guarded, name):
+    with pytest.raises(ValueError, match=name):
+        guarded.generate(PROMPT, **SHORT, **{"prompt_lookup_num_tokens": 3, name: 0}, safespec=True)
+
+
+def test_compiling_cannot_be_asked_for_and_disabled(guarded):
+    with pytest.raises(UnsupportedRequestError, match="disable_compile"):
+        guarded.generate(PROMPT, **SHORT, disable_compile=True, safespec=SafeSpecConfig(compile=True))

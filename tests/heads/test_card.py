@@ -12,7 +12,7 @@ from safespec_hf.heads.hub import save_head
 
 def test_the_metadata_of_a_card_parses(folder):
     data = ModelCard.load(folder / "README.md").data
-    assert (data.library_name, data.license, data.base_model) == ("safespec-hf", "apache-2.0", "owner/target")
+    assert (data.library_name, data.license, data.base_model) == ("safespec-hf", None, "owner/target")
     assert data.tags == ["safety", "guardrail", "speculative-decoding", "safespec"]
     assert (data.datasets, data.metrics) == (["owner/corpus"], ["roc_auc"])
     assert [(r.dataset_name, r.metric_value) for r in data.eval_results] == [

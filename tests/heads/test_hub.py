@@ -83,6 +83,7 @@ def test_everything_that_belongs_to_a_head_is_published_and_nothing_else(hub, fo
 
 def test_a_folder_without_a_card_gets_one_that_names_its_repository(hub, head, tmp_path):
     head.save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
     push_head(tmp_path, ID, token=TOKEN)
     assert f'"{ID}"' in hub.files(ID)["README.md"].decode()
     assert not (tmp_path / "README.md").exists()

@@ -28,7 +28,7 @@ def test_a_saved_head_gives_the_same_risks(tmp_path, load, config):
 
 def test_a_head_is_saved_as_safetensors_only(tmp_path):
     small_head().save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_everything_that_decides_travels_with_the_head(tmp_path):

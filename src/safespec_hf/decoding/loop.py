@@ -23,7 +23,6 @@ from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
-from ..engine.inference import evaluation_mode
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_greedy, chain_parents, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
@@ -84,9 +83,8 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
-            with evaluation_mode(self.candidates.models):
-                while self.live:
-                    self._round()
+            while self.live:
+                self._round()
         finally:
             self._leave_consistent()
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -23,130 +28,107 @@ from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..drafting.draft_length import DraftCosts
 from ..drafting.router import DraftRouter
-from ..engine.cache import CACHE_NAME, check_cache_layers, takes_trees
+from ..engine.cache import CACHE_NAME, check_user_cache, takes_trees
+from ..engine.compiling import check_compiler
+from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
+from ..heads.safety_head import SafetyHead
+from .monitor import RiskMonitor
+from .plan import Plan
+from .support import check_assistant, check_model_kwargs, check_positions
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-KNOWN_MODEL_KWARGS = {
-    "attention_mask",
-    "position_ids",
-    CACHE_NAME,
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-}
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raises unless the model can be guarded at all.
+def check_request(
+    model: PreTrainedModel,
+    assistant: PreTrainedModel | None,
+    policy: SafeSpecConfig,
+    prompt_ids: Tensor,
+    *,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    model_kwargs: Mapping[str, Any],
+    num_tokens: int,
+    is_streamed: bool,
+) -> Tensor:
+    """Raises unless everything that was asked for can be kept, safety included.
+
+    Args:
+        num_tokens (`int`): That the tokenizer knows.
+
+    Returns:
+        `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
 
     Raises:
-        UnsupportedRequestError: For encoder-decoders, recurrent models and models without explicit positions.
+        UnsupportedRequestError: Says what can't be kept, and what to do instead.
     """
-    if model.config.is_encoder_decoder:
+    num_rows = prompt_ids.shape[0]
+    check_generation_config(config)
+    check_model_kwargs(model_kwargs, prompt_ids)
+    check_processors(processors, num_rows)
+    if policy.compile and config.disable_compile:
+        raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
+    if policy.compile:
+        check_compiler(input_device(model))
+    if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
         raise UnsupportedRequestError(
-            f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
+            "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
+            f"{'none' if assistant is None else 'a draft head'}."
         )
-    check_cache_layers(model)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
-        )
+    if assistant is not None:
+        check_assistant(model, assistant, num_tokens)
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    cache: Any = model_kwargs.get(CACHE_NAME)
+    if getattr(cache, "_is_user_defined", False):
+        check_user_cache(cache, prompt_ids, mask)
+    if num_rows > 1 and is_streamed:
+        raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
+    if num_rows > 1 and config._pad_token_tensor is None:
+        raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
+    is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
+    is_real = is_real.to(input_device(model))
+    check_positions(model_kwargs.get("position_ids"), is_real)
+    return is_real
 
 
 def check_generation_config(config: GenerationConfig) -> None:
     """Raises for generation settings under which safety, or their own meaning, can't be kept.
 
+    Which of the other fields are honoured, and which mean nothing here, is in `docs/compatibility.md`.
+
     Raises:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
-    mode, cache, early_exit = config.get_generation_mode(), config.cache_implementation, config.assistant_early_exit
-    ensemble = config.assistant_ensemble_weight
-    refused = [
+    mode, outputs = config.get_generation_mode(), "`model(...)` on the returned sequences"
+    refused: list[tuple[bool, str, Any, str]] = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
-        (cache not in (None, "dynamic"), "cache_implementation", cache, "the default, a dynamic cache"),
         (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
-        (bool(config.output_attentions), "output_attentions", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_hidden_states), "output_hidden_states", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_scores), "output_scores", True, "`model(...)` on the returned sequences"),
-        (bool(config.output_logits), "output_logits", True, "`model(...)` on the returned sequences"),
-        (config.prefill_chunk_size is not None, "prefill_chunk_size", config.prefill_chunk_size, "one prefill"),
-        (ensemble is not None, "assistant_ensemble_weight", ensemble, "lossless verification, the default"),
-        (early_exit is not None, "assistant_early_exit", early_exit, "`assistant_model`"),
     ]
+    for name, neutral, instead in (
+        ("cache_implementation", (None, "dynamic"), "the default, a dynamic cache"),
+        ("output_attentions", (None, False), outputs),
+        ("output_hidden_states", (None, False), outputs),
+        ("output_scores", (None, False), outputs),
+        ("output_logits", (None, False), outputs),
+        ("prefill_chunk_size", (None,), "one prefill"),
+        ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
+        ("assistant_early_exit", (None,), "`assistant_model`"),
+        ("use_mtp", (None, False), "`assistant_model`"),
+        ("speculation_type", (None,), "`assistant_model`"),
+        ("is_assistant", (None, False), "the guarded model as the target"),
+    ):
+        value = getattr(config, name, None)  # not every release of transformers has all of them
+        refused.append((value not in neutral, name, value, instead))
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(config, name)
+        refused.append((value is not None and value < 1, name, value, "an integer >= 1"))
     for is_refused, name, value, instead in refused:
         if is_refused:
             raise UnsupportedRequestError(f"Guarded decoding does not support {name}={value!r}. Use {instead}.")
-
-
-def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
-    """Raises for forward arguments that guarded decoding would have to drop, and for right padding.
-
-    Raises:
-        UnsupportedRequestError: Names them.
-    """
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS
-    )
-    if unknown:
-        raise UnsupportedRequestError(
-            f"Guarded decoding takes token ids only, but got {unknown}. Remove them, or generate without `safespec`."
-        )
-    mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        return
-    if mask.shape != prompt_ids.shape:
-        raise UnsupportedRequestError(
-            f"`attention_mask` must have the shape of `input_ids`, {tuple(prompt_ids.shape)}, but has "
-            f"{tuple(mask.shape)}. With `{CACHE_NAME}`, pass the whole sequence as `input_ids`."
-        )
-    if bool((mask[:, -1] == 0).any()):
-        raise UnsupportedRequestError(
-            "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
-            "padding; set `tokenizer.padding_side = 'left'`."
-        )
-
-
-def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
-    """Raises unless the prompt's positions are the ones that follow from its mask."""
-    if position_ids is None:
-        return
-    expected = (is_real.long().cumsum(-1) - 1).clamp(min=0)
-    if position_ids.shape[-1] != is_real.shape[-1]:
-        raise UnsupportedRequestError(
-            f"`attention_mask` and `position_ids` must be as long as `input_ids`, {is_real.shape[-1]} tokens, but "
-            f"cover {position_ids.shape[-1]}."
-        )
-    if not bool(((position_ids == expected) | ~is_real).all()):
-        raise UnsupportedRequestError(
-            "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
-        )
-
-
-def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
-    """Raises unless the draft model speaks the target's vocabulary. A draft head is bound to the target.
-
-    Vocabulary sizes may differ by padding, that is above the number of tokens the tokenizer knows.
-
-    Raises:
-        UnsupportedRequestError: Names both sizes.
-        HeadMismatchError: If a draft head was distilled from another target.
-    """
-    if isinstance(assistant, DraftHead):
-        assistant.bind(model)
-        return
-    check_model(assistant)
-    target_size = model.config.get_text_config().vocab_size
-    draft_size = assistant.config.get_text_config().vocab_size
-    if target_size != draft_size and min(target_size, draft_size) < vocabulary:
-        raise UnsupportedRequestError(
-            f"The draft model's vocabulary has {draft_size} entries and the target's {target_size}, with {vocabulary} "
-            "tokens in the tokenizer. Use a draft model with the same tokenizer."
-        )
 
 
 def check_processors(processors: LogitsProcessorList, num_rows: int) -> None:
@@ -228,6 +210,45 @@ def make_drafting(
         costs=draft_costs(model, assistant) if policy.adaptive_drafts else None,
         takes_trees=takes_trees(model),
     )
+
+
+def make_plan(
+    model: PreTrainedModel,
+    policy: SafeSpecConfig,
+    head: SafetyHead,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: GenerationConfig,
+    criteria: StoppingCriteriaList,
+    num_rows: int,
+    num_assistant_tokens: int | None,
+    is_monitored: bool,
+) -> Plan:
+    """Everything about a call that stays the same while it runs."""
+    ends, do_sample = eos_ids(criteria), bool(config.do_sample)
+    given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
+    refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
+    return Plan(
+        policy=policy,
+        monitor=RiskMonitor(head) if is_monitored else None,
+        risk_threshold=policy.risk_threshold or head.config.risk_threshold,
+        num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
+        do_sample=do_sample,
+        eos_ids=frozenset(ends),
+        criteria=other_criteria(criteria, config.max_length),
+        reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
+        refusal_ids=refusal + ends[:1],
+        separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
+        max_context=max_positions(model) or 2**31,
+        seeds=recovery_seeds(policy.seed, do_sample, num_rows),
+    )
+
+
+def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
+    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
+    if seed is not None or not do_sample:
+        return [seed or 0] * num_rows
+    return torch.randint(2**31, (num_rows,)).tolist()
 
 
 def draft_costs(model: PreTrainedModel, assistant: PreTrainedModel | None) -> DraftCosts:

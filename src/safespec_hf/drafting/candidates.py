@@ -14,7 +14,7 @@ from ..answer.logits import penalize
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..engine.cache import BlockOutput, CachedModel
-from ..engine.inference import evaluation_mode
+from ..engine.evaluating import evaluating
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts
@@ -110,7 +110,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
             self._router.keep([min(_common_prefix(old, row.prompt), len(row.prompt) - 1) for old, row in pairs])
         # before drafting, so that a call that is broken off is known about as well
         self._last_ids = [row.prompt for row in rows]
-        with evaluation_mode(self._router.models):
+        with evaluating(self._router.models):
             proposal = self._router.draft(rows, [self.num_draft_tokens] * len(rows))
         num = min(map(len, proposal.drafts))
         drafts = [tokens[:num] for tokens in proposal.drafts]

@@ -70,7 +70,7 @@ class DraftRouter:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        """The draft model or head, to be run in [`evaluation_mode`]: dropout would belie the distributions."""
+        """The draft model or head, to be run in [`evaluating`]: dropout would belie the distributions."""
         return [] if self.model is None else [self.model.cached.model]
 
     @property

@@ -78,29 +78,3 @@ def _release(model: nn.Module) -> None:
                 if isinstance(value, Tensor) and value.is_inference():
                     store[name] = _copy(value)
                     _KEEPERS.add(model)
-
-
-@contextmanager
-def evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Runs models without dropout, and leaves every module in the mode that it was in.
-
-    Args:
-        models (`Sequence[torch.nn.Module]`): All that run.
-    """
-    things: dict[Hashable, Callable[[], Callable[[], object]]] = {
-        ("evaluation", id(model)): functools.partial(_evaluate, model) for model in models
-    }
-    with _RUNNING.held(things):
-        yield
-
-
-def _evaluate(model: nn.Module) -> Callable[[], object]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    return functools.partial(_train, training)
-
-
-def _train(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        module.training = True

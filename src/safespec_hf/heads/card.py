@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
 from ..config import SafetyHeadConfig
-from .safety_head import SafetyHead
+from ..errors import SafeSpecError
+from .loading import StrictModel
 
 Report = Mapping[str, Any]
 
@@ -18,6 +20,8 @@ UNPUBLISHED = "path/to/this/folder"  # stands for the id of a head until it has 
 
 _TAGS = ["safety", "guardrail", "speculative-decoding", "safespec"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_MARK = "<!-- Written by safespec-hf, and written anew when the head is published, unless edited: {digest} -->"
 _COLUMNS = ("num_safe", "num_unsafe", "auroc", "auroc_non_refusal", "recall", "false_alarms")
 
 _METHOD = """\
@@ -52,7 +56,9 @@ print(tokenizer.decode(output.sequences[0]), output.finish_reasons)
 ```"""
 
 
-def model_card(head: SafetyHead, *, report: Report | None = None, repo_id: str | None = None) -> ModelCard:
+def model_card(
+    head: StrictModel, *, report: Report | None = None, repo_id: str | None = None, license: str | None = None
+) -> ModelCard:
     """The card of a head: method, binding, reading, threshold and its guarantee, data, metrics, limits, use.
 
     Args:
@@ -61,6 +67,12 @@ def model_card(head: SafetyHead, *, report: Report | None = None, repo_id: str |
             Content of the `report.json` that `safespec report` writes. May also have `"training"`, the content of
             `training.json`, and `"data"`, rows of `name`, `license` and `use`.
         repo_id (`str`, *optional*): Where it will be published, for the snippet and the name.
+        license (`str`, *optional*):
+            Of the head's weights, as the Hub abbreviates it, such as `"apache-2.0"`. There is no default: whoever
+            publishes chooses.
+
+    Raises:
+        SafeSpecError: If `license` is no such abbreviation.
 
     Returns:
         `huggingface_hub.ModelCard`: With metadata.
@@ -73,22 +85,48 @@ def model_card(head: SafetyHead, *, report: Report | None = None, repo_id: str |
         'safespec-hf'
     """
     report = report or {}
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise SafeSpecError(
+            "`license` must be abbreviated as on the Hub, such as 'apache-2.0', 'mit' or 'other', but it is "
+            f"{license!r}."
+        )
     target = (head.config.target or {}).get("model_id") or "path/to/the/target"
     sections = {
         "What it reads": describe_reading(head.config) + f" Then {describe_size(head)}.",
         "Target": to_table([{"field": name, "value": value} for name, value in (head.config.target or {}).items()]),
         "Threshold": describe_threshold(head.config.risk_threshold, report),
-        "Data and licences": _describe_data(report),
+        "Data and licences": _describe_data(report, license),
         "Metrics": _describe_metrics(report),
         "Limits": _LIMITS,
         "How to use": _SNIPPET.format(target=target, head=repo_id or UNPUBLISHED),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     title = (repo_id or "Safety head").split("/")[-1]
-    return ModelCard(f"---\n{_card_data(head, report, title).to_yaml()}\n---\n\n# {title}\n\n{_METHOD}\n\n{body}\n")
+    metadata = _card_data(head, report, title, license).to_yaml()
+    text = f"---\n{metadata}\n---\n\n# {title}\n\n{_METHOD}\n\n{body}\n\n"
+    return ModelCard(text + _MARK.format(digest=_digest(text)) + "\n")
 
 
-def _card_data(head: SafetyHead, report: Report, title: str) -> ModelCardData:
+def is_unedited(card: str) -> bool:
+    """Whether the text of a card is as [`model_card`] wrote it, so that writing it anew loses nothing.
+
+    Example:
+
+        >>> from safespec_hf import SafetyHead, SafetyHeadConfig
+        >>> from safespec_hf.heads.card import is_unedited, model_card
+        >>> text = str(model_card(SafetyHead(SafetyHeadConfig(hidden_size=8, hidden_layers=[1]))))
+        >>> is_unedited(text), is_unedited(text.replace("Safety head", "My head"))
+        (True, False)
+    """
+    text, _, mark = card.rstrip().rpartition("\n")
+    return mark == _MARK.format(digest=_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _card_data(head: StrictModel, report: Report, title: str, license: str | None) -> ModelCardData:
     # No pipeline tag: its input is hidden states, and no pipeline could load it from its page.
     base_model = (head.config.target or {}).get("model_id")
     datasets = [row["name"] for row in report.get("data", []) if _HUB_ID.fullmatch(row["name"])]
@@ -98,7 +136,7 @@ def _card_data(head: SafetyHead, report: Report, title: str) -> ModelCardData:
     ]
     return ModelCardData(
         library_name="safespec-hf",
-        license="apache-2.0",
+        license=license,
         base_model=base_model,
         # beside an unchanged base model, like an adapter, and not a fine-tune of it
         base_model_relation="adapter" if base_model else None,
@@ -165,7 +203,7 @@ def describe_reading(config: SafetyHeadConfig) -> str:
     )
 
 
-def describe_size(head: SafetyHead) -> str:
+def describe_size(head: StrictModel) -> str:
     """The MLP's widths, and its size."""
     widths = [head.config.num_features, *(weight.shape[0] for weight in head.parameters() if weight.dim() == 2)]
     arrows, dtype = " → ".join(map(str, widths)), str(head.dtype).removeprefix("torch.")
@@ -201,14 +239,14 @@ def format_threshold(threshold: float) -> str:
     return f"{threshold:.9g}"
 
 
-def _describe_data(report: Report) -> str:
-    parts = [to_table(report["data"])] if report.get("data") else []
+def _describe_data(report: Report, license: str | None) -> str:
+    said = f"under `{license}`" if license else "under a licence that was not chosen: ask their owner"
+    parts = [f"The head's own weights are {said}."]
+    parts.append(to_table(report["data"]) if report.get("data") else "The licences of the data were not recorded.")
     for use, record in (("Training", report.get("training", {})), ("Evaluation", report)):
         files = record.get("provenance", {}).get("data", {})
         rows = [{"file": name, "SHA-256": digest} for name, digest in files.items()]
         parts += [f"{use} files:\n\n{to_table(rows)}"] if rows else []
-    if not report.get("data"):
-        parts.append("The licences of the data were not recorded; the head's own weights are under Apache-2.0.")
     return "\n\n".join(parts)
 
 

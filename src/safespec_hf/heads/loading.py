@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub import HfApi, constants, get_session
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # `HTTPError` is that of its HTTP library
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +30,8 @@ from ..errors import HeadFileError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+PROBE_TIMEOUT_S = 3.0
+PROBE_MEMORY_S = 30.0
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -60,9 +75,12 @@ class StrictModel(PreTrainedModel):
         cls, name: str | os.PathLike[str], config: Any, hub_kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
         assert cls.config_class is not None
+        if "/" not in str(name) and not os.path.isdir(name):
+            raise HeadFileError(no_such_folder(name, cls.title))
         try:
-            config = config or cls.config_class.from_pretrained(name, **hub_kwargs)
-            file = cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)
+            arguments = hub_arguments(name, hub_kwargs, cls.title)
+            config = config or cls.config_class.from_pretrained(name, **arguments)
+            file = cached_file(name, SAFE_WEIGHTS_NAME, **arguments)
             assert file is not None  # it raises by itself
             weights = load_file(file)
         except SafetensorError as error:
@@ -72,7 +90,8 @@ class StrictModel(PreTrainedModel):
                 "head again."
             ) from error
         except (OSError, TypeError, ValueError) as error:  # the latter two from values in config.json
-            raise HeadFileError(f"No {cls.title} could be loaded from {str(name)!r}: {error}") from error
+            why = explain_hub_error(name, error, hub_kwargs) or error
+            raise HeadFileError(f"No {cls.title} could be loaded from {str(name)!r}: {why}") from error
         if config.model_type != cls.config_class.model_type or config.num_features == 0:
             raise HeadFileError(
                 f"{str(name)!r} holds no {cls.title}: its `config.json` is of model type {config.model_type!r}, with "
@@ -97,3 +116,119 @@ class StrictModel(PreTrainedModel):
     def _bad_values(self) -> dict[str, list[str]]:
         # a risk of nan would never reach a threshold
         return {"not finite": [key for key, weight in self.named_parameters() if not bool(weight.isfinite().all())]}
+
+
+def hub_arguments(name: str | os.PathLike[str], hub_kwargs: Mapping[str, Any], title: str = "model") -> dict[str, Any]:
+    """Arguments under which loading `name` never waits for a Hub that isn't there.
+
+    The Hub's client retries for some 20 seconds per file. So it is asked once, shortly; if it doesn't answer, loading
+    may only use what an earlier run has left in the cache.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder, or id on the Hub.
+        hub_kwargs (`Mapping`): What `from_pretrained` was given: `revision`, `local_files_only`, ...
+        title (`str`, *optional*, defaults to `"model"`): What is loaded, for the error.
+
+    Raises:
+        FileNotFoundError: If `name` is no folder and can't be an id.
+
+    Example:
+
+        >>> from safespec_hf.heads.loading import hub_arguments
+        >>> hub_arguments("owner/head", {"local_files_only": True})
+        {'local_files_only': True}
+    """
+    arguments = dict(hub_kwargs)
+    if os.path.isdir(name):
+        return arguments
+    if _can_only_be_a_path(str(name)):
+        raise FileNotFoundError(no_such_folder(name, title))
+    if not arguments.get("local_files_only") and not is_hub_reachable():
+        arguments |= {"local_files_only": True, "force_download": False}
+    return arguments
+
+
+def explain_hub_error(
+    name: str | os.PathLike[str], error: BaseException, hub_kwargs: Mapping[str, Any], kind: str = "repo"
+) -> str | None:
+    """Why loading `name` failed, if it is because of the Hub: it can't be reached, or has no such repository.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder, or id on the Hub.
+        error (`BaseException`): What loading it raised.
+        hub_kwargs (`Mapping`): What [`hub_arguments`] was given.
+        kind (`str`, *optional*, defaults to `"repo"`): What the Hub was asked for.
+    """
+    if os.path.isdir(name) or (isinstance(error, FileNotFoundError) and _can_only_be_a_path(str(name))):
+        return None
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    page = f"{HfApi().endpoint}/{name}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"the {kind} is gated: ask for access at {page}, then log in with `hf auth login` or pass `token`."
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"no such {kind} on the Hub ({page}), or a private one: check the id, or log in with `hf auth login` or "
+            "pass `token`. There is no such folder here either."
+        )
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return None  # it names the revision
+    offline = {
+        "HF_HUB_OFFLINE is set": constants.HF_HUB_OFFLINE,
+        "`local_files_only` is set": hub_kwargs.get("local_files_only"),
+        f"Hub unreachable ({HfApi().endpoint})": _is_silent(),
+    }
+    if reason := next((reason for reason, holds in offline.items() if holds), None):
+        return (
+            f"{reason}, and the {kind} is not whole in the cache. Go online, or give a folder: there is none of that "
+            "name here."
+        )
+    return None
+
+
+def no_such_folder(name: str | os.PathLike[str], title: str = "model") -> str:
+    """What is said of a path at which there is nothing, or nothing that can be loaded."""
+    found = "that is a file" if os.path.isfile(name) else f"looked in {str(Path.cwd())!r}"
+    return f"no such folder: {str(name)!r} ({found}). Give the folder of a {title}, or its id on the Hub, owner/name."
+
+
+def is_hub_reachable() -> bool:
+    """Whether the Hub, or what `HF_ENDPOINT` says, answers within 3 seconds; a failure is remembered for 30.
+
+    Asked through the Hub's own client, so with its proxies and certificates. An answer that is an error is an answer.
+    """
+    if constants.HF_HUB_OFFLINE or _is_silent():
+        return False
+    endpoint = HfApi().endpoint
+    answers: list[int] = []
+    # in a thread, since looking up a host's name has no time-out of its own
+    probe = threading.Thread(target=_probe, args=(endpoint, answers), daemon=True)
+    probe.start()
+    probe.join(PROBE_TIMEOUT_S)
+    if answers:
+        return True
+    _silent_until[endpoint] = time.monotonic() + PROBE_MEMORY_S
+    return False
+
+
+_silent_until: dict[str, float] = {}  # endpoint to a reading of the clock
+
+
+def _is_silent() -> bool:
+    return time.monotonic() < _silent_until.get(HfApi().endpoint, 0.0)
+
+
+def _probe(endpoint: str, answers: list[int]) -> None:
+    try:
+        answers.append(get_session().head(endpoint, timeout=PROBE_TIMEOUT_S).status_code)
+    except (HTTPError, OSError):
+        return
+
+
+def _can_only_be_a_path(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False

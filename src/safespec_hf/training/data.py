@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import SafeSpecError
+from .files import DataError, RawRow, distinct_names, hash_file, read_rows
+
+__all__ = ["LABELS", "DataError", "Example", "base_names", "hash_examples", "hash_file", "load_examples"]
 
 LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "safe": 0, "unsafe": 1}
-
-
-class DataError(SafeSpecError):
-    """A row that can't be used; names the file, the line (or row) and the field."""
-
-    def __init__(self, path: str, line: int, field: str, problem: str):
-        super().__init__(f"{path}, line {line}, field `{field}`: {problem}")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +24,7 @@ class Example:
     """One prompt and, unless it is yet to be answered, one labelled answer.
 
     Attributes:
-        id (`str`): Unique within a run: source and line.
+        id (`str`): Unique within a run: source and line unless the file says otherwise.
         messages (`tuple[dict[str, str], ...]`): The conversation up to the answer, for the chat template.
         response (`str`): The answer; empty for a prompt that is yet to be answered.
         label (`int`, *optional*): 1 if the answer is unsafe, 0 if it is safe.
@@ -58,6 +54,8 @@ def load_examples(
 ) -> list[Example]:
     """Reads JSON lines, Parquet or CSV files, folders of `datasets.save_to_disk`, or ids of data sets on the Hub.
 
+    Text is UTF-8, or what a byte order mark says, and may be gzipped. What can't be read rightly is refused.
+
     Fields: `prompt` (or `messages`), `response`, `label` (0/1 or safe/unsafe), and optionally `id`, `group`,
     `category`, `source`, `weight`, `unsafe_from`; see [`Example`].
 
@@ -71,6 +69,7 @@ def load_examples(
 
     Raises:
         DataError: If a row lacks a field or has a bad one.
+        SafeSpecError: If a file has no rows, is damaged, or is in an encoding that it does not name.
         FileNotFoundError: If a path is neither a file, nor a folder, nor looks like a Hub id.
 
     Example:
@@ -84,20 +83,17 @@ def load_examples(
         'garden'
     """
     examples: dict[str, Example] = {}
-    for path in map(str, paths):
-        for line, row in _read_rows(path):
-            example = _parse(row, path, line, label, needs_response)
+    files = list(map(str, paths))
+    for path, source in zip(files, _sources(files), strict=True):
+        num_before = len(examples)
+        for raw in read_rows(path):
+            example = _parse(raw, source, label, needs_response)
             if example.id in examples:
-                raise DataError(path, line, "id", f"{example.id!r} occurs twice; ids must be unique within a run")
+                raise raw.error("id", f"{example.id!r} occurs twice; ids must be unique within a run")
             examples[example.id] = example
-    if not examples:
-        raise SafeSpecError(f"No rows in {', '.join(map(str, paths))}: nothing to do.")
+        if len(examples) == num_before:
+            raise SafeSpecError(f"No rows in {path}: nothing to do.")
     return list(examples.values())
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """16 hex digits of a file's content, for provenance."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def base_names(arguments: Sequence[str]) -> list[str]:
@@ -113,102 +109,128 @@ def base_names(arguments: Sequence[str]) -> list[str]:
     return [option + equals + (Path(value).name or value) for option, equals, value in parts]
 
 
+def _sources(paths: Sequence[str]) -> list[str]:
+    """What rows call their file if they don't say: its name without an ending; with a folder, if two have one name."""
+    stems = [
+        str(Path(path.removesuffix(".gz")).with_suffix("")) if os.path.exists(path) else path.partition(":")[0]
+        for path in paths
+    ]
+    return distinct_names([path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)])
+
+
 def hash_examples(examples: Sequence[Example]) -> str:
     """16 hex digits over everything in the examples."""
     return hashlib.sha256("\n".join(example.to_json() for example in examples).encode()).hexdigest()[:16]
 
 
-def _read_rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    suffix = Path(path).suffix.lower()
-    if os.path.isdir(path) or (not os.path.exists(path) and suffix == "" and path.count("/") == 1):
-        yield from _read_dataset(path)
-    elif not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not a file, nor a folder, nor a data set's id on the Hub (`owner/name`).")
-    elif suffix == ".parquet":
-        import pyarrow.parquet  # type: ignore[import-untyped]
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        yield from ((n, {k: v for k, v in row.items() if v is not None}) for n, row in enumerate(rows, start=1))
-    elif suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            yield from ((reader.line_num, {k: v for k, v in row.items() if v != ""}) for row in reader)
-    else:
-        yield from _read_json_lines(path)
-
-
-def _read_json_lines(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(path, number, "*", f"not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(path, number, "*", f"expected an object, got {type(row).__name__}")
-            yield number, row
-
-
-def _read_dataset(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import datasets
-
-    if os.path.isdir(path):
-        data = datasets.load_from_disk(path)
-    else:
-        name, _, split = path.partition(":")
-        data = datasets.load_dataset(name, split=split or "train")
-    yield from enumerate(data, start=1)
-
-
-def _parse(row: Mapping[str, Any], path: str, line: int, label: int | None, needs_response: bool) -> Example:
-    messages = _parse_messages(row, path, line)
-    response = row.get("response", "")
-    if needs_response and not (isinstance(response, str) and response.strip()):
-        raise DataError(path, line, "response", f"expected a text that is not blank, got {response!r:.40}")
-    found = row.get("label", label)
-    if needs_response and found is None:
-        raise DataError(path, line, "label", "missing; add it, or pass the file as safe by construction (`--benign`)")
-    if found is not None and found not in LABELS:
-        raise DataError(path, line, "label", f"expected 0, 1, 'safe' or 'unsafe', got {found!r:.40}")
-    source = str(row.get("source") or Path(path.partition(":")[0]).stem)
+def _parse(raw: RawRow, source: str, label: int | None, needs_response: bool) -> Example:
+    messages = _parse_messages(raw)
+    response = _parse_text(raw, "response", "", may_be_blank=not needs_response)
+    label = _parse_label(raw, label)
+    if needs_response and label is None:
+        raise raw.error("label", "missing; add it, or pass the file as safe by construction (`--benign`)")
+    source = _parse_text(raw, "source", source)
     return Example(
-        id=str(row.get("id") or f"{source}:{line}"),
+        id=_parse_text(raw, "id", f"{source}:{raw.number}"),
         messages=messages,
-        response=response if isinstance(response, str) else "",
-        label=None if found is None else LABELS[found],
-        group=str(row.get("group") or messages[-1]["content"]),
-        category=str(row.get("category") or ""),
+        response=response,
+        label=label,
+        group=_parse_text(raw, "group", messages[-1]["content"]),
+        category=_parse_text(raw, "category", "", may_be_blank=True),
         source=source,
-        weight=_parse_number(row, "weight", 1.0, path, line),
-        unsafe_from=int(_parse_number(row, "unsafe_from", 0, path, line)),
+        weight=_parse_weight(raw),
+        unsafe_from=_parse_unsafe_from(raw, response if needs_response else None, label),
     )
 
 
-def _parse_messages(row: Mapping[str, Any], path: str, line: int) -> tuple[dict[str, str], ...]:
-    field = "messages" if "messages" in row else "prompt"
-    value = row.get(field)
-    if field == "prompt":
-        value = [{"role": "user", "content": value}]
+def _check_text(raw: RawRow, field: str, value: object, *, may_be_blank: bool = False, inside: str = "") -> str:
+    if not isinstance(value, str) or not (may_be_blank or value.strip()):
+        expected = "a text" if may_be_blank else "a text that is not blank"
+        raise raw.error(field, f"{inside}expected {expected}, got {value!r:.40}")
+    surrogate = next((index for index, char in enumerate(value) if "\ud800" <= char <= "\udfff"), None)
+    if surrogate is not None:
+        half = f"character {surrogate}, {value[surrogate]!a}"
+        raise raw.error(field, f"{inside}{half}, is one half of a pair (a lone surrogate), which no file can hold")
+    return value
+
+
+def _parse_text(raw: RawRow, field: str, default: str, *, may_be_blank: bool = False) -> str:
+    value = raw.values.get(field, default)
+    if field == "response":
+        return _check_text(raw, field, value, may_be_blank=may_be_blank)
+    # names are often numbers, and 0 is one
+    name = str(value) if isinstance(value, (int, float)) else value
+    return _check_text(raw, field, default if name == "" else name, may_be_blank=may_be_blank)
+
+
+def _parse_label(raw: RawRow, default: int | None) -> int | None:
+    value = raw.values.get("label")
+    if value is None:
+        return default
+    # a table of numbers with gaps has 1.0 for 1; `true` may as well mean that the answer is safe
+    key = value.strip().lower().removesuffix(".0") if isinstance(value, str) else value
+    if isinstance(key, bool) or not isinstance(key, (int, float, str)) or key not in LABELS:
+        raise raw.error("label", f"expected 0, 1, 'safe' or 'unsafe', got {value!r:.40}")
+    return LABELS[key]
+
+
+def _parse_messages(raw: RawRow) -> tuple[dict[str, str], ...]:
+    if "messages" not in raw.values:
+        prompt = _check_text(raw, "prompt", raw.values.get("prompt"))
+        return ({"role": "user", "content": prompt},)
+    value = raw.values["messages"]
     if isinstance(value, str):
-        value = json.loads(value)
-    messages = list(value) if isinstance(value, Sequence) else []
-    for message in messages or [None]:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not (isinstance(content, str) and content.strip()):
-            raise DataError(path, line, field, f"expected a text that is not blank, got {content!r:.40}")
-    return tuple({"role": str(m["role"]), "content": m["content"]} for m in messages)
-
-
-def _parse_number(row: Mapping[str, Any], field: str, default: float, path: str, line: int) -> float:
-    value = row.get(field, default)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < float("inf") or (field == "weight" and number == 0):
-        raise DataError(
-            path, line, field, f"expected a finite number {'>' if field == 'weight' else '>='} 0, got {value!r}"
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise raw.error("messages", f"expected messages, or JSON of them, got the text {value!r:.40}") from error
+    if not isinstance(value, (list, tuple)) or not value:
+        raise raw.error("messages", f"expected a list of messages, got {value!r:.40}")
+    messages = tuple(_parse_message(raw, f"messages[{number}]", message) for number, message in enumerate(value))
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise raw.error(
+            "messages",
+            f"the last one must ask, but its role is {messages[-1]['role']!r}; an answer goes to `response`",
         )
+    return messages
+
+
+def _parse_message(raw: RawRow, field: str, message: object) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise raw.error("messages", f"expected objects with `role` and `content`, got {message!r:.40} in {field}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise raw.error("messages", f"`role` in {field} must be one of {', '.join(ROLES)}, but it is {role!r:.40}")
+    content = _check_text(raw, "messages", message.get("content"), inside=f"`content` in {field}: ")
+    return {"role": str(role), "content": content}
+
+
+def _parse_number(raw: RawRow, field: str, default: float, legal: str) -> float:
+    value = raw.values.get(field, default)
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise raw.error(field, f"expected {legal}, got {value!r:.40}")
     return number
+
+
+def _parse_weight(raw: RawRow) -> float:
+    legal = "a finite number > 0"
+    weight = _parse_number(raw, "weight", 1.0, legal)
+    if weight == 0:
+        raise raw.error("weight", f"expected {legal}, got 0; leave the row out")
+    return weight
+
+
+def _parse_unsafe_from(raw: RawRow, response: str | None, label: int | None) -> int:
+    legal = "a whole number of characters >= 0"
+    number = _parse_number(raw, "unsafe_from", 0, legal)
+    if number != int(number):
+        raise raw.error("unsafe_from", f"expected {legal}, got {number}")
+    if response is not None and number > len(response) - (label == 1):
+        raise raw.error(
+            "unsafe_from", f"{number:.0f} leaves nothing of the answer, which has {len(response)} characters"
+        )
+    return int(number)

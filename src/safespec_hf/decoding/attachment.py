@@ -1,0 +1,67 @@
+"""What a guarded model carries besides its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..answer.pooling import find_newline_ids
+from ..config import SafeSpecConfig
+from ..errors import UnsupportedRequestError
+from ..heads.safety_head import SafetyHead, check_target
+
+_NEWLINES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """`model.safety`: what [`attach_safety_head`] gave a model. No module, so that it is not saved with its weights.
+
+    Attributes:
+        head ([`SafetyHead`]): The head.
+        policy ([`SafeSpecConfig`]): What `safespec=True` means.
+        always (`bool`): Every `generate` is guarded.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): For calls that bring none of their own.
+        ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
+    """
+
+    head: SafetyHead
+    policy: SafeSpecConfig
+    always: bool
+    tokenizer: PreTrainedTokenizerBase | None
+    ignore_mismatches: tuple[str, ...]
+
+    @property
+    def risk_threshold(self) -> float:
+        """The threshold of `safespec=True`: the policy's, else the head's own."""
+        return self.policy.risk_threshold or self.head.config.risk_threshold
+
+    def choose_tokenizer(
+        self, model: PreTrainedModel, given: PreTrainedTokenizerBase | None
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer of one call: the one it was given, if that is the head's, else the one of the attachment.
+
+        Raises:
+            HeadMismatchError: If the given one is not the head's.
+            UnsupportedRequestError: If there is none at all.
+        """
+        if given is not None and given is not self.tokenizer:
+            check_target(self.head, model, given, self.ignore_mismatches)
+            return given
+        if self.tokenizer is None:
+            raise UnsupportedRequestError(
+                f"No tokenizer was found at {model.config.name_or_path!r}, and guarded decoding needs one for "
+                "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
+            )
+        return self.tokenizer
+
+
+def newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """[`find_newline_ids`], which decodes the whole vocabulary, once per tokenizer."""
+    num_tokens, ids = _NEWLINES.get(tokenizer, (-1, frozenset()))
+    if num_tokens != len(tokenizer):
+        ids = find_newline_ids(tokenizer)
+        _NEWLINES[tokenizer] = len(tokenizer), ids
+    return ids

@@ -1,0 +1,115 @@
+"""One guarded call: the decoding strategy that `generate` runs once it has prepared everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ..config import SafeSpecConfig
+from ..engine.cache import CACHE_NAME
+from ..engine.compiling import compiled_forwards
+from ..engine.evaluating import evaluating
+from ..engine.inference import inference_mode
+from ..engine.packing import packed_weights
+from ..engine.traits import input_device
+from ..heads.safety_head import SafetyHead, check_usable
+from ..outputs import SafeSpecOutput
+from .attachment import Attachment, newline_ids
+from .loop import Decoder
+from .request import check_request, make_drafting, make_plan, make_rows
+
+
+@dataclass(slots=True)
+class GuardedCall:
+    """The decoding strategy of one guarded `generate` call, run by transformers once it has prepared everything."""
+
+    policy: SafeSpecConfig
+    assistant: PreTrainedModel | None = None
+    streamer: BaseStreamer | None = None
+    num_assistant_tokens: int | None = None
+    is_monitored: bool = True  # False only to measure what safety costs
+    has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> SafeSpecOutput | Tensor:
+        self.has_run = True
+        attachment: Attachment = model._safespec
+        head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
+        head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
+        check_usable(head, model)
+        is_real = check_request(
+            model,
+            self.assistant,
+            self.policy,
+            input_ids,
+            config=generation_config,
+            processors=logits_processor,
+            model_kwargs=model_kwargs,
+            num_tokens=len(tokenizer),
+            is_streamed=self.streamer is not None,
+        )
+        input_ids = input_ids.to(input_device(model))
+        rows = make_rows(
+            input_ids,
+            is_real,
+            max_length=generation_config.max_length,
+            policy=self.policy,
+            newline_ids=newline_ids(tokenizer),
+            processors=logits_processor,
+        )
+        candidates = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
+        plan = make_plan(
+            model,
+            self.policy,
+            head,
+            tokenizer,
+            config=generation_config,
+            criteria=stopping_criteria,
+            num_rows=len(rows),
+            num_assistant_tokens=self.num_assistant_tokens,
+            is_monitored=self.is_monitored,
+        )
+        decoder = Decoder(model, rows, candidates, plan, self.streamer)
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        if getattr(cache, "_is_user_defined", False):
+            decoder.target.take_cache(cache)
+        with self._fast_forwards(model, head):
+            decoder.run()
+        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
+        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
+        return output if is_whole else output.sequences
+
+    @contextmanager
+    def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
+        models = [model] if self.assistant is None else [model, self.assistant]
+        with (
+            evaluating([*models, head]),
+            packed_weights(models, self.policy.pack_weights),
+            compiled_forwards(models, self.policy.compile),
+            inference_mode([*models, head]),
+        ):
+            yield

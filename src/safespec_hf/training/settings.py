@@ -1,0 +1,60 @@
+"""Ranges of settings, checked when they are made: long before a model is loaded or a minute is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import SafeSpecError
+
+
+def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
+    """Raises unless each field lies in its interval.
+
+    Args:
+        settings (`dataclass`): What is checked. A field that is declared as `int` must be one.
+        ranges (`Mapping[str, str]`): Intervals by field name, as they are written: `"(0, 1]"`, `"[1, inf)"`.
+
+    Raises:
+        SafeSpecError: Names the field, its range and the value.
+    """
+    declared = {field.name: field.type for field in fields(settings)}
+    for name, interval in ranges.items():
+        kind = "an integer" if declared[name] == "int" else "a number"
+        check_number(name, getattr(settings, name), interval, kind)
+
+
+def check_number(name: str, value: object, interval: str, kind: str = "a number") -> None:
+    """Raises unless a number lies in an interval.
+
+    Args:
+        name (`str`): What the number is called.
+        value (`object`): The number.
+        interval (`str`): As it is written: `"(0, 1]"`, `"[1, inf)"`.
+        kind (`str`, *optional*, defaults to `"a number"`): Or `"an integer"`.
+
+    Raises:
+        SafeSpecError: If it does not. Not a number, NaN, lies in none.
+
+    Example:
+
+        >>> check_number("alpha", 0.02, "(0, 1)")
+        >>> check_number("alpha", 2, "(0, 1)")
+        Traceback (most recent call last):
+        safespec_hf.errors.SafeSpecError: `alpha` must be a number in (0, 1), but it is 2.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    legal_types = int if kind == "an integer" else (int, float)
+    is_legal = isinstance(value, legal_types) and not isinstance(value, bool)
+    if is_legal:
+        number: Any = value
+        is_above = low <= number if interval[0] == "[" else low < number
+        is_legal = is_above and (number <= high if interval[-1] == "]" else number < high)
+    if not is_legal:
+        raise SafeSpecError(f"`{name}` must be {kind} in {interval}, but it is {value!r}.")
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises unless each of these fields is an integer >= 1."""
+    check_ranges(settings, dict.fromkeys(names, "[1, inf)"))
