@@ -107,7 +107,11 @@ class PackedLinear:
 
     def __reduce__(self) -> Any:
         # a copy of the model that is made while a call runs gets the layer's own forward, of its own layer
-        return types.MethodType, (nn.Linear.forward, self.layer())
+        return _own_forward, (self.layer(),)
+
+
+def _own_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return types.MethodType(nn.Linear.forward, layer)
 
 
 _LIBRARY = torch.library.Library("safespec_hf", "DEF")
