@@ -238,6 +238,7 @@ def default_dtype():
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_default_dtype_does_not_matter(dtype, do_sample, tokenizer, default_dtype):
     model = build_model()
+    draft = perturb(model)
     attach_safety_head(model, build_noisy_head(model, 0.8), tokenizer=tokenizer)
     policy = SafeSpecConfig(max_segment_tokens=4, num_candidates=3, reflection="pause think", refusal="no", seed=1)
     outputs = []
@@ -250,7 +251,7 @@ def test_the_default_dtype_does_not_matter(dtype, do_sample, tokenizer, default_
                 max_new_tokens=16,
                 do_sample=do_sample,
                 safespec=policy,
-                assistant_model=perturb(model),
+                assistant_model=draft,
                 return_dict_in_generate=True,
             )
         )
