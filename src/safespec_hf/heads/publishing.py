@@ -15,7 +15,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # `HTTPError` is that of its HTTP library
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
@@ -81,10 +86,15 @@ def publish(
         if not dry_run:
             if not is_hub_reachable():
                 raise SafeSpecError(f"Hub unreachable ({api.endpoint}): nothing was sent. Push again when it answers.")
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit_kwargs)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit_kwargs)
+            except HfHubHTTPError:
+                raise
+            except HTTPError as error:
+                raise SafeSpecError(f"The connection to {api.endpoint} broke off ({error}). Push again.") from error
     return address_of(repo_id, revision)
 
 
@@ -138,16 +148,18 @@ def publication(
         yield folder
 
 
-def copy_report(report: str | os.PathLike[str], folder: Path) -> None:
-    """Puts a report and its pictures beside a head, in place of another one."""
+def copy_report(report: str | os.PathLike[str], folder: Path, *, is_whole: bool = True) -> None:
+    """Puts a report, if it is the whole of it with text and pictures, beside a head, in place of another one."""
     source = Path(report)
     if not (source / REPORT).is_file():
         raise HeadFileError(
             f"There is no `{REPORT}` in {str(source)!r}. Give the folder that `safespec report` wrote."
         )
     (folder / EVAL_RESULTS).unlink(missing_ok=True)
-    for file in sorted(file for file in source.iterdir() if _matches(file.name, _FROM_REPORT)):
-        shutil.copyfile(file, folder / file.name)
+    wanted = _FROM_REPORT if is_whole else (REPORT,)
+    for file in sorted(file for file in source.iterdir() if _matches(file.name, wanted)):
+        if not (folder / file.name).exists() or not file.samefile(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 def find_license(head: Source) -> str | None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
+from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
 from .data import Example, hash_examples
 from .hidden import Encoded, encode, make_batches, pool_answer, read_hidden, span_counts
@@ -190,3 +191,37 @@ def _count_chars(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded],
     pairs = zip(tensors["example"].tolist(), tensors["num_tokens"].tolist(), strict=True)
     texts = tokenizer.batch_decode([encoded[index].response_ids[:length] for index, length in pairs])
     return torch.tensor([len(text) for text in texts])
+
+
+def default_settings(
+    model: PreTrainedModel, layers: Sequence[int] | None = None, *, max_response_tokens: int = 256
+) -> FeatureSettings:
+    """Settings for a target.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        layers (`Sequence[int]`, *optional*): Hidden states to read. Default: from the middle on, about five of them.
+        max_response_tokens (`int`, *optional*, defaults to 256): Longer answers are cut.
+
+    Raises:
+        SafeSpecError: If the target has no such hidden state.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    # the paper found the first quarter of the layers useless and all from the middle on alike
+    chosen = tuple(range(total // 2, total + 1, max(1, total // 10))) if layers is None else tuple(layers)
+    check_layers(model, chosen)
+    return FeatureSettings(layers=chosen, max_response_tokens=max_response_tokens)
+
+
+def check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Raises unless a target has these hidden states.
+
+    Raises:
+        SafeSpecError: If it lacks one, or if one is named twice, or none.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer <= total for layer in layers):
+        raise SafeSpecError(
+            f"Layers must be different numbers from 0 (the embeddings) to {total} for this target, but they are "
+            f"{list(layers)}."
+        )
