@@ -148,7 +148,7 @@ def test_a_described_push_is_what_a_push_publishes(hub, folder):
 
 def test_the_command_pushes_to_a_branch_or_only_shows_what_it_would(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    command = ["push", str(folder), ID, "--revision", "v2"]
+    command = ["push", str(folder), ID, "--revision", "v2", "--license", "mit"]
     assert WEIGHTS in CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).output
     assert hub.requests == []
     assert CliRunner().invoke(app, command, catch_exceptions=False).stdout == f"{hub.endpoint}/{ID}/tree/v2\n"

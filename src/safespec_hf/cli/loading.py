@@ -32,6 +32,7 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from ..defaults.default_target import load_default_target
     from ..heads.loading import explain_hub_error, hub_arguments
@@ -39,7 +40,11 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
     placed = {"dtype": getattr(torch, dtype), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if target is None:
         return load_default_target(**placed)
-    kwargs: dict[str, Any] = {"dtype": placed["dtype"], "device_map": placed["device"], "output_loading_info": True}
+    kwargs: dict[str, Any] = {"dtype": placed["dtype"], "device_map": placed["device"]}
+    # transformers only warns of weights that don't fit, or raises without saying which: they are looked at below
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         where = hub_arguments(target, {}, "target")
         tokenizer = AutoTokenizer.from_pretrained(target, **where)
@@ -47,11 +52,13 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
         why = explain_hub_error(target, error, {}) or error
         raise SafeSpecError(f"No target could be loaded from {target!r}: {why}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         raise SafeSpecError(
-            f"The weights of {target!r} lack {len(missing)} that its config asks for, such as `{missing[0]}`: these "
-            "would be random. Give a model that was trained to generate text."
+            f"{len(missing)} weights that the config of {target!r} asks for are missing or of another shape, such as "
+            f"`{missing[0]}`: they would be random. Give a model that was trained to generate text."
         )
     return model.eval(), tokenizer
 

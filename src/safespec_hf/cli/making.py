@@ -49,7 +49,7 @@ def collect(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Prompts answered at once.")] = 32,
     temperature: Annotated[float, typer.Option(metavar="N", min=0, max=100, help="Of sampling; 0 is greedy.")] = 0.0,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Answer the first so many prompts only.")
+        int | None, typer.Option(metavar="N", min=1, max=2**31, help="Answer the first so many prompts only.")
     ] = None,
     dtype: Dtype = "float32",
 ) -> None:
@@ -271,10 +271,14 @@ def distill_draft(
             parser=parse_layers, metavar="NUMBERS", help="Hidden states to read. Default: such as 2,15,27 of 30."
         ),
     ] = None,
-    draft_vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that can be drafted.")] = 8192,
+    draft_vocab_size: Annotated[
+        int, typer.Option(metavar="N", min=1, max=2**31, help="Tokens that can be drafted.")
+    ] = 8192,
     depths: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Draft steps that training unrolls.")] = 3,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Passes over the answers.")] = 4,
-    step_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step, prompts included.")] = 4096,
+    step_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, max=2**31, help="Tokens of a step, prompts included.")
+    ] = 4096,
     learning_rate: Annotated[float, typer.Option(metavar="N", min=1e-9, max=1, help="The highest one.")] = 1e-3,
     held_out_fraction: Annotated[
         float, typer.Option(metavar="SHARE", callback=check_share, help="Share of the prompts kept for measuring.")

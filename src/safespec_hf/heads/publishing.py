@@ -233,7 +233,8 @@ def _write_texts(
 ) -> None:
     """The card, unless somebody has edited it, and the report and evaluation results unless they are there."""
     if not (folder / CARD).exists() or is_unedited((folder / CARD).read_text(encoding="utf-8")):
-        model_card(head, report=report, repo_id=repo_id, license=license or find_license(folder)).save(folder / CARD)
+        stated = find_license(folder) if license is None else license
+        model_card(head, report=report, repo_id=repo_id, license=stated).save(folder / CARD)
     if report and "results" in report and not (folder / REPORT).exists():
         (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     entries = eval_results(report or {}, repo_id)
@@ -248,7 +249,7 @@ def _finish_card(folder: Path, repo_id: str, license: str | None, tags: Sequence
     """Adds what a head is published with to its card, also to one that somebody has edited."""
     card = _load_card(folder)
     data: ModelCardData = card.data  # type: ignore[assignment]  # typed as any card's
-    if (license and data.license != license) or tags:
+    if license not in (None, data.license) or tags:
         data.license, data.tags = license or data.license, list(dict.fromkeys([*(data.tags or []), *(tags or [])]))
         card.save(folder / CARD)
     if not data.license:
