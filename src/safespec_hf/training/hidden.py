@@ -41,8 +41,8 @@ class Encoded(NamedTuple):
         return hashlib.sha256(json.dumps([self.prompt_ids, self.response_ids]).encode()).hexdigest()[:32]
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The conversation in the tokenizer's chat template, up to where the answer begins.
+def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, add_generation_prompt: bool = True) -> str:
+    """The conversation in the tokenizer's chat template, by default up to where the answer begins.
 
     Raises:
         SafeSpecError: If there is no template, or if it refuses this conversation; names the example.
@@ -53,7 +53,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
             "to ask. Take a model that was tuned for chat, or save a tokenizer with `chat_template` set."
         )
     try:
-        return str(tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                list(example.messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        )
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in example.messages)
         raise SafeSpecError(
