@@ -1,14 +1,21 @@
 import dataclasses
+import io
 import json
-import runpy
+import pathlib
+import subprocess
 import sys
+import typing
 
 import pytest
+import tiny
 from samples import make_examples, run, write_lines
 
-from safespec_hf import SafetyHead
+from safespec_hf import SafetyHead, __version__, cli
 from safespec_hf.cli import main
+from safespec_hf.cli.making import train
 from safespec_hf.errors import SafeSpecError
+from safespec_hf.heads import hub
+from safespec_hf.training.features import READINGS
 
 COMMANDS = ["collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
 
@@ -58,12 +65,100 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["safespec", "features", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert capsys.readouterr().err.startswith("safespec: ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("safespec: ")
 
 
-@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
-def test_a_missing_package_is_told_with_how_to_install_it(package, monkeypatch):
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "show_head", stop)
+    assert cli.run(["show", "head"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "package", "extra"),
+    [
+        ("train", "sklearn", "train"),
+        ("calibrate", "scipy", "train"),
+        ("report", "matplotlib", "train"),
+        ("distill-draft", "sklearn", "train"),
+    ],
+)
+def test_a_missing_package_is_told_with_how_to_install_it(verb, package, extra, monkeypatch, capsys, tmp_path):
+    arguments = {"calibrate": ["head", "--benign", "x"], "report": ["head", "x", "--out", "r"]}
+    for name in [
+        name for name in sys.modules if name.startswith((package, "safespec_hf.training", "safespec_hf.dist"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "safespec_hf.cli")
-    with pytest.raises(SystemExit, match=r"pip install safespec-hf\[train\]"):
-        runpy.run_module("safespec_hf.cli")
+    assert cli.run([verb, *arguments.get(verb, ["x", "--out", str(tmp_path)])]) == 1
+    assert f'needs {package}, which is not installed: pip install "safespec-hf[{extra}]"' in capsys.readouterr().err
+
+
+LIGHT = """
+import sys, time
+start = time.perf_counter()
+from safespec_hf.cli import run
+assert run(sys.argv[1:]) == 0
+print(f"{time.perf_counter() - start:.2f} s", file=sys.stderr)
+heavy = {"torch", "transformers", "sklearn", "huggingface_hub", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    subprocess.run([sys.executable, "-c", LIGHT, *arguments], check=True, timeout=60)
+
+
+def test_the_version_is_told(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"safespec-hf {__version__}\n"
+
+
+def test_the_readings_to_choose_from_are_those_that_are_extracted():
+    hints = typing.get_type_hints(train)
+    assert list(typing.get_args(hints["reading"])) == [reading.name for reading in READINGS]
+
+
+def test_every_extra_that_is_named_is_one():
+    project = (pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in project for extra in cli.EXTRAS.values())
+
+
+def test_a_report_is_kept_beside_the_head_and_published_with_it(target_folder, head_folder, tmp_path, capsys):
+    data = write_lines(tmp_path / "labelled.jsonl", [e.to_json() for e in make_examples(24)])
+    common = ["--target", target_folder, "--cache", tmp_path / "cache"]
+    assert "No evaluation" in push_text(head_folder, capsys)
+    run("report", head_folder, data, "--out", tmp_path / "report", *common)
+    assert (head_folder / "report.json").read_text() == (tmp_path / "report" / "report.json").read_text()
+    assert "| garden | 12 | 12 |" in push_text(head_folder, capsys)
+    assert "roc.png" in push_text(head_folder, capsys, "--report", str(tmp_path / "report"))
+
+
+def push_text(head, capsys, *arguments):
+    assert cli.run(["push", str(head), "owner/name", "--license", "mit", "--dry-run", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def head_folder(target, chat_tokenizer, tmp_path):
+    tiny.build_head(target, 0.5, tokenizer=chat_tokenizer).save_pretrained(tmp_path / "head")
+    return tmp_path / "head"
+
+
+def test_a_licence_is_asked_for(head_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert cli.run(["push", str(head_folder), "owner/name"]) == 1
+    assert "--license" in capsys.readouterr().err
+
+
+def test_a_target_with_random_weights_is_refused(target_folder, tmp_path):
+    config = json.loads((target_folder / "config.json").read_text())
+    (target_folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    data = write_lines(tmp_path / "labelled.jsonl", [e.to_json() for e in make_examples(24)])
+    with pytest.raises(SafeSpecError, match="would be random"):
+        run("features", data, "--target", target_folder, "--cache", tmp_path)

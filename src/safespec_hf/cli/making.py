@@ -299,7 +299,6 @@ def distill_draft(
     from ..distilling.distill import DistillSettings, distill_draft
     from ..heads.draft_head import DraftHead
     from ..training.data import load_examples
-    from ..training.features import check_layers
     from ..training.files import check_writable_folder
 
     settings = DistillSettings(
@@ -316,8 +315,6 @@ def distill_draft(
     check_writable_folder(out)
     check_writable_folder(cache)
     model, tokenizer = load_target(target, dtype)
-    if layers is not None:
-        check_layers(model, layers)
     where = (model, tokenizer, answers, out, cache)
     record = distill_draft(*where, layers=layers, settings=settings, start=start, max_minutes=max_minutes)
     done = f"Step {record['step']} of {record.get('num_steps', 'many')}"

@@ -267,19 +267,5 @@ def default_settings(
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     # the paper found the first quarter of the layers useless and all from the middle on alike
     chosen = tuple(range(total // 2, total + 1, max(1, total // 10))) if layers is None else tuple(layers)
-    check_layers(model, chosen)
+    check_layers(chosen, total)
     return FeatureSettings(layers=chosen, max_response_tokens=max_response_tokens)
-
-
-def check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Raises unless a target has these hidden states.
-
-    Raises:
-        SafeSpecError: If it lacks one, or if one is named twice, or none.
-    """
-    total = model.config.get_text_config(decoder=True).num_hidden_layers
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer <= total for layer in layers):
-        raise SafeSpecError(
-            f"Layers must be different numbers from 0 (the embeddings) to {total} for this target, but they are "
-            f"{list(layers)}."
-        )
