@@ -47,7 +47,7 @@ def save_folder(
     license: str | None = None,
     **save_kwargs: Any,
 ) -> None:
-    """What [`save_head`][safespec_hf.heads.hub.save_head] does; `save_kwargs` go to transformers."""
+    """What `save_head` does; `save_kwargs` go to transformers."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     # inside the folder, since files can be moved in one step within a file system only
@@ -79,7 +79,7 @@ def publish(
     dry_run: bool = False,
     **commit_kwargs: Any,
 ) -> str:
-    """What [`push_head`][safespec_hf.heads.hub.push_head] does; `commit_kwargs` go to the Hub's client."""
+    """What `push_head` does; `commit_kwargs` go to the Hub's client."""
     check_destination(repo_id, revision)
     api = HfApi(token=token)
     with publication(kind, head, repo_id, report, license, tags) as folder:
