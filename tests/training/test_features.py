@@ -9,11 +9,14 @@ import torch
 from samples import make_examples, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safespec_hf import SafeSpecConfig, modeling
+from safespec_hf import SafeSpecConfig, SafeSpecError, modeling
 from safespec_hf.answer.pooling import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
+from safespec_hf.training import features as features_module
 from safespec_hf.training.data import load_examples
-from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
+from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.hidden import encode, read_hidden, score_answers
+from safespec_hf.training.scores import read_risks
+from safespec_hf.training.train import split_by_group
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 
@@ -84,6 +87,73 @@ def test_a_cache_is_read_and_not_made_again(target, chat_tokenizer, examples, fe
     target.forward = None
     again = extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
     assert torch.equal(again.states["mean-answer"], features.states["mean-answer"])
+
+
+def test_parts_of_the_data_in_any_order_are_read_from_the_cache_of_the_whole(
+    target, chat_tokenizer, examples, features, tmp_path
+):
+    target.forward = None
+    for part in split_by_group(examples, 0.3):
+        found = extract_features(target, chat_tokenizer, part, tmp_path, SETTINGS)
+        for index, example in enumerate(part):
+            is_whole, is_part = features.example == examples.index(example), found.example == index
+            for name in features.states:
+                assert torch.equal(found.states[name][is_part], features.states[name][is_whole])
+            assert torch.equal(found.num_chars[is_part], features.num_chars[is_whole])
+
+
+def test_of_more_data_only_what_is_new_is_read(target, chat_tokenizer, examples, features, tmp_path, monkeypatch):
+    read, more = [], make_examples(3, seed=9)
+    monkeypatch.setattr(features_module, "read_hidden", lambda *a: read.extend(a[1]) or read_hidden(*a))
+    extract_features(target, chat_tokenizer, [*more, *examples], tmp_path, SETTINGS)
+    assert len(read) == len(more)
+
+
+def test_an_answer_that_occurs_twice_has_the_same_features_twice(target, chat_tokenizer, examples, tmp_path):
+    twice = extract_features(target, chat_tokenizer, [examples[0], examples[1], examples[0]], tmp_path, SETTINGS)
+    states = twice.states["mean-answer"]
+    assert torch.equal(states[twice.example == 0], states[twice.example == 2])
+
+
+def test_risks_of_a_part_are_read_from_the_cache_of_the_whole(target, chat_tokenizer, examples, tmp_path):
+    head = tiny.build_head(target)
+    risks = read_risks(target, chat_tokenizer, head, examples, tmp_path)
+    target.forward = None
+    assert torch.equal(read_risks(target, chat_tokenizer, head, examples[5:6], tmp_path)[0], risks[5])
+
+
+def test_other_weights_have_another_cache(target, chat_tokenizer, examples, features, tmp_path):
+    extract_features(tiny.perturb(target), chat_tokenizer, examples, tmp_path, SETTINGS)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_states_that_overflow_are_refused_before_they_are_kept(target, chat_tokenizer, examples, tmp_path):
+    target.model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.raises(SafeSpecError, match="are infinite or no numbers"):
+        extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
+    with pytest.raises(SafeSpecError, match="are infinite or no numbers"):
+        read_risks(target, chat_tokenizer, tiny.build_head(target), examples, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [(), (3,), (-1,), (1, 1), (0, 99)])
+def test_layers_that_a_target_lacks_are_refused(target, chat_tokenizer, examples, tmp_path, layers):
+    with pytest.raises(SafeSpecError, match="from 0 to 2"):
+        extract_features(target, chat_tokenizer, examples, tmp_path, FeatureSettings(layers=layers))
+
+
+@pytest.mark.parametrize("text", ["foo-bar", "mean", "", "mean-answer-x", "ewma-segment", "mean answer"])
+def test_a_reading_is_one_of_a_list(text):
+    with pytest.raises(SafeSpecError, match=r"last-answer.*mean-answer.*but it is '"):
+        Reading.parse(text)
+    assert [Reading.parse(reading.name) for reading in READINGS] == list(READINGS)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ewma_decay": 1.0}, {"prefix_tokens": (0,)}, {"max_response_tokens": 0}, {"readings": ()}], ids=str
+)
+def test_a_setting_out_of_range_is_named(fields):
+    with pytest.raises(SafeSpecError, match=f"`{next(iter(fields))}` must"):
+        FeatureSettings(layers=(1,), **fields)
 
 
 def test_other_settings_have_another_cache(target, chat_tokenizer, examples, features, tmp_path):

@@ -1,45 +1,88 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from safespec_hf.training import shards
 from safespec_hf.training.shards import compute_shards, plan_shards
 
+LENGTHS = {"a": 3, "b": 1, "c": 2, "d": 5, "e": 4}
 
-def compute(number):
-    return {"values": torch.arange(number, number + 3)}
+
+def compute(keys):
+    return {"values": torch.tensor([ord(key) for key in keys])}
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def values(places):
+    return {key: chr(load_file(place.file)["values"][place.number]) for key, place in places.items()}
+
+
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(tmp_path, monkeypatch, num_processes):
-    compute_shards(tmp_path / "one", 5, compute, "")
-    for index in range(num_processes):
-        state = SimpleNamespace(
+    compute_shards(tmp_path / "one", LENGTHS, 2, compute, "")
+    barrier = threading.Barrier(num_processes)
+    states = [
+        SimpleNamespace(
             process_index=index,
             num_processes=num_processes,
             is_main_process=index == 0,
-            wait_for_everyone=lambda: None,
+            wait_for_everyone=barrier.wait,
         )
-        monkeypatch.setattr(shards, "PartialState", lambda state=state: state)
-        compute_shards(tmp_path / "many", 5, compute, "")
+        for index in range(num_processes)
+    ]
+    monkeypatch.setattr(shards, "PartialState", states.pop)
+    with ThreadPoolExecutor(num_processes) as pool:
+        runs = [pool.submit(compute_shards, tmp_path / "many", LENGTHS, 2, compute, "") for _ in range(num_processes)]
+    assert all(values(run.result()) == {key: key for key in LENGTHS} for run in runs)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-def test_only_what_is_missing_is_computed(tmp_path):
-    files, asked = compute_shards(tmp_path, 4, compute, ""), []
-    files[2].unlink()
-    compute_shards(tmp_path, 4, lambda number: asked.append(number) or compute(number), "")
-    assert asked == [2]
+@pytest.mark.parametrize("num_lost", [1, 2, 3])
+def test_only_what_is_missing_is_computed_and_the_files_are_the_same(tmp_path, num_lost):
+    compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    whole, asked = contents(tmp_path), []
+    for name in sorted(whole)[:num_lost]:
+        (tmp_path / name).unlink()
+    compute_shards(tmp_path, LENGTHS, 2, lambda keys: asked.append(keys) or compute(keys), "")
+    assert len(asked) == num_lost
+    assert contents(tmp_path) == whole
 
 
-def test_a_failure_leaves_no_half_file(tmp_path):
+def test_a_part_or_a_larger_list_finds_what_was_computed(tmp_path):
+    compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    assert values(compute_shards(tmp_path, {"a": 3, "d": 5}, 2, None, "")) == {"a": "a", "d": "d"}
+    asked = []
+    more = compute_shards(tmp_path, LENGTHS | {"f": 9}, 2, lambda keys: asked.append(keys) or compute(keys), "")
+    assert asked == [["f"]]
+    assert values(more)["f"] == "f"
+
+
+def test_a_damaged_shard_is_computed_again(tmp_path):
+    places = compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    whole = contents(tmp_path)
+    places["a"].file.write_bytes(b"half")
+    compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    assert contents(tmp_path) == whole
+
+
+def test_an_interrupt_leaves_whole_shards_only_and_the_next_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compute_shards(tmp_path, 2, lambda number: interrupt(), "")
+        compute_shards(tmp_path, LENGTHS, 2, lambda keys: interrupt() if "d" in keys else compute(keys), "")
+    assert len(contents(tmp_path)) == 2
+    assert values(compute_shards(tmp_path, LENGTHS, 2, compute, "")) == {key: key for key in LENGTHS}
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "save_file", lambda _, file, **kwargs: file.write_text("half") and interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        compute_shards(tmp_path, LENGTHS, 2, compute, "")
     assert contents(tmp_path) == {}
 
 
@@ -48,5 +91,5 @@ def interrupt():
 
 
 def test_every_text_is_in_one_shard():
-    planned = plan_shards([3, 1, 2, 5, 4], 2)
-    assert sorted(index for shard in planned for index in shard) == [0, 1, 2, 3, 4]
+    planned = plan_shards(LENGTHS, 2)
+    assert planned == [["b", "c"], ["a", "e"], ["d"]]

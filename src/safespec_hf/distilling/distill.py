@@ -22,8 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import SafeSpecError
 from ..heads.draft_head import DraftHead, DraftHeadConfig
 from ..heads.safety_head import target_binding
-from ..training.data import hash_examples, hash_file, load_examples
+from ..training.data import Example, hash_examples, hash_file, load_examples
+from ..training.features import check_layers
+from ..training.files import check_writable_folder
 from ..training.report import provenance
+from ..training.settings import check_counts, check_number, check_ranges
 from .states import (
     OutOfTime,
     StateSettings,
@@ -39,6 +42,16 @@ from .states import (
 from .unroll import Counts, Figures, score_batch, to_figures
 
 WEIGHTS_FILE = "model.safetensors"
+RANGES = {
+    "depth_decay": "(0, 1]",
+    "learning_rate": "(0, inf)",
+    "warmup_fraction": "[0, 1)",
+    "weight_decay": "[0, inf)",
+    "max_grad_norm": "(0, inf]",
+    "held_out_fraction": "(0, 1)",
+    "checkpoint_minutes": "[0, inf)",
+    "seed": "[0, 2147483648)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +74,7 @@ class DistillSettings:
         seed (`int`, defaults to 0): Of everything.
 
     Raises:
-        ValueError: If a value is outside of its range.
+        SafeSpecError: If a value is outside of its range.
     """
 
     draft_vocab_size: int = 8192
@@ -79,11 +92,8 @@ class DistillSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("draft_vocab_size", "num_depths", "num_epochs", "num_step_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be >= 1, but it is {getattr(self, name)}.")
-        if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"`held_out_fraction` must be in (0, 1), but it is {self.held_out_fraction}.")
+        check_counts(self, "draft_vocab_size", "num_depths", "num_epochs", "num_step_tokens")
+        check_ranges(self, RANGES)
 
 
 def distill_draft(
@@ -115,17 +125,25 @@ def distill_draft(
         `dict`: What `training.json` holds: `is_finished`, `num_steps`, the held-out [`Figures`], settings, provenance.
 
     Raises:
-        SafeSpecError: If there are too few prompts to hold some out.
+        SafeSpecError: If there are too few prompts to hold some out, the target lacks a layer, or a folder can't be
+            written to. Before anything is read by the target.
+        HeadMismatchError: If `start` is the head of another target.
         UnsupportedRequestError: If a draft head can't share the target's embeddings and LM head.
     """
     settings = settings or DistillSettings()
+    if max_minutes is not None:
+        check_number("max_minutes", max_minutes, "[0, inf)")
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     cache = Path(cache_dir).expanduser()
+    for folder in (out, cache):
+        check_writable_folder(folder)
     draft = None if start is None else DraftHead.from_pretrained(start)
-    chosen = layers if draft is None else draft.config.hidden_layers
-    reading = StateSettings(layers=tuple(chosen or default_layers(model)))
+    reading = StateSettings(layers=_choose_layers(model, layers, draft))
+    # a draft that can't be bound is found out now, and not after hours of reading
+    (draft or DraftHead(draft_config(model, tokenizer, reading.layers, 1))).bind(model)
+    files = _load_files(answers, settings.held_out_fraction)
     try:
-        data = _read_answers(model, tokenizer, answers, cache, reading, settings.held_out_fraction, deadline)
+        data = _read_answers(model, tokenizer, files, cache, reading, settings.held_out_fraction, deadline)
     except OutOfTime:
         return {"is_finished": False, "step": 0}
     if draft is None:
@@ -133,7 +151,7 @@ def distill_draft(
     draft.to(model.device).float().bind(model)  # type: ignore[arg-type]  # its stub takes no device
     origin = None if start is None else hash_file(Path(start) / WEIGHTS_FILE)
     steps = {name: value for name, value in asdict(settings).items() if name != "checkpoint_minutes"}
-    key = [target_binding(model, tokenizer), data.hashes, steps, asdict(reading), origin]
+    key = [target_binding(model, tokenizer), list(map(hash_examples, files)), steps, asdict(reading), origin]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     record = Trainer(draft, data.train, data.held_out, settings, cache / f"draft-{digest}.pt").run(deadline)
     record |= {"num_answer_tokens": sum(len(text.answer_ids) for text in data.train), "settings": asdict(settings)}
@@ -154,6 +172,28 @@ def default_layers(model: PreTrainedModel) -> list[int]:
     return sorted({min(2, total), total // 2, max(total - 3, 0)})
 
 
+def draft_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int], draft_vocab_size: int
+) -> DraftHeadConfig:
+    """The config of a draft head in the target's shape."""
+    text: Any = model.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    return DraftHeadConfig(
+        hidden_size=text.hidden_size,
+        hidden_layers=list(layers),
+        vocab_size=text.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        rope_theta=rope.get("rope_theta") or 10_000.0,
+        max_position_embeddings=text.max_position_embeddings,
+        target=target_binding(model, tokenizer),
+    )
+
+
 def new_draft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,25 +209,10 @@ def new_draft(
         layers (`Sequence[int]`): Hidden states to read.
         settings ([`DistillSettings`]): How.
     """
-    text: Any = model.config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}
-    token_ids = choose_token_ids(texts, find_end_ids(model, tokenizer), settings.draft_vocab_size, text.vocab_size)
-    config = DraftHeadConfig(
-        hidden_size=text.hidden_size,
-        hidden_layers=list(layers),
-        vocab_size=text.vocab_size,
-        draft_vocab_size=len(token_ids),
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        rope_theta=rope.get("rope_theta") or 10_000.0,
-        max_position_embeddings=text.max_position_embeddings,
-        target=target_binding(model, tokenizer),
-    )
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    token_ids = choose_token_ids(texts, find_end_ids(model, tokenizer), settings.draft_vocab_size, vocab_size)
     torch.manual_seed(settings.seed)
-    draft = DraftHead(config)
+    draft = DraftHead(draft_config(model, tokenizer, layers, len(token_ids)))
     draft.token_ids.copy_(token_ids)
     loaded = [load_states(some) for some in texts[:: max(1, len(texts) // 64)]]
     with torch.no_grad():
@@ -201,31 +226,44 @@ def new_draft(
 class _Answers(NamedTuple):
     train: list[Text]
     held_out: list[Text]
-    hashes: list[str]
+
+
+def _choose_layers(model: PreTrainedModel, layers: Sequence[int] | None, draft: DraftHead | None) -> tuple[int, ...]:
+    own = None if draft is None else draft.config.hidden_layers
+    if own and layers and list(layers) != list(own):
+        raise SafeSpecError(f"The head to begin with reads layers {own}, not {list(layers)}. Leave `layers` out.")
+    chosen = tuple(own or layers or default_layers(model))
+    check_layers(chosen, model.config.get_text_config(decoder=True).num_hidden_layers)
+    if len(chosen) < 2:
+        raise SafeSpecError(f"A draft head reads at least two layers, but these are {list(chosen)}.")
+    return chosen
+
+
+def _load_files(answers: Sequence[str | os.PathLike[str]], held_out_fraction: float) -> list[list[Example]]:
+    files = [load_examples([path], label=0) for path in answers]
+    sides = [is_held_out(example.group, held_out_fraction) for examples in files for example in examples]
+    if len(set(sides)) < 2:
+        raise SafeSpecError(
+            f"Of {len(sides)} answers {sum(sides)} fell into the held-out part, but both parts need some. Give "
+            "answers to more prompts, or another `held_out_fraction`."
+        )
+    return files
 
 
 def _read_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    answers: Sequence[str | os.PathLike[str]],
+    files: Sequence[Sequence[Example]],
     cache: Path,
     reading: StateSettings,
     held_out_fraction: float,
     deadline: float | None,
 ) -> _Answers:
-    data = _Answers([], [], [])
-    # one folder of states per file, so that a file that is added later is the only one to be read
-    for path in answers:
-        examples = load_examples([path], label=0)
-        data.hashes.append(hash_examples(examples))
+    data = _Answers([], [])
+    for examples in files:
         texts = read_states(model, tokenizer, examples, cache, reading, deadline)
         for example, text in zip(examples, texts, strict=True):
             (data.held_out if is_held_out(example.group, held_out_fraction) else data.train).append(text)
-    if not data.held_out or not data.train:
-        raise SafeSpecError(
-            f"Of {len(data.train) + len(data.held_out)} answers {len(data.held_out)} fell into the held-out part, but "
-            "both parts need some. Give answers to more prompts, or another `held_out_fraction`."
-        )
     return data
 
 

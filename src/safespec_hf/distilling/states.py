@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import target_binding
-from ..training.data import Example, hash_examples
-from ..training.hidden import Encoded, encode, make_batches, read_hidden
-from ..training.shards import compute_shards, plan_shards
+from ..training.data import Example
+from ..training.hidden import Encoded, encode, hash_weights, make_batches, read_hidden
+from ..training.settings import check_counts
+from ..training.shards import Place, compute_shards
 
 
 class OutOfTime(Exception):
@@ -50,6 +51,9 @@ class StateSettings:
     max_response_tokens: int = 512
     num_batch_tokens: int = 4096
     num_shard_examples: int = 64
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_prompt_tokens", "max_response_tokens", "num_batch_tokens", "num_shard_examples")
 
 
 class Text(NamedTuple):
@@ -114,7 +118,7 @@ def read_states(
         model ([`~transformers.PreTrainedModel`]): The target.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with a chat template.
         examples (`Sequence[Example]`): Answered ones.
-        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of everything that matters.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target, tokenizer and layers.
         settings ([`StateSettings`]): What to read.
         deadline (`float`, *optional*): Reading of [`time.monotonic`] after which no shard is begun.
 
@@ -127,15 +131,18 @@ def read_states(
     """
     encoded = [encode(tokenizer, e, settings.max_prompt_tokens, settings.max_response_tokens) for e in examples]
     _check_logits(model, encoded[0])
-    shards = plan_shards([text.num_tokens for text in encoded], settings.num_shard_examples)
+    texts = {text.key: text for text in encoded}
 
-    def compute(number: int) -> dict[str, Tensor]:
+    def compute(keys: Sequence[str]) -> dict[str, Tensor]:
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTime
-        return _read_shard(model, {index: encoded[index] for index in shards[number]}, settings)
+        return _read_shard(model, [texts[key] for key in keys], settings)
 
-    folder = Path(cache_dir) / _cache_key(model, tokenizer, examples, settings)
-    return _load_texts(compute_shards(folder, len(shards), compute, "states"))
+    folder = Path(cache_dir) / _cache_key(model, tokenizer, settings)
+    lengths = {key: text.num_tokens for key, text in texts.items()}
+    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "states")
+    found = _load_texts({place.file for place in places.values()})
+    return [found[places[text.key]] for text in encoded]
 
 
 def load_states(text: Text) -> tuple[Tensor, Tensor]:
@@ -218,46 +225,40 @@ def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return sorted({int(token) for ids in nested for token in ids})
 
 
-def _cache_key(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: StateSettings
-) -> str:
-    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-    parts = [target_binding(model, tokenizer), template, str(model.dtype), hash_examples(examples), asdict(settings)]
+def _cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: StateSettings) -> str:
+    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), settings.layers]
     return "states-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_shard(model: PreTrainedModel, texts: dict[int, Encoded], settings: StateSettings) -> dict[str, Tensor]:
-    indices, width = list(texts), model.config.get_text_config(decoder=True).hidden_size
+def _read_shard(model: PreTrainedModel, texts: Sequence[Encoded], settings: StateSettings) -> dict[str, Tensor]:
+    width = model.config.get_text_config(decoder=True).hidden_size
     layers = [*settings.layers, model.config.get_text_config(decoder=True).num_hidden_layers]
     states: dict[int, Tensor] = {}
-    for batch in make_batches([texts[index].num_tokens for index in indices], settings.num_batch_tokens):
-        chosen = [indices[position] for position in batch]
+    for batch in make_batches([text.num_tokens for text in texts], settings.num_batch_tokens):
         # all of a text counts as answer here, as the draft reads the prompt too
-        whole = [Encoded([], texts[index].prompt_ids + texts[index].response_ids) for index in chosen]
-        for index, hidden_TF in zip(chosen, read_hidden(model, whole, layers), strict=True):
+        whole = [Encoded([], texts[index].prompt_ids + texts[index].response_ids) for index in batch]
+        for index, hidden_TF in zip(batch, read_hidden(model, whole, layers), strict=True):
             states[index] = hidden_TF.to(torch.bfloat16)
-    last = [states[index][len(texts[index].prompt_ids) :, -width:] for index in indices]
     return {
-        "example": torch.tensor(indices),
-        "num_prompt": torch.tensor([len(texts[index].prompt_ids) for index in indices]),
-        "num_tokens": torch.tensor([texts[index].num_tokens for index in indices]),
-        "ids": torch.tensor([token for index in indices for part in texts[index] for token in part]),
-        "states": torch.cat([states[index][:, :-width] for index in indices]),
-        "last": torch.cat(last),
+        "num_prompt": torch.tensor([len(text.prompt_ids) for text in texts]),
+        "num_tokens": torch.tensor([text.num_tokens for text in texts]),
+        "ids": torch.tensor([token for text in texts for part in text for token in part]),
+        "states": torch.cat([states[index][:, :-width] for index in range(len(texts))]),
+        "last": torch.cat([states[index][len(text.prompt_ids) :, -width:] for index, text in enumerate(texts)]),
     }
 
 
-def _load_texts(files: Sequence[Path]) -> list[Text]:
-    texts: dict[int, Text] = {}
+def _load_texts(files: Iterable[Path]) -> dict[Place, Text]:
+    texts: dict[Place, Text] = {}
     for file in files:
         with safe_open(file, "pt") as shard:
-            index = {name: shard.get_tensor(name) for name in ("example", "num_prompt", "num_tokens", "ids")}
+            sizes = [shard.get_tensor(name).tolist() for name in ("num_prompt", "num_tokens")]
+            ids = shard.get_tensor("ids")
         row = answer_row = 0
-        columns = (index[name].tolist() for name in ("example", "num_prompt", "num_tokens"))
-        for example, num_prompt, num_tokens in zip(*columns, strict=True):
-            texts[example] = Text(index["ids"][row : row + num_tokens], num_prompt, file, row, answer_row)
+        for number, (num_prompt, num_tokens) in enumerate(zip(*sizes, strict=True)):
+            texts[Place(file, number)] = Text(ids[row : row + num_tokens], num_prompt, file, row, answer_row)
             row, answer_row = row + num_tokens, answer_row + num_tokens - num_prompt
-    return [texts[example] for example in sorted(texts)]
+    return texts
 
 
 @torch.inference_mode()

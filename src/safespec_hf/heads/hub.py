@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from .card import Report, describe_reading, describe_size, describe_threshold, model_card, to_table
 from .loading import hub_arguments
 from .publishing import (
     CARD,
+    REPORT,
     address_of,
     check_destination,
+    copy_report,
     find_license,
     publication,
     publish,
@@ -20,7 +23,16 @@ from .publishing import (
 )
 from .safety_head import SafetyHead
 
-__all__ = ["describe_push", "find_license", "model_card", "push_head", "refresh_card", "save_head", "show_head"]
+__all__ = [
+    "describe_push",
+    "find_license",
+    "keep_report",
+    "model_card",
+    "push_head",
+    "refresh_card",
+    "save_head",
+    "show_head",
+]
 
 
 def save_head(
@@ -146,6 +158,28 @@ def describe_push(
         rows = [f"  {file.relative_to(folder).as_posix()}, {file.stat().st_size:,} bytes" for file in files]
         card = (folder / CARD).read_text(encoding="utf-8")
     return "\n".join([f"To {address_of(repo_id, revision)}:", *rows, f"{CARD}:", card])
+
+
+def keep_report(report: str | os.PathLike[str], head: str | os.PathLike[str]) -> str:
+    """Keeps the figures of a report beside the head that they were measured on, where a push finds them.
+
+    Pictures stay where they are; [`push_head`] publishes them if it is given the report's folder.
+
+    Args:
+        report (`str` or `os.PathLike`): Folder that `safespec report` wrote.
+        head (`str` or `os.PathLike`): Folder of the head. What can't be written to, or is no folder, is left alone.
+
+    Returns:
+        `str`: What was done.
+    """
+    if not os.path.isdir(head):
+        return f"Not kept beside the head, as {str(head)!r} is no folder: push it with `--report {report}`."
+    try:
+        copy_report(report, Path(head), is_whole=False)
+        refresh_card(SafetyHead, head)
+    except PermissionError as error:
+        return f"Not kept beside the head ({error}): push it with `--report {report}`."
+    return f"{Path(head) / REPORT}: kept beside the head, for its card"
 
 
 def show_head(head: SafetyHead | str | os.PathLike[str], **hub_kwargs: Any) -> str:

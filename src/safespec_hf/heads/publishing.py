@@ -15,7 +15,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # `HTTPError` is that of its HTTP library
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
@@ -42,7 +47,7 @@ def save_folder(
     license: str | None = None,
     **save_kwargs: Any,
 ) -> None:
-    """What [`save_head`][safespec_hf.heads.hub.save_head] does; `save_kwargs` go to transformers."""
+    """What `save_head` does; `save_kwargs` go to transformers."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     # inside the folder, since files can be moved in one step within a file system only
@@ -74,17 +79,22 @@ def publish(
     dry_run: bool = False,
     **commit_kwargs: Any,
 ) -> str:
-    """What [`push_head`][safespec_hf.heads.hub.push_head] does; `commit_kwargs` go to the Hub's client."""
+    """What `push_head` does; `commit_kwargs` go to the Hub's client."""
     check_destination(repo_id, revision)
     api = HfApi(token=token)
     with publication(kind, head, repo_id, report, license, tags) as folder:
         if not dry_run:
             if not is_hub_reachable():
                 raise SafeSpecError(f"Hub unreachable ({api.endpoint}): nothing was sent. Push again when it answers.")
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit_kwargs)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit_kwargs)
+            except HfHubHTTPError:
+                raise
+            except HTTPError as error:
+                raise SafeSpecError(f"The connection to {api.endpoint} broke off ({error}). Push again.") from error
     return address_of(repo_id, revision)
 
 
@@ -138,16 +148,18 @@ def publication(
         yield folder
 
 
-def copy_report(report: str | os.PathLike[str], folder: Path) -> None:
-    """Puts a report and its pictures beside a head, in place of another one."""
+def copy_report(report: str | os.PathLike[str], folder: Path, *, is_whole: bool = True) -> None:
+    """Puts a report, if it is the whole of it with text and pictures, beside a head, in place of another one."""
     source = Path(report)
     if not (source / REPORT).is_file():
         raise HeadFileError(
             f"There is no `{REPORT}` in {str(source)!r}. Give the folder that `safespec report` wrote."
         )
     (folder / EVAL_RESULTS).unlink(missing_ok=True)
-    for file in sorted(file for file in source.iterdir() if _matches(file.name, _FROM_REPORT)):
-        shutil.copyfile(file, folder / file.name)
+    wanted = _FROM_REPORT if is_whole else (REPORT,)
+    for file in sorted(file for file in source.iterdir() if _matches(file.name, wanted)):
+        if not (folder / file.name).exists() or not file.samefile(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 def find_license(head: Source) -> str | None:
@@ -221,7 +233,8 @@ def _write_texts(
 ) -> None:
     """The card, unless somebody has edited it, and the report and evaluation results unless they are there."""
     if not (folder / CARD).exists() or is_unedited((folder / CARD).read_text(encoding="utf-8")):
-        model_card(head, report=report, repo_id=repo_id, license=license or find_license(folder)).save(folder / CARD)
+        stated = find_license(folder) if license is None else license
+        model_card(head, report=report, repo_id=repo_id, license=stated).save(folder / CARD)
     if report and "results" in report and not (folder / REPORT).exists():
         (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     entries = eval_results(report or {}, repo_id)
@@ -236,7 +249,7 @@ def _finish_card(folder: Path, repo_id: str, license: str | None, tags: Sequence
     """Adds what a head is published with to its card, also to one that somebody has edited."""
     card = _load_card(folder)
     data: ModelCardData = card.data  # type: ignore[assignment]  # typed as any card's
-    if (license and data.license != license) or tags:
+    if license not in (None, data.license) or tags:
         data.license, data.tags = license or data.license, list(dict.fromkeys([*(data.tags or []), *(tags or [])]))
         card.save(folder / CARD)
     if not data.license:

@@ -114,12 +114,12 @@ class SafetyHead(StrictModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """[`save_head`][safespec_hf.heads.hub.save_head], by the name that transformers gives it.
+        """`save_head`, by the name that transformers gives it.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder; made if it is missing.
             is_main_process (`bool`, *optional*, defaults to `True`): Only the main one of many processes saves.
-            report, license: As for [`save_head`][safespec_hf.heads.hub.save_head].
+            report, license: As for `save_head`.
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Publish it as well, as `repo_id`; other keywords are those of [`push_to_hub`].
             kwargs: As for [`~transformers.PreTrainedModel.save_pretrained`].
@@ -140,11 +140,11 @@ class SafetyHead(StrictModel):
     def push_to_hub(  # type: ignore[override]  # transformers' own keywords are in `kwargs`
         self, repo_id: str, *, report: str | os.PathLike[str] | None = None, license: str | None = None, **kwargs: Any
     ) -> str:
-        """[`push_head`][safespec_hf.heads.hub.push_head], by the name that transformers gives it.
+        """`push_head`, by the name that transformers gives it.
 
         Args:
             repo_id (`str`): `owner/name`; made if it is missing.
-            report, license: As for [`push_head`][safespec_hf.heads.hub.push_head].
+            report, license: As for `push_head`.
             kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`, `tags`.
 
         Returns:

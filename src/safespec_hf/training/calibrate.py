@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
+from .metrics import Scored
 
 
 def num_answers_needed(alpha: float) -> int:
@@ -118,3 +119,42 @@ def fold_temperature(head: SafetyHead, temperature: float) -> None:
     assert isinstance(last, nn.Linear)
     last.weight.div_(temperature)
     last.bias.div_(temperature)
+
+
+def calibrate_head(head: SafetyHead, benign: Scored, labelled: Scored | None, alpha: float) -> dict[str, Any]:
+    """Folds a temperature into a head and sets its threshold.
+
+    Args:
+        head ([`SafetyHead`]): Changed in place.
+        benign ([`Scored`]): Safe answers that it was not trained on, with their risks.
+        labelled ([`Scored`], *optional*): Answers of both classes for the temperature; without them it stays 1.
+        alpha (`float`): Bound on the share of benign answers that are flagged anywhere, in (0, 1).
+
+    Returns:
+        `dict`: For the head's record: `alpha`, `num_answers`, `temperature`, `risk_threshold`, `by_source`.
+
+    Raises:
+        SafeSpecError: As [`conformal_threshold`], or if the labelled answers are of one class.
+    """
+    if labelled is not None and len(set(labelled.labels.tolist())) < 2:
+        raise SafeSpecError(
+            f"A temperature needs answers of both classes, but all {len(labelled.examples)} labelled ones are of one."
+        )
+    logits = torch.logit(torch.tensor(benign.highest()), eps=1e-9)
+    temperature = 1.0
+    if labelled is not None:
+        highest = torch.logit(torch.tensor(labelled.highest()), eps=1e-9)
+        temperature = fit_temperature(highest, torch.tensor(labelled.labels))
+        fold_temperature(head, temperature)
+    scores = torch.sigmoid(logits / temperature).tolist()
+    head.config.risk_threshold = conformal_threshold(scores, alpha)
+    by_source: dict[str, list[float]] = {}
+    for example, score in zip(benign.examples, scores, strict=True):
+        by_source.setdefault(example.source, []).append(score)
+    return {
+        "alpha": alpha,
+        "num_answers": len(scores),
+        "temperature": temperature,
+        "risk_threshold": head.config.risk_threshold,
+        "by_source": thresholds_by_source(by_source, alpha),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,9 +13,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from ..errors import SafeSpecError
 from .data import Example, hash_examples
+from .files import check_writable_file
+from .hidden import render_prompt
+from .settings import check_counts, check_ranges
+
+logger = logging.get_logger(__name__)
 
 Labeler = Callable[[Sequence[Example]], list[int | None]]
 
@@ -36,6 +43,10 @@ class CollectSettings:
     batch_size: int = 32
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_new_tokens", "max_prompt_tokens", "batch_size")
+        check_ranges(self, {"temperature": "[0, inf)", "seed": "[0, 2147483648)"})
 
 
 def collect_answers(
@@ -66,53 +77,67 @@ def collect_answers(
         `int`: Answers that this call wrote.
 
     Raises:
-        SafeSpecError: If the file was begun with other settings or prompts.
+        SafeSpecError: If the chat template is missing or refuses a prompt, if the file can't be written to, or if it
+            was begun with other settings or prompts, or by something else. All before the first answer.
     """
     settings = settings or CollectSettings()
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {example.id: render_prompt(tokenizer, example) + example.response for example in prompts}
+    check_writable_file(path)
     _check_settings(path, {**asdict(settings), "model": model.config._name_or_path, "prompts": hash_examples(prompts)})
     done = _read_done(path)
     ordered = sorted(prompts, key=lambda example: sum(len(message["content"]) for message in example.messages))
-    num_written = 0
+    num_written = num_unlabelled = 0
     for start in tqdm(range(0, len(ordered), settings.batch_size), desc=f"answers > {path.name}", unit="batch"):
         batch = ordered[start : start + settings.batch_size]
         if all(example.id in done for example in batch):
             continue
-        answers = _answer(model, tokenizer, batch, settings, start)
+        # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
+        set_seed(settings.seed + start)
+        spoken = _answer(model, tokenizer, [texts[example.id] for example in batch], settings)
+        answers = [replace(e, response=e.response + answer) for e, answer in zip(batch, spoken, strict=True)]
         labels = [example.label for example in answers] if labeler is None else labeler(answers)
         new = [replace(a, label=label) for a, label in zip(answers, labels, strict=True) if a.id not in done]
         num_written += _append(path, new)
+        num_unlabelled += sum(example.label is None for example in new)
+    if num_unlabelled:
+        logger.warning("%d answers are left out of %s: they were given no label.", num_unlabelled, path.name)
     return num_written
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Example],
-    settings: CollectSettings,
-    start: int,
-) -> list[Example]:
-    contexts = [
-        str(tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, tokenize=False))
-        for example in batch
-    ]
-    texts = [context + example.response for context, example in zip(contexts, batch, strict=True)]
-    encoded: Any = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    inputs = {name: tensor[:, -settings.max_prompt_tokens :].to(model.device) for name, tensor in encoded.items()}
-    # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
-    set_seed(settings.seed + start)
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: CollectSettings
+) -> list[str]:
+    """What a model says after each text, up to its end token."""
+    encoded: Any = tokenizer(list(texts), add_special_tokens=False)
+    rows = [ids[-settings.max_prompt_tokens :] for ids in encoded["input_ids"]]
+    width, stop_ids = max(map(len, rows)), _stop_ids(model)
+    # Padded here: a tokenizer without a pad token can't, and is the caller's. What it is padded with is never read.
+    known = [tokenizer.pad_token_id, *stop_ids, tokenizer.eos_token_id, 0]
+    pad_token_id = next(token for token in known if token is not None)
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
     with torch.inference_mode():
         tokens = generate(
-            **inputs,
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_token_id,
             **(sampling if settings.temperature > 0 else {"do_sample": False}),
         )
-    answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [replace(e, response=e.response + answer) for e, answer in zip(batch, answers, strict=True)]
+    answers = [
+        list(itertools.takewhile(lambda token: token not in stop_ids, row)) for row in tokens[:, width:].tolist()
+    ]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def _stop_ids(model: PreTrainedModel) -> list[int]:
+    """What `generate` ends an answer at; it fills up the rows of a batch behind it."""
+    generation: Any = model.generation_config
+    ids = generation.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _append(path: Path, examples: Sequence[Example]) -> int:
@@ -137,9 +162,13 @@ def _read_done(path: Path) -> set[str]:
 
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
     file = path.with_name(path.name + ".settings.json")
-    if path.exists() and file.exists() and json.loads(file.read_text()) != settings:
-        raise SafeSpecError(
-            f"{path} was begun with other settings or prompts: {file.read_text()} there, {json.dumps(settings)} now. "
-            "Give another file, or delete this one."
-        )
-    file.write_text(json.dumps(settings))
+    if path.exists() and path.stat().st_size:
+        begun = file.read_text() if file.exists() else "unknown ones"
+        if begun != json.dumps(settings):
+            raise SafeSpecError(
+                f"{path} was begun with other settings or prompts: {begun} there, {json.dumps(settings)} now. "
+                "Give another file, or delete this one."
+            )
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(settings))
+    os.replace(partial, file)

@@ -112,7 +112,7 @@ def base_names(arguments: Sequence[str]) -> list[str]:
 def _sources(paths: Sequence[str]) -> list[str]:
     """What rows call their file if they don't say: its name without an ending; with a folder, if two have one name."""
     stems = [
-        str(Path(path.removesuffix(".gz")).with_suffix("")) if os.path.exists(path) else path.partition(":")[0]
+        os.path.splitext(path.removesuffix(".gz"))[0] if os.path.exists(path) else path.partition(":")[0]
         for path in paths
     ]
     return distinct_names([path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
+from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
-from .data import Example, hash_examples
-from .hidden import Encoded, encode, make_batches, pool_answer, read_hidden, span_counts
-from .shards import compute_shards, plan_shards
+from .data import Example
+from .hidden import Encoded, encode, hash_weights, make_batches, pool_answer, read_hidden, span_counts
+from .settings import check_counts, check_number, check_ranges
+from .shards import Place, compute_shards
 
 
 class Reading(NamedTuple):
@@ -36,6 +38,23 @@ class Reading(NamedTuple):
     def name(self) -> str:
         """For files and tables, such as `"mean-answer"`."""
         return f"{self.pooling}-{self.span}"
+
+    @classmethod
+    def parse(cls, text: str) -> Reading:
+        """The reading of that name.
+
+        Raises:
+            SafeSpecError: If there is none; names all that there are.
+
+        Example:
+
+            >>> Reading.parse("mean-answer")
+            Reading(pooling='mean', span='answer')
+        """
+        found = {reading.name: reading for reading in READINGS}
+        if text not in found:
+            raise SafeSpecError(f"A reading is a pooling and a span, one of {', '.join(found)}, but it is {text!r}.")
+        return found[text]
 
 
 READINGS = (
@@ -69,6 +88,31 @@ class FeatureSettings:
     num_batch_tokens: int = 4096
     num_shard_examples: int = 64
 
+    def __post_init__(self) -> None:
+        check_counts(self, "max_prompt_tokens", "max_response_tokens", "num_batch_tokens", "num_shard_examples")
+        check_ranges(self, {"ewma_decay": "(0, 1)"})
+        for length in self.prefix_tokens:
+            check_number("prefix_tokens", length, "[1, inf)", "an integer")
+        if not self.readings:
+            raise SafeSpecError("`readings` must name at least one way to pool, but it is empty.")
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raises unless these are hidden states that a target has.
+
+    Args:
+        layers (`Sequence[int]`): As in [`SafetyHeadConfig`]: 0 is the embeddings, `num_layers` the last one.
+        num_layers (`int`): The target's `num_hidden_layers`.
+
+    Raises:
+        SafeSpecError: If there are none, one is out of range, or one is named twice.
+    """
+    is_legal = all(isinstance(layer, int) and 0 <= layer <= num_layers for layer in layers)
+    if not layers or not is_legal or len(set(layers)) < len(layers):
+        raise SafeSpecError(
+            f"Layers must be different numbers from 0 to {num_layers} for this target, but they are {list(layers)}."
+        )
+
 
 class Features(NamedTuple):
     """Features of a data set, one row per prefix, in the order of the examples.
@@ -97,7 +141,9 @@ def extract_features(
     cache_dir: str | os.PathLike[str],
     settings: FeatureSettings,
 ) -> Features:
-    """Reads all examples, or what an earlier run with the same target, tokenizer, data and settings has left to read.
+    """Reads all examples, or those that earlier runs with the same target, tokenizer and settings have left to read.
+
+    What an earlier run read is found by its tokens, so another split of the data or one file more is no other data.
 
     Under `accelerate launch` the processes share the work; the files are the same for any number of them.
 
@@ -105,43 +151,53 @@ def extract_features(
         model ([`~transformers.PreTrainedModel`]): The target.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with a chat template.
         examples (`Sequence[Example]`): Answered ones.
-        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of everything that matters.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target, tokenizer and settings.
         settings ([`FeatureSettings`]): What to read.
 
     Returns:
         [`Features`]: Of all examples.
+
+    Raises:
+        SafeSpecError: If the target lacks a layer, or the chat template refuses a conversation.
     """
-    folder = Path(cache_dir) / cache_key(model, tokenizer, examples, settings)
+    check_layers(settings.layers, model.config.get_text_config(decoder=True).num_hidden_layers)
     encoded = [encode(tokenizer, e, settings.max_prompt_tokens, settings.max_response_tokens) for e in examples]
-    shards = plan_shards([text.num_tokens for text in encoded], settings.num_shard_examples)
+    texts = {text.key: text for text in encoded}
     newline_ids = find_newline_ids(tokenizer)
 
-    def compute(number: int) -> dict[str, Tensor]:
-        tensors = _read_shard(model, {index: encoded[index] for index in shards[number]}, settings, newline_ids)
-        tensors["num_chars"] = _count_chars(tokenizer, encoded, tensors)
-        return tensors
+    def compute(keys: Sequence[str]) -> dict[str, Tensor]:
+        return _read_shard(model, tokenizer, [texts[key] for key in keys], settings, newline_ids)
 
-    return load_features(compute_shards(folder, len(shards), compute, "features"), settings)
+    lengths = {key: text.num_tokens for key, text in texts.items()}
+    folder = Path(cache_dir) / cache_key(model, tokenizer, settings)
+    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "features")
+    return load_features([places[text.key] for text in encoded], settings)
 
 
-def cache_key(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: FeatureSettings
-) -> str:
-    """16 hex digits over everything that features depend on."""
-    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-    parts = [target_binding(model, tokenizer), template, str(model.dtype), hash_examples(examples), asdict(settings)]
+def cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FeatureSettings) -> str:
+    """16 hex digits over everything that features depend on besides the text."""
+    parts: list[object] = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype)]
+    parts += [settings.layers, settings.readings, settings.ewma_decay, settings.prefix_tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_features(files: Sequence[Path], settings: FeatureSettings) -> Features:
-    """Puts shards together, in the order of the examples."""
-    shards = [load_file(file) for file in files]
-    joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    # examples lie in shards by length; rows of one example are already in order
-    order = torch.argsort(joined["example"], stable=True)
-    states = {reading.name: joined.pop(reading.name)[order] for reading in settings.readings}
-    index = {name: tensor[order] for name, tensor in joined.items()}
-    return Features(states, **index, layers=settings.layers)
+def load_features(places: Sequence[Place], settings: FeatureSettings) -> Features:
+    """Puts rows of shards together, in the order of the examples whose places these are."""
+    rows: dict[int, dict[str, Tensor]] = {}
+    for file in dict.fromkeys(place.file for place in places):
+        shard = load_file(file)
+        # rows of one example lie together
+        starts = [0, *shard["example"].bincount().cumsum(0).tolist()]
+        for position, place in enumerate(places):
+            if place.file == file:
+                chosen = slice(starts[place.number], starts[place.number + 1])
+                rows[position] = {name: tensor[chosen] for name, tensor in shard.items()}
+    ordered = [rows[position] for position in range(len(places))]
+    joined = {name: torch.cat([row[name] for row in ordered]) for name in ordered[0] if name != "example"}
+    states = {reading.name: joined.pop(reading.name) for reading in settings.readings}
+    sizes = torch.tensor([len(row["example"]) for row in ordered])
+    example = torch.arange(len(ordered)).repeat_interleave(sizes)
+    return Features(states, example=example, **joined, layers=settings.layers)
 
 
 def prefix_positions(num_tokens: int, prefix_tokens: Sequence[int]) -> list[int]:
@@ -156,17 +212,20 @@ def prefix_positions(num_tokens: int, prefix_tokens: Sequence[int]) -> list[int]
 
 
 def _read_shard(
-    model: PreTrainedModel, texts: dict[int, Encoded], settings: FeatureSettings, newline_ids: frozenset[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Encoded],
+    settings: FeatureSettings,
+    newline_ids: frozenset[int],
 ) -> dict[str, Tensor]:
-    indices = list(texts)
     parts: dict[int, dict[str, Tensor]] = {}
-    for batch in make_batches([texts[index].num_tokens for index in indices], settings.num_batch_tokens):
-        chosen = [indices[position] for position in batch]
-        states = read_hidden(model, [texts[index] for index in chosen], settings.layers)
-        for index, hidden_TF in zip(chosen, states, strict=True):
+    for batch in make_batches([text.num_tokens for text in texts], settings.num_batch_tokens):
+        states = read_hidden(model, [texts[index] for index in batch], settings.layers)
+        for index, hidden_TF in zip(batch, states, strict=True):
             parts[index] = _pool_prefixes(index, texts[index], hidden_TF, settings, newline_ids)
-    names = next(iter(parts.values()))
-    return {name: torch.cat([parts[index][name] for index in sorted(parts)]) for name in names}
+    tensors = {name: torch.cat([parts[index][name] for index in sorted(parts)]) for name in parts[0]}
+    tensors["num_chars"] = _count_chars(tokenizer, texts, tensors)
+    return tensors
 
 
 def _pool_prefixes(
@@ -190,3 +249,23 @@ def _count_chars(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded],
     pairs = zip(tensors["example"].tolist(), tensors["num_tokens"].tolist(), strict=True)
     texts = tokenizer.batch_decode([encoded[index].response_ids[:length] for index, length in pairs])
     return torch.tensor([len(text) for text in texts])
+
+
+def default_settings(
+    model: PreTrainedModel, layers: Sequence[int] | None = None, *, max_response_tokens: int = 256
+) -> FeatureSettings:
+    """Settings for a target.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        layers (`Sequence[int]`, *optional*): Hidden states to read. Default: from the middle on, about five of them.
+        max_response_tokens (`int`, *optional*, defaults to 256): Longer answers are cut.
+
+    Raises:
+        SafeSpecError: If the target has no such hidden state.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    # the paper found the first quarter of the layers useless and all from the middle on alike
+    chosen = tuple(range(total // 2, total + 1, max(1, total // 10))) if layers is None else tuple(layers)
+    check_layers(chosen, total)
+    return FeatureSettings(layers=chosen, max_response_tokens=max_response_tokens)

@@ -305,5 +305,5 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise SafeSpecError(
-            f"This kind of data needs {error.name}, which is not installed: pip install safespec-hf[train]"
+            f'This kind of data needs {error.name}, which is not installed: pip install "safespec-hf[data]"'
         ) from error

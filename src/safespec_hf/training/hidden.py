@@ -5,11 +5,14 @@ Shapes: T tokens of an answer, F features (hidden size times layers).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +35,37 @@ class Encoded(NamedTuple):
         """Of both."""
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def key(self) -> str:
+        """32 hex digits over both: all that hidden states of a target depend on."""
+        return hashlib.sha256(json.dumps([self.prompt_ids, self.response_ids]).encode()).hexdigest()[:32]
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, add_generation_prompt: bool = True) -> str:
+    """The conversation in the tokenizer's chat template, by default up to where the answer begins.
+
+    Raises:
+        SafeSpecError: If there is no template, or if it refuses this conversation; names the example.
+    """
+    if not tokenizer.chat_template:
+        raise SafeSpecError(
+            f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, so it does not say how "
+            "to ask. Take a model that was tuned for chat, or save a tokenizer with `chat_template` set."
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(example.messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in example.messages)
+        raise SafeSpecError(
+            f"The chat template refuses the conversation of example {example.id!r} (roles: {roles}): {error} Many "
+            "templates know no system role, or want user and assistant in turns: put what the system says into the "
+            "first message of the user, or leave the row out."
+        ) from error
+
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, example: Example, max_prompt_tokens: int, max_response_tokens: int
@@ -39,14 +73,27 @@ def encode(
     """Tokenises one example; a long conversation loses its beginning, a long answer its end.
 
     Raises:
-        SafeSpecError: If the answer has no tokens.
+        SafeSpecError: If the chat template refuses the conversation, or if the answer has no tokens.
     """
-    prompt: Any = tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, return_dict=True)
+    prompt: Any = tokenizer(render_prompt(tokenizer, example), add_special_tokens=False)
     response: Any = tokenizer(example.response, add_special_tokens=False)
     encoded = Encoded(prompt["input_ids"][-max_prompt_tokens:], response["input_ids"][:max_response_tokens])
     if not encoded.response_ids:
         raise SafeSpecError(f"The answer of example {example.id!r} has no tokens.")
     return encoded
+
+
+def hash_weights(model: PreTrainedModel) -> str:
+    """16 hex digits over samples of every weight: what was computed with other weights must not be taken for theirs.
+
+    A fine-tune in a local folder has no name to tell it by. Weights that are not in memory are passed over.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is Tensor and not tensor.is_meta:
+            flat = tensor.flatten()
+            digest.update(f"{name} {tuple(tensor.shape)} {flat[:8].tolist()} {flat[-8:].tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -96,6 +143,9 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
 
     Returns:
         `list[torch.Tensor]`: One of shape `(T, hidden_size * len(layers))` per text, on the CPU.
+
+    Raises:
+        SafeSpecError: If they overflow: half precision is too narrow for some targets.
     """
     width = max(text.num_tokens for text in batch)
     rows = [text.prompt_ids + text.response_ids for text in batch]
@@ -104,7 +154,13 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     with first_layers(model, max(layers) + 1):
         outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
     states = read_tap(outputs, layers, width).cpu()
-    return [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
+    parts = [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise SafeSpecError(
+            f"Hidden states of {type(model).__name__} are infinite or no numbers in {model.dtype}: they tell nothing. "
+            "Load it in float32 or bfloat16 (`--dtype`); if that changes nothing, its weights are broken."
+        )
+    return parts
 
 
 def span_counts(
@@ -153,11 +209,23 @@ def score_answers(
     """
     encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
     newline_ids = find_newline_ids(tokenizer) if head.config.span == "segment" else frozenset()
-    for batch in make_batches([text.num_tokens for text in encoded], num_batch_tokens):
-        texts = [encoded[index] for index in batch]
-        states = read_hidden(model, texts, head.config.hidden_layers or [])
-        for index, text, hidden_TF in zip(batch, texts, states, strict=True):
-            counts = span_counts(text.response_ids, head.config.span, newline_ids, policy or SafeSpecConfig())
+    yield from score_texts(model, head, encoded, newline_ids, policy or SafeSpecConfig(), num_batch_tokens)
+
+
+def score_texts(
+    model: PreTrainedModel,
+    head: SafetyHead,
+    texts: Sequence[Encoded],
+    newline_ids: frozenset[int],
+    policy: SafeSpecConfig,
+    num_batch_tokens: int = 4096,
+) -> Iterator[tuple[int, Tensor]]:
+    """As [`score_answers`], of texts that are tokens already."""
+    for batch in make_batches([text.num_tokens for text in texts], num_batch_tokens):
+        chosen = [texts[index] for index in batch]
+        states = read_hidden(model, chosen, head.config.hidden_layers or [])
+        for index, text, hidden_TF in zip(batch, chosen, states, strict=True):
+            counts = span_counts(text.response_ids, head.config.span, newline_ids, policy)
             yield index, risk_of(head, hidden_TF, counts)
 
 

@@ -7,15 +7,18 @@ here, since their weights can't be had on the machine this was written on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,8 +26,17 @@ from transformers import (
 from ..errors import SafeSpecError
 from .collect import Labeler
 from .data import Example
+from .hidden import render_prompt
 
-UNSAFE_NAMES = frozenset({"unsafe", "harmful", "toxic", "jailbreak", "injection", "label_1", "1"})
+Parser = Callable[[str], int | None]
+# What classes of published classifiers are called, in lower case and with a space for other signs.
+UNSAFE_NAME = re.compile(
+    r"unsafe|harmful|(severe )?toxic(ity)?|jailbreak|injection|malicious|obscene|threat|insult"
+    r"|identity (hate|attack)|sexual explicit|hate(ful| speech)?|offensive"
+)
+SAFE_NAME = re.compile(
+    r"safe|harmless|unharmful|benign|neutral|normal|legitimate|non ?toxic|not (toxic|hate|offensive)|non (hate|offensive)"
+)
 
 
 def parse_qwen3guard(text: str) -> int | None:
@@ -35,8 +47,8 @@ def parse_qwen3guard(text: str) -> int | None:
         >>> parse_qwen3guard("Safety: Safe\\nCategories: None\\nRefusal: No")
         0
     """
-    found = re.search(r"Safety:\s*(Safe|Unsafe)\b", text)
-    return {"Safe": 0, "Unsafe": 1}[found[1]] if found else None
+    found = set(re.findall(r"Safety:\s*(\w+)", text))
+    return {"Safe": 0, "Unsafe": 1}.get(found.pop()) if len(found) == 1 else None
 
 
 def parse_llama_guard(text: str) -> int | None:
@@ -51,28 +63,55 @@ def parse_llama_guard(text: str) -> int | None:
     return {"safe": 0, "unsafe": 1}.get(first)
 
 
-def find_unsafe_class(id2label: dict[int, str]) -> int:
-    """The class of a text classifier that means unsafe.
+def find_unsafe_classes(config: PreTrainedConfig) -> list[int]:
+    """The classes of a text classifier that mean unsafe.
 
     Raises:
-        SafeSpecError: If not exactly one class has a name that says so.
+        SafeSpecError: If it is not known of a class whether its name means unsafe or safe, if none means unsafe, or if
+            the model tells a number and no class.
 
     Example:
 
-        >>> find_unsafe_class({0: "SAFE", 1: "UNSAFE"})
-        1
+        >>> from transformers import BertConfig
+        >>> find_unsafe_classes(BertConfig(id2label={0: "SAFE", 1: "UNSAFE"}))
+        [1]
     """
-    found = [index for index, name in id2label.items() if name.lower() in UNSAFE_NAMES]
-    if len(found) != 1:
+    id2label: dict[int, str] = dict(config.id2label or {})  # type: ignore[arg-type]  # its keys are numbers once read
+    names = {index: re.sub(r"[\W_]+", " ", name).strip().lower() for index, name in id2label.items()}
+    is_multi_label = config.problem_type == "multi_label_classification"
+    if config.problem_type == "regression" or (len(names) < 2 and not is_multi_label):
+        raise SafeSpecError("This model tells a number, not a class (regression): no labels can be had from it.")
+    unsafe = [index for index, name in names.items() if UNSAFE_NAME.fullmatch(name)]
+    safe = [index for index, name in names.items() if SAFE_NAME.fullmatch(name)]
+    unknown = [id2label[index] for index in names if index not in (*unsafe, *safe)]
+    # where one class of several applies, there must be one for safe answers; where each may, none of them means safe
+    if unknown or not unsafe or not (safe or is_multi_label):
         raise SafeSpecError(
-            f"Exactly one class of a labeler must be named one of {sorted(UNSAFE_NAMES)}, but its classes are "
-            f"{list(id2label.values())}."
+            f"A labeler's classes must say which of them mean unsafe, but those of this one are "
+            f"{list(id2label.values())}{f', and {unknown} may mean anything' if unknown else ''}. If you know what they "
+            "mean, set `id2label` in the model's config.json to names such as 'unsafe', 'toxic' or 'jailbreak', and "
+            "'safe', 'benign' or 'neutral'."
         )
-    return found[0]
+    return unsafe
+
+
+def find_parser(model_id: str, tokenizer: PreTrainedTokenizerBase) -> Parser | None:
+    """How to read what a guard that writes its verdict says; `None` if the model is no such guard that is known.
+
+    Told by the chat template, which makes the moderation prompt, wherever the model lies; by the name else.
+    """
+    template = str(tokenizer.chat_template or "")
+    name = re.sub(r"[\W_]+", "", model_id).lower()
+    # Qwen3Guard's template has the marks of Llama Guard's, too
+    if "Safety: Controversial" in template or "qwen3guardgen" in name:
+        return parse_qwen3guard
+    if "<BEGIN UNSAFE CONTENT CATEGORIES>" in template or "llamaguard" in name:
+        return parse_llama_guard
+    return None
 
 
 def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> Labeler:
-    """Loads a guard model by its id; what it is, is told by the id (`qwen3guard`, `llama-guard`), else a classifier.
+    """Loads a guard model: one that writes its verdict (Qwen3Guard-Gen, Llama Guard), or a text classifier.
 
     Args:
         model_id (`str`): On the Hub, or a folder.
@@ -80,32 +119,62 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
 
     Returns:
         `Callable[[Sequence[Example]], list[int | None]]`: Labels answered examples; `None` where the guard abstains.
+
+    Raises:
+        SafeSpecError: If the model is neither, if weights of it are missing and would be random, or if its classes
+            don't say which of them mean unsafe.
     """
-    name = model_id.lower()
-    tokenizer = AutoTokenizer.from_pretrained(model_id, padding_side="left")
-    if "qwen3guard" in name or "llama-guard" in name:
-        guard = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map=device).eval()
-        parse = parse_qwen3guard if "qwen3guard" in name else parse_llama_guard
-        return lambda examples: [parse(_ask(guard, tokenizer, example)) for example in tqdm(examples, desc=model_id)]
-    classifier = AutoModelForSequenceClassification.from_pretrained(model_id, device_map=device).eval()
-    unsafe_class = find_unsafe_class(classifier.config.id2label)
-    return lambda examples: _classify(classifier, tokenizer, examples, unsafe_class)
+    config = AutoConfig.from_pretrained(model_id)
+    architecture = (config.architectures or ["a model of no known kind"])[0]
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    if architecture.endswith("ForSequenceClassification"):
+        unsafe_classes = find_unsafe_classes(config)
+        classifier = _load_whole(AutoModelForSequenceClassification, model_id, device)
+        return lambda examples: [
+            _classify(classifier, tokenizer, example, unsafe_classes) for example in tqdm(examples, desc=model_id)
+        ]
+    parse = find_parser(model_id, tokenizer)
+    if not architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) or parse is None:
+        raise SafeSpecError(
+            f"{model_id} is {architecture}, which can't label: of models that write, Qwen3Guard-Gen and Llama Guard "
+            "are known; any other must be trained for sequence classification."
+        )
+    guard = _load_whole(AutoModelForCausalLM, model_id, device, dtype="auto")
+    return lambda examples: [parse(_ask(guard, tokenizer, example)) for example in tqdm(examples, desc=model_id)]
+
+
+def _load_whole(kind: Any, model_id: str, device: torch.device | str | None, **kwargs: Any) -> PreTrainedModel:
+    """Loads a model none of whose weights are random."""
+    model, found = kind.from_pretrained(model_id, device_map=device, output_loading_info=True, **kwargs)
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if absent:
+        raise SafeSpecError(
+            f"{model_id} lacks {len(absent)} weights of {type(model).__name__}, such as `{absent[0]}`. They would be "
+            "random, and so would the labels: take a model that was trained for this."
+        )
+    return model.eval()
 
 
 @torch.inference_mode()
 def _ask(guard: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     # both guards' chat templates turn a conversation that ends with the assistant into a moderation prompt
-    conversation = [*example.messages, {"role": "assistant", "content": example.response}]
-    inputs: Any = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+    conversation = (*example.messages, {"role": "assistant", "content": example.response})
+    text = render_prompt(tokenizer, replace(example, messages=conversation), add_generation_prompt=False)
+    inputs: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(guard.device)
     generate: Any = guard.generate
-    tokens = generate(**inputs.to(guard.device), max_new_tokens=64, do_sample=False)
+    tokens = generate(**inputs, max_new_tokens=64, do_sample=False)
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 @torch.inference_mode()
 def _classify(
-    classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], unsafe_class: int
-) -> list[int | None]:
-    texts = [example.response for example in examples]
-    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(classifier.device)
-    return [int(choice == unsafe_class) for choice in classifier(**inputs).logits.argmax(-1).tolist()]
+    classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example, unsafe_classes: Sequence[int]
+) -> int:
+    longest = min(tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", None) or 10**9)
+    # one at a time: many classifiers of decoder-only kinds have nothing to pad with
+    inputs = tokenizer(example.response, truncation=True, max_length=longest, return_tensors="pt")
+    logits_C = classifier(**inputs.to(classifier.device)).logits[0]
+    if classifier.config.problem_type == "multi_label_classification":
+        # each class has a sigmoid of its own, which is above a half where its logit is above 0
+        return int(bool((logits_C[list(unsafe_classes)] > 0).any()))
+    return int(int(logits_C.argmax()) in unsafe_classes)

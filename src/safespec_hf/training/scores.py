@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answer.pooling import find_newline_ids
+from ..config import SafeSpecConfig
 from ..heads.safety_head import SafetyHead, target_binding
-from .data import Example, hash_examples
-from .hidden import score_answers
-from .shards import compute_shards, plan_shards
+from .data import Example
+from .hidden import encode, hash_weights, score_texts
+from .shards import compute_shards
 
 NUM_SHARD_EXAMPLES = 64
 
@@ -38,34 +40,26 @@ def read_risks(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         head ([`SafetyHead`]): Its head.
         examples (`Sequence[Example]`): Answered ones.
-        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of everything that matters.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target and head.
         max_prompt_tokens, max_response_tokens (`int`): What is longer is cut, a prompt at its beginning.
 
     Returns:
         `list[torch.Tensor]`: One of shape `(T,)` per example.
     """
-    limits = [max_prompt_tokens, max_response_tokens]
-    binding = target_binding(model, tokenizer)
-    parts = [binding, str(model.dtype), hash_head(head), hash_examples(examples), limits]
+    encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
+    texts = {text.key: text for text in encoded}
+    newline_ids, policy = find_newline_ids(tokenizer), SafeSpecConfig()
+
+    def compute(keys: Sequence[str]) -> dict[str, Tensor]:
+        scored = score_texts(model, head, [texts[key] for key in keys], newline_ids, policy)
+        return {str(index): risks_T for index, risks_T in scored}
+
+    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), hash_head(head)]
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    shards = plan_shards([len(example.response) for example in examples], NUM_SHARD_EXAMPLES)
-
-    def compute(number: int) -> dict[str, Tensor]:
-        chosen = [examples[index] for index in shards[number]]
-        scored = score_answers(
-            model,
-            tokenizer,
-            head,
-            chosen,
-            max_prompt_tokens=max_prompt_tokens,
-            max_response_tokens=max_response_tokens,
-        )
-        return {str(shards[number][index]): risks_T for index, risks_T in scored}
-
-    risks: dict[str, Tensor] = {}
-    for file in compute_shards(folder, len(shards), compute, "risks"):
-        risks |= load_file(file)
-    return [risks[str(index)] for index in range(len(examples))]
+    lengths = {key: text.num_tokens for key, text in texts.items()}
+    places = compute_shards(folder, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
+    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
+    return [shards[places[text.key].file][str(places[text.key].number)] for text in encoded]
 
 
 def hash_head(head: SafetyHead) -> str:

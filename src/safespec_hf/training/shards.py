@@ -1,54 +1,101 @@
-"""Work done shard by shard into files: a kill loses one shard, and any number of processes can share it."""
+"""Work done shard by shard into files: a kill loses one shard, and any number of processes can share it.
+
+A folder of shards is a store of texts, found by a key of their content: which list a text was computed in does not
+matter. So a part of a data set, or one that has grown, finds what was computed for the whole or the smaller one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 
-def plan_shards(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in shards of `size`, by length, so that a shard's texts make full batches.
+class Place(NamedTuple):
+    """Where a text lies: its shard, and its number in there."""
+
+    file: Path
+    number: int
+
+
+def plan_shards(lengths: Mapping[str, int], size: int) -> list[list[str]]:
+    """Keys in shards of `size`, by length, so that a shard's texts make full batches.
 
     Example:
 
-        >>> plan_shards([5, 2, 4], size=2)
-        [[1, 2], [0]]
+        >>> plan_shards({"a": 5, "b": 2, "c": 4}, size=2)
+        [['b', 'c'], ['a']]
     """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    order = sorted(lengths, key=lambda key: (lengths[key], key))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def compute_shards(
-    folder: Path, num_shards: int, compute: Callable[[int], dict[str, Tensor]], title: str
-) -> list[Path]:
-    """Computes the shards that are not in a folder yet.
+def find_places(folder: Path) -> dict[str, Place]:
+    """Every text that is in a folder of shards, by its key. A damaged file counts as missing."""
+    places: dict[str, Place] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as shard:
+                keys = json.loads((shard.metadata() or {}).get("keys", "[]"))
+        except SafetensorError:
+            continue
+        for number, key in enumerate(keys):
+            places.setdefault(key, Place(file, number))
+    return places
 
-    Under `accelerate launch` process r of n does shards r, r + n, ...; the files are the same for any n.
+
+def compute_shards(
+    folder: Path,
+    lengths: Mapping[str, int],
+    size: int,
+    compute: Callable[[Sequence[str]], dict[str, Tensor]],
+    title: str,
+) -> dict[str, Place]:
+    """Computes the texts that are not in a folder yet.
+
+    Under `accelerate launch` process r of n does shards r, r + n, ...; the files are the same for any n, and after a
+    kill.
 
     Args:
         folder (`Path`): Gets one safetensors file per shard. A file is there completely or not at all.
-        num_shards (`int`): How many there are.
-        compute (`Callable[[int], dict[str, torch.Tensor]]`): The tensors of a shard, given its number.
+        lengths (`Mapping[str, int]`): Tokens of each text, by its key.
+        size (`int`): Texts of a shard: what a kill can lose.
+        compute (`Callable[[Sequence[str]], dict[str, torch.Tensor]]`): The tensors of a shard, given its keys.
         title (`str`): Of the progress bar.
 
     Returns:
-        `list[Path]`: The files, in order.
+        `dict[str, Place]`: Where each text is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:05d}.safetensors" for number in range(num_shards)]
     state = PartialState()
-    todo = [
-        number for number in range(state.process_index, num_shards, state.num_processes) if not files[number].exists()
-    ]
-    for number in tqdm(todo, desc=title, unit="shard", disable=not state.is_main_process or not todo):
-        partial = files[number].with_name(f".{files[number].name}.{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in compute(number).items()}, partial)
-        os.replace(partial, files[number])
+    found = find_places(folder)
+    # Whole shards that are there already leave the borders of the others as they were.
+    todo = plan_shards({key: length for key, length in lengths.items() if key not in found}, size)
+    # no process may write before each has seen what is missing, or their plans would differ
     state.wait_for_everyone()
-    return files
+    mine = todo[state.process_index :: state.num_processes]
+    for keys in tqdm(mine, desc=title, unit="shard", disable=not state.is_main_process or not mine):
+        _save(folder, keys, compute(keys))
+    state.wait_for_everyone()
+    found = find_places(folder)
+    return {key: found[key] for key in lengths}
+
+
+def _save(folder: Path, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    file = folder / f"{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]}.safetensors"
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"keys": json.dumps(keys)})
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

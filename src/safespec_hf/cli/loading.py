@@ -1,0 +1,85 @@
+"""What the commands load: the target with its tokenizer, and labelled answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SafeSpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..heads.safety_head import SafetyHead
+    from ..training.data import Example
+    from ..training.metrics import Scored
+
+
+def load_labelled(data: list[str], benign: list[str] | None) -> list[Example]:
+    """Labelled answers, and those that are safe unless they say otherwise."""
+    from ..training.data import load_examples
+
+    return [*load_examples(data), *(load_examples(benign, label=0) if benign else [])]
+
+
+def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, on the GPU if there is one, and its tokenizer. Weights that its config asks for must be there.
+
+    Raises:
+        SafeSpecError: If there is no whole model of that name; says why.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from ..defaults.default_target import load_default_target
+    from ..heads.loading import explain_hub_error, hub_arguments
+
+    placed = {"dtype": getattr(torch, dtype), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    if target is None:
+        return load_default_target(**placed)
+    kwargs: dict[str, Any] = {"dtype": placed["dtype"], "device_map": placed["device"]}
+    # transformers only warns of weights that don't fit, or raises without saying which: they are looked at below
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        where = hub_arguments(target, {}, "target")
+        tokenizer = AutoTokenizer.from_pretrained(target, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, **where, **kwargs)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        why = explain_hub_error(target, error, {}) or error
+        raise SafeSpecError(f"No target could be loaded from {target!r}: {why}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    if missing := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        raise SafeSpecError(
+            f"{len(missing)} weights that the config of {target!r} asks for are missing or of another shape, such as "
+            f"`{missing[0]}`: they would be random. Give a model that was trained to generate text."
+        )
+    return model.eval(), tokenizer
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: SafetyHead,
+    examples: list[Example],
+    cache: Path,
+    max_response_tokens: int,
+) -> Scored:
+    """Answers with the risk of each of their tokens.
+
+    Raises:
+        HeadMismatchError: If the head was trained for another target.
+    """
+    from ..heads.safety_head import check_binding, target_binding
+    from ..training.metrics import Scored
+    from ..training.scores import read_risks
+
+    check_binding(head, target_binding(model, tokenizer))
+    risks = read_risks(model, tokenizer, head, examples, cache, max_response_tokens=max_response_tokens)
+    return Scored(examples, risks)
