@@ -334,10 +334,10 @@ def _extract(model: Any, tokenizer: Any, examples: list[Example], cache: Path, s
 def _score(
     model: Any, tokenizer: Any, head: SafetyHead, examples: list[Example], cache: Path, limits: dict[str, int]
 ) -> Any:
-    from .training.metrics import Scored
+    from .training.metrics import ScoredAnswers
     from .training.scores import read_risks
 
-    return Scored(examples, read_risks(model, tokenizer, head, examples, cache.expanduser(), **limits))
+    return ScoredAnswers(examples, read_risks(model, tokenizer, head, examples, cache.expanduser(), **limits))
 
 
 def _calibrate(head: SafetyHead, benign: Any, labelled: Any, alpha: float) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
         `float`: In (0, 1], exact in float32.
 
     Raises:
-        SafeSpecError: If `alpha` needs more answers, or if a benign answer's risk is 1, above which nothing is.
+        SafeSpecError: If `alpha` needs more answers, if a risk is not in [0, 1], or if a benign answer's risk is 1,
+            above which nothing is.
 
     Example:
 
@@ -61,6 +62,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
             f"alpha={alpha} needs at least {num_needed} benign answers to calibrate on, got {num_scores}. "
             f"Collect more, or take alpha >= {1 / (num_scores + 1):.4f}."
         )
+    if not all(0 <= score <= 1 for score in scores):
+        raise SafeSpecError("Risks must be in [0, 1], but some are not: the head or its target is broken.")
     rank = math.ceil(round((num_scores + 1) * (1 - alpha), 9))
     chosen = np.float32(sorted(scores)[rank - 1])
     if chosen >= 1:
