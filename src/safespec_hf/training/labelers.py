@@ -145,7 +145,9 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
 
 def _load_whole(kind: Any, model_id: str, device: torch.device | str | None, **kwargs: Any) -> PreTrainedModel:
     """Loads a model none of whose weights are random."""
-    model, found = kind.from_pretrained(model_id, device_map=device, output_loading_info=True, **kwargs)
+    model, found = kind.from_pretrained(
+        model_id, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
     absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if absent:
         raise SafeSpecError(

@@ -242,8 +242,8 @@ def _check_features(features: Features, hidden_layers: Sequence[int], reading: R
     missing = sorted(set(hidden_layers) - set(features.layers))
     if missing or not hidden_layers or reading.name not in features.states:
         raise SafeSpecError(
-            f"The features have layers {list(features.layers)} and readings {list(features.states)}: a head can't read "
-            f"layers {list(hidden_layers)} as {reading.name!r}. Extract features of these."
+            f"The features have layers {list(features.layers)} and readings {list(features.states)}: a head can't "
+            f"read layers {list(hidden_layers)} as {reading.name!r}. Extract features of these."
         )
 
 
