@@ -106,7 +106,7 @@ def show_harmless(model: Any, tokenizer: Any, draft: Any, num_tokens: int, repea
     is_same = torch.equal(alone.sequences, guarded.sequences)
     console.print(f"Same text: {'[green]yes[/]' if is_same else '[red]no[/]'}")
     console.print(describe_speed(median["guarded"] / median["alone"], repeats))
-    show_risk(guarded, model._safespec.head.config.risk_threshold)
+    show_risk(guarded, model.safety.risk_threshold)
 
 
 def describe_speed(speedup: float, repeats: int) -> str:
@@ -131,7 +131,7 @@ def show_recovery(model: Any, tokenizer: Any, draft: Any, num_tokens: int) -> No
         recovery_temperature=0.7,
         reflection="",  # a model as small as this one loses the thread over it
     )
-    usual = model._safespec.head.config.risk_threshold
+    usual = model.safety.risk_threshold
     console.print(f"Prompt: {OTHER_QUESTION}")
     console.print(
         f"The answer is harmless, and its risk stays below the head's threshold of {usual:.3f}. "
