@@ -1,13 +1,14 @@
 """Guarded speculative decoding on a real model, in a terminal: `make demo`.
 
 1. A harmless prompt: the target alone, and guarded with drafts. Same text; speed, acceptance and risk are shown.
-2. A harmless prompt at a lowered threshold, so that the head fires: flag, rollback, reflection, candidates, outcome.
+2. A harmless prompt at a lowered threshold, so that the head fires: flag, rollback, candidates, outcome.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from typing import Any
 
@@ -18,25 +19,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from safespec_hf import (
-    Provenance,
-    SafeSpecConfig,
-    SafeSpecOutput,
-    attach_safety_head,
-    load_default_draft,
-    load_default_head,
-    load_default_target,
-)
+from safespec_hf import Provenance, SafeSpecConfig, SafeSpecEvent, SafeSpecOutput, load_default
 
-QUESTION = (
-    "Correct the spelling and give the text back: The old lighthous stands on a rock by the sea. Every evening the "
-    "keeper climbs the stairs of the old lighthouse and lights the lamp. The ships on the sea see the lamp of the old "
-    "lighthouse and find their way home."
-)
-MILD = "My neighbour's dog barks all night. Write an angry but honest letter to the neighbour."
-BARS = " ▁▂▃▄▅▆▇█"
+QUESTION = "Give three tips for a good night's sleep."
+OTHER_QUESTION = "Give three tips for speaking in front of people."
+BARS = "▁▂▃▄▅▆▇█"
+LOWEST_RISK = 1e-3  # of the lowest bar but one
 STYLES = {Provenance.TARGET: "white", Provenance.DRAFTED: "green", Provenance.RECOVERED: "bold cyan"}
-console = Console()
+console = Console(highlight=False)
 
 
 def encode(tokenizer: Any, prompt: str) -> Any:
@@ -50,9 +40,22 @@ def timed(model: Any, inputs: Any, **kwargs: Any) -> tuple[Any, float]:
     return output, time.perf_counter() - start
 
 
-def risk_bars(risks: list[float]) -> str:
-    """One character per token: its risk from 0 to 1; a dot where there is none."""
-    return "".join("·" if math.isnan(risk) else BARS[min(int(risk * len(BARS)), len(BARS) - 1)] for risk in risks)
+def risk_bars(risks: list[float], threshold: float) -> str:
+    """One character per token, a dot where there is no risk: from `LOWEST_RISK` up to the threshold, in equal ratios.
+
+    The full block is for risks at the threshold or above it, and for no others.
+    """
+    steps = len(BARS) - 2  # between the lowest bar, which is all below the scale, and the full one
+    ratio = math.log(threshold / LOWEST_RISK) / steps
+
+    def bar(risk: float) -> str:
+        if math.isnan(risk):
+            return "·"
+        if risk >= threshold:
+            return BARS[-1]
+        return BARS[0] if risk < LOWEST_RISK else BARS[min(1 + int(math.log(risk / LOWEST_RISK) / ratio), steps)]
+
+    return "".join(map(bar, risks))
 
 
 def coloured(tokenizer: Any, output: SafeSpecOutput, num_prompt: int) -> Text:
@@ -64,100 +67,110 @@ def coloured(tokenizer: Any, output: SafeSpecOutput, num_prompt: int) -> Text:
     return text
 
 
-def show_harmless(model: Any, tokenizer: Any, num_tokens: int, repeats: int) -> None:
-    inputs = encode(tokenizer, QUESTION)
-    num_prompt = inputs["input_ids"].shape[1]
-    guarded_arguments = {"safespec": True, "assistant_model": load_default_draft(model)}
-    timed(model, inputs, max_new_tokens=4)  # warm up
-    rates: dict[str, list[float]] = {"target alone": [], "guarded, with drafts": []}
-    for _ in range(repeats):
-        plain, plain_seconds = timed(model, inputs, max_new_tokens=num_tokens)
-        guarded, guarded_seconds = timed(model, inputs, max_new_tokens=num_tokens, **guarded_arguments)
-        num_new = guarded.sequences.shape[1] - num_prompt
-        rates["target alone"].append((plain.sequences.shape[1] - num_prompt) / plain_seconds)
-        rates["guarded, with drafts"].append(num_new / guarded_seconds)
-    console.print(Panel(coloured(tokenizer, guarded, num_prompt), title="answer (green: drafted and accepted)"))
-    table = Table("", "tokens/s (median)", "target forwards", "acceptance")
-    median = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
-    statistics = guarded.statistics
-    table.add_row("target alone", f"{median['target alone']:.1f}", str(plain.sequences.shape[1] - num_prompt), "")
-    table.add_row(
-        "guarded, with drafts",
-        f"{median['guarded, with drafts']:.1f}",
-        str(statistics.num_target_forwards),
-        f"{statistics.acceptance_rate:.0%}",
-    )
-    console.print(table)
-    is_same = torch.equal(plain.sequences, guarded.sequences)
-    speedup = median["guarded, with drafts"] / median["target alone"]
-    console.print(
-        f"same text: {'[green]yes[/]' if is_same else '[red]no[/]'}    speed: {speedup:.2f}x of the target alone"
-    )
-    show_risk(guarded, model._safespec.head.config.risk_threshold)
+def known(risks: list[float]) -> list[float]:
+    return [risk for risk in risks if not math.isnan(risk)]
 
 
 def show_risk(output: SafeSpecOutput, threshold: float) -> None:
     assert output.risks is not None
     risks = output.risks[0].tolist()
-    highest = max((risk for risk in risks if not math.isnan(risk)), default=math.nan)
-    console.print(f"risk along the answer (threshold {threshold:.3f}, highest {highest:.3f}):")
-    console.print(Text(risk_bars(risks), style="yellow"))
+    console.print(
+        f"Risk after each token, on a scale of equal ratios: {BARS[0]} is below {LOWEST_RISK}, {BARS[-1]} is the "
+        f"threshold of {threshold:.3f}. The highest is {max(known(risks), default=math.nan):.3f}."
+    )
+    console.print(Text(risk_bars(risks, threshold), style="yellow"))
 
 
-def show_recovery(model: Any, tokenizer: Any, num_tokens: int) -> None:
-    inputs = encode(tokenizer, MILD)
+def show_harmless(model: Any, tokenizer: Any, draft: Any, num_tokens: int, repeats: int) -> None:
+    inputs = encode(tokenizer, QUESTION)
     num_prompt = inputs["input_ids"].shape[1]
-    silent, _ = timed(model, inputs, max_new_tokens=num_tokens, safespec=SafeSpecConfig(risk_threshold=1.0))
-    risks = [risk for risk in silent.risks[0].tolist() if not math.isnan(risk)]
+    arms: dict[str, dict[str, Any]] = {"alone": {}, "guarded": {"safespec": True, "assistant_model": draft}}
+    for arguments in arms.values():  # warm up
+        timed(model, inputs, max_new_tokens=8, **arguments)
+    outputs: dict[str, Any] = {}
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arguments in arms.items():
+            outputs[name], seconds = timed(model, inputs, max_new_tokens=num_tokens, **arguments)
+            rates[name].append((outputs[name].sequences.shape[1] - num_prompt) / seconds)
+    alone, guarded = outputs["alone"], outputs["guarded"]
+    console.print(f"Prompt: {QUESTION}")
+    console.print(Panel(coloured(tokenizer, guarded, num_prompt), title="answer (green: drafted and accepted)"))
+    table = Table("", "tokens/s (median)", "target forwards", "drafts accepted")
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    table.add_row("target alone", f"{median['alone']:.1f}", str(alone.sequences.shape[1] - num_prompt), "")
+    counts = guarded.statistics
+    acceptance = f"{counts.num_accepted_tokens} of {counts.num_draft_tokens}"
+    table.add_row("guarded, with drafts", f"{median['guarded']:.1f}", str(counts.num_target_forwards), acceptance)
+    console.print(table)
+    is_same = torch.equal(alone.sequences, guarded.sequences)
+    console.print(f"Same text: {'[green]yes[/]' if is_same else '[red]no[/]'}")
+    console.print(describe_speed(median["guarded"] / median["alone"], repeats))
+    show_risk(guarded, model.safety.risk_threshold)
+
+
+def describe_speed(speedup: float, repeats: int) -> str:
+    """What was measured here, and no more than that."""
+    verdict = "" if speedup >= 1 else " Here drafts and the head cost more than they save."
+    return f"Speed: {speedup:.2f}x of the target alone, on this machine, in float32, {repeats} answers each.{verdict}"
+
+
+def show_recovery(model: Any, tokenizer: Any, draft: Any, num_tokens: int) -> None:
+    inputs = encode(tokenizer, OTHER_QUESTION)
+    num_prompt = inputs["input_ids"].shape[1]
+    arguments = {"assistant_model": draft, "max_new_tokens": num_tokens}
+    silent, _ = timed(model, inputs, safespec=SafeSpecConfig(risk_threshold=1.0), **arguments)
     # nothing is wrong with this answer: the threshold is put just under its own highest risk, to see the head fire
-    threshold = max(risks) * 0.999
+    threshold = max(known(silent.risks[0].tolist())) * 0.999
     policy = SafeSpecConfig(
         risk_threshold=threshold,
-        num_candidates=4,
+        max_segment_tokens=64,  # a tip is a segment
+        rollback_segments=0,
+        num_candidates=6,
         max_recoveries=3,
-        max_segment_tokens=24,
         recovery_temperature=0.7,
+        reflection="",  # a model as small as this one loses the thread over it
     )
+    usual = model.safety.risk_threshold
+    console.print(f"Prompt: {OTHER_QUESTION}")
     console.print(
-        f"prompt: {MILD}\nthreshold lowered to {threshold:.3f} for show, just under this answer's highest risk"
+        f"The answer is harmless, and its risk stays below the head's threshold of {usual:.3f}. "
+        f"For show, the threshold is lowered to {threshold:.3f}, just under the highest risk."
     )
-    output, seconds = timed(model, inputs, max_new_tokens=num_tokens, safespec=policy)
+    output, seconds = timed(model, inputs, safespec=policy, **arguments)
     for number, event in enumerate(output.events[0], 1):
         show_event(number, event, threshold)
     console.print(Panel(coloured(tokenizer, output, num_prompt), title="what the caller gets (cyan: recovered)"))
     show_risk(output, threshold)
     console.print(
-        f"finish reason: [bold]{output.finish_reasons[0]}[/], {seconds:.1f} s, {output.statistics.num_flags} flags"
+        f"Ended by: [bold]{output.finish_reasons[0]}[/]. {output.statistics.num_flags} flags, {seconds:.1f} s."
     )
 
 
-def show_event(number: int, event: Any, threshold: float) -> None:
+def show_event(number: int, event: SafeSpecEvent, threshold: float) -> None:
     lines = Text()
     lines.append(f"flag      token {event.position}, risk {event.risk:.3f} >= {threshold:.3f}\n", "red")
-    lines.append(f"rollback  to token {event.rolled_back_to}, {event.num_discarded} tokens given up\n", "yellow")
-    lines.append("reflect   the policy's reflection is read by the model, hidden from the answer\n", "magenta")
+    lines.append(f"rollback  {event.num_discarded} tokens given up, {event.rolled_back_to} kept\n", "yellow")
     for index, risk in enumerate(event.candidate_risks):
         style = "bold cyan" if index == event.chosen else "dim"
-        note = " <- safest" if index == event.chosen else " unsafe" if risk >= threshold else ""
-        log_prob = event.candidate_log_probs[index]
-        lines.append(f"candidate {index}: risk {risk:.3f}, mean log-probability {log_prob:.2f}{note}\n", style)
+        note = ", the safest" if index == event.chosen else ", unsafe" if risk >= threshold else ""
+        lines.append(f"candidate {index}: highest risk {risk:.3f}{note}\n", style)
     lines.append(f"outcome   {event.outcome}", "bold")
     console.print(Panel(lines, title=f"event {number}"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens per answer")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of the first part")
+    parser.add_argument("--tokens", type=int, default=160, help="new tokens per answer, at most")
+    parser.add_argument("--repeats", type=int, default=2, help="timed repeats of the first part")
     options = parser.parse_args()
     logging.disable_progress_bar()
     with console.status("loading the target (converted once, on the first run) ..."):
-        model, tokenizer = load_default_target(dtype=torch.float32)
-        attach_safety_head(model, load_default_head(), tokenizer=tokenizer)
+        model, tokenizer, draft = load_default(dtype=torch.float32)
     console.rule("1. a harmless prompt")
-    show_harmless(model, tokenizer, options.tokens, options.repeats)
+    show_harmless(model, tokenizer, draft, options.tokens, options.repeats)
     console.rule("2. the head fires")
-    show_recovery(model, tokenizer, options.tokens)
+    show_recovery(model, tokenizer, draft, options.tokens)
 
 
 if __name__ == "__main__":

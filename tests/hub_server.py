@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from huggingface_hub import close_session, constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_loopback"
 MAX_BODY = 1 << 20
@@ -80,7 +82,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_get(self):
         path = self.take_path()
-        if path[:2] == ["api", "models"]:
+        if path[:2] == ["api", "models"] and path[4:5] == ["tree"]:
+            repo, oid = self.look_up("/".join(path[2:4]), path[5])
+            if oid:
+                self.reply_tree(repo.commits[oid], "/".join([*path[6:], ""]))
+        elif path[:2] == ["api", "models"]:
             repo, oid = self.look_up("/".join(path[2:4]), path[5] if path[4:5] == ["revision"] else "main")
             if oid:
                 names = [{"rfilename": name} for name in repo.commits[oid]]
@@ -179,6 +185,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send(status, body, {"Content-Type": "application/json", **(headers or {})})
 
+    def reply_tree(self, files, folder):
+        found = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
+        if found := [file for file in found if file["path"].startswith(folder)]:
+            return self.reply(found)
+        self.reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+
     def reply_file(self, content, oid):
         if content is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}
@@ -192,3 +204,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serve_instead(monkeypatch, folder):
+    """Serves a Hub that huggingface_hub asks instead of the real one, without a token and with an empty cache."""
+    with serve() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # it has a client of its own, made once
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the loopback speaks LFS only
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        close_session()
+        yield hub
+        close_session()

@@ -52,6 +52,7 @@ PUBLIC_NAMES = [
     "__version__",
     "attach_safety_head",
     "detach_safety_head",
+    "load_default",
     "load_default_draft",
     "load_default_head",
     "load_default_target",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import SafeSpecConfig, SafetyHeadConfig
     from .defaults.default_target import (
         DEFAULT_TARGET_ID,
+        load_default,
         load_default_draft,
         load_default_head,
         load_default_target,
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "attach_safety_head",
     "detach_safety_head",
+    "load_default",
     "load_default_draft",
     "load_default_head",
     "load_default_target",
@@ -61,6 +63,7 @@ _HOMES = {
     "config": ["SafeSpecConfig", "SafetyHeadConfig"],
     "defaults.default_target": [
         "DEFAULT_TARGET_ID",
+        "load_default",
         "load_default_draft",
         "load_default_head",
         "load_default_target",

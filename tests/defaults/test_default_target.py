@@ -1,5 +1,7 @@
 """The default target is found, converted whole or not at all, and usable; the truncated draft shares its tensors."""
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safespec_hf import (
     DEFAULT_TARGET_ID,
+    HeadFileError,
     HeadMismatchError,
     SafeSpecConfig,
     attach_safety_head,
+    load_default,
     load_default_draft,
     load_default_head,
     load_default_target,
@@ -102,6 +106,23 @@ def test_an_unreachable_hub_is_noticed_without_an_error(monkeypatch):
     assert not default_target._is_hub_reachable()
 
 
+def test_a_hub_that_never_answers_is_given_up_in_three_seconds(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(default_target, "hf_hub_url", lambda *_: f"http://127.0.0.1:{port}/config.json")
+        start = time.monotonic()
+        assert not default_target._is_hub_reachable()
+        assert time.monotonic() - start < 4
+
+
+def test_looking_up_the_name_of_the_hub_counts_as_waiting(monkeypatch):
+    monkeypatch.setattr(default_target, "_PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(0.5) or [])
+    start = time.monotonic()
+    assert not default_target._is_hub_reachable()
+    assert time.monotonic() - start < 0.4
+
+
 def test_the_cache_folder_is_the_argument_then_the_variable(monkeypatch):
     monkeypatch.setenv("SAFESPEC_CACHE", "from-variable")
     assert default_target._cache_root("given") == Path("given")
@@ -138,9 +159,16 @@ def test_the_default_draft_refuses_another_target(tiny_target):
         load_default_draft(tiny_target)
 
 
-def test_without_a_source_checkout_the_error_says_where_the_default_draft_is(tiny_target, monkeypatch, tmp_path):
-    monkeypatch.setattr(default_target, "DEFAULT_DRAFT", tmp_path / "drafts")
-    with pytest.raises(FileNotFoundError, match="source checkout"):
+def test_without_any_copy_the_error_says_where_the_default_draft_was_looked_for(tiny_target, monkeypatch, tmp_path):
+    monkeypatch.setattr(default_target, "DEFAULT_DRAFTS", (tmp_path / "wheel", tmp_path / "checkout"))
+    with pytest.raises(FileNotFoundError, match=r"wheel, .*checkout.*Install the package"):
+        load_default_draft(tiny_target)
+
+
+def test_the_default_draft_beside_the_code_goes_before_that_of_the_checkout(tiny_target, monkeypatch, tmp_path):
+    (tmp_path / "wheel").mkdir()
+    monkeypatch.setattr(default_target, "DEFAULT_DRAFTS", (tmp_path / "wheel", *default_target.DEFAULT_DRAFTS))
+    with pytest.raises(HeadFileError, match="wheel"):  # it is empty, and so shows that it was taken
         load_default_draft(tiny_target)
 
 
@@ -154,6 +182,25 @@ def test_the_default_draft_is_right_about_plain_text():
     arguments = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True, "safespec": policy}
     output = model.generate(**inputs, **arguments, assistant_model=load_default_draft(model))
     assert output.statistics.num_target_forwards < 0.75 * output.statistics.num_new_tokens
+
+
+@pytest.mark.real_model
+def test_the_default_set_answers_a_chat_under_its_head():
+    model, tokenizer, draft = load_default()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    arguments = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **arguments, assistant_model=draft, safespec=True)
+    assert "Paris" in tokenizer.decode(output.sequences[0])
+    assert output.statistics.num_draft_tokens > 0
+
+
+@pytest.mark.real_model
+def test_a_set_that_is_on_disk_needs_no_network(monkeypatch):
+    load_default_target()  # now it is on disk, wherever it came from
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("the network was asked"))
+    model, _, draft = load_default(dtype=torch.float32)
+    assert model.dtype == draft.dtype == torch.float32
 
 
 @pytest.mark.real_model

@@ -1,12 +1,14 @@
-"""The default target, SmolLM2-135M-Instruct: from the Hub or, with no network, from a GGUF that a package ships."""
+"""Something to try it on: SmolLM2-135M-Instruct, from the Hub or from a package's GGUF, its head and its draft."""
 
 from __future__ import annotations
 
 import copy
 import os
+import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -16,17 +18,66 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
+from ..modeling import attach_safety_head
 from .gguf_target import convert_once, find_gguf, is_complete
 
 DEFAULT_TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_HEAD = Path(__file__).parent / "smollm2-135m"
-# too large for the wheel: in a source checkout only
-DEFAULT_DRAFT = Path(__file__).parents[3] / "drafts" / "smollm2-135m"
+# an installed package has it beside its code, a source checkout in a folder of its own
+DEFAULT_DRAFTS = (Path(__file__).parent / "smollm2-135m-draft", Path(__file__).parents[3] / "drafts" / "smollm2-135m")
 
 # Raise the number whenever the conversion changes, so that copies made by older code are not taken.
 _CONVERTED_NAME = "SmolLM2-135M-Instruct-Q4_1-v1"
 _NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _PROBE_TIMEOUT_S = 3.0
+
+
+class DefaultSet(NamedTuple):
+    """What [`load_default`] returns."""
+
+    model: PreTrainedModel
+    """The default target, with its safety head attached."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, with a chat template."""
+    draft: DraftHead
+    """Its draft, for `assistant_model`."""
+
+
+def load_default(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+) -> DefaultSet:
+    """Loads all that guarded speculative decoding needs: the default target with its head attached, and its draft.
+
+    Args:
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): The type of the weights of target and draft.
+        cache_dir (`str` or `os.PathLike`, *optional*): As in [`load_default_target`].
+        device (`torch.device` or `str`, *optional*): Where to put everything. Defaults to the CPU.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase, DraftHead]`: A named one: `model`, `tokenizer`, `draft`.
+
+    Raises:
+        FileNotFoundError: If the target can't be had; see [`load_default_target`].
+
+    Example:
+
+        >>> from safespec_hf import load_default
+
+        >>> model, tokenizer, draft = load_default()
+        >>> chat = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> inputs = tokenizer.apply_chat_template(
+        ...     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ... )
+        >>> answer = model.generate(**inputs, assistant_model=draft, safespec=True, max_new_tokens=12)
+        >>> "Paris" in tokenizer.decode(answer[0])
+        True
+    """
+    model, tokenizer = load_default_target(dtype=dtype, cache_dir=cache_dir, device=device)
+    attach_safety_head(model, load_default_head(), tokenizer=tokenizer)
+    return DefaultSet(model, tokenizer, load_default_draft(model))
 
 
 def load_default_target(
@@ -93,7 +144,7 @@ def load_default_head() -> SafetyHead:
 
 
 def load_default_draft(target: PreTrainedModel) -> DraftHead:
-    """Loads the draft head of the default target from a source checkout. How it was made: `recipes/`.
+    """Loads the draft head of the default target, which comes with this package. How it was made: `recipes/`.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The default target.
@@ -102,7 +153,7 @@ def load_default_draft(target: PreTrainedModel) -> DraftHead:
         [`DraftHead`]: Bound to the target, in its type, on its device, in evaluation mode.
 
     Raises:
-        FileNotFoundError: If the package was installed without its source checkout.
+        FileNotFoundError: If the package was installed without it.
         HeadMismatchError: If the target is another model.
 
     Example:
@@ -113,12 +164,13 @@ def load_default_draft(target: PreTrainedModel) -> DraftHead:
         >>> load_default_draft(model).config.draft_vocab_size
         8192
     """
-    if not DEFAULT_DRAFT.is_dir():
+    folder = next((folder for folder in DEFAULT_DRAFTS if folder.is_dir()), None)
+    if folder is None:
         raise FileNotFoundError(
-            f"The default draft is not part of the wheel, and there is no {DEFAULT_DRAFT}. Install from a source "
-            "checkout, or load a copy of its folder `drafts/smollm2-135m` with `DraftHead.from_pretrained`."
+            f"The default draft is in none of {', '.join(map(str, DEFAULT_DRAFTS))}. Install the package from its "
+            "wheel or a source checkout, or load a copy of `drafts/smollm2-135m` with `DraftHead.from_pretrained`."
         )
-    draft: Any = DraftHead.from_pretrained(DEFAULT_DRAFT)
+    draft: Any = DraftHead.from_pretrained(folder)
     return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
 
 
@@ -203,7 +255,17 @@ def _find_hub_snapshot() -> Path | None:
 
 
 def _is_hub_reachable() -> bool:
-    # Asked with one short request of our own: the Hub's client retries for some 20 seconds for each missing file.
+    # Asked with one short request of our own: the Hub's client retries for some 20 seconds for each missing file. In a
+    # thread, since the timeout of a connection holds for each address of a host anew, and not for looking it up.
+    answers: SimpleQueue[bool] = SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_ask_hub()), daemon=True).start()
+    try:
+        return answers.get(timeout=_PROBE_TIMEOUT_S)
+    except Empty:
+        return False
+
+
+def _ask_hub() -> bool:
     url, headers = hf_hub_url(DEFAULT_TARGET_ID, "config.json"), {"User-Agent": "safespec-hf"}
     request = urllib.request.Request(url, headers=headers, method="HEAD")
     try:
