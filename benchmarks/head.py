@@ -26,7 +26,14 @@ from safespec_hf import SafetyHead, load_default_target
 from safespec_hf.defaults.default_target import DEFAULT_HEAD
 from safespec_hf.training.collect import CollectSettings, collect_answers
 from safespec_hf.training.data import Example, load_examples
-from safespec_hf.training.metrics import Scored, auroc, flagged_rate, threshold_for_rate, trade_off, without_refusals
+from safespec_hf.training.metrics import (
+    ScoredAnswers,
+    auroc,
+    flagged_rate,
+    threshold_for_rate,
+    trade_off,
+    without_refusals,
+)
 from safespec_hf.training.scores import read_risks
 
 NUM_UTILITY_PROMPTS = 75  # of each of the two sources
@@ -91,9 +98,11 @@ class Bench:
         self.head = SafetyHead.from_pretrained(head)
         self.cache, self.max_response_tokens = cache, max_response_tokens
 
-    def score(self, examples: Sequence[Example]) -> Scored:
+    def score(self, examples: Sequence[Example]) -> ScoredAnswers:
         limit = {"max_response_tokens": self.max_response_tokens}
-        return Scored(examples, read_risks(self.model, self.tokenizer, self.head, examples, self.cache, **limit))
+        return ScoredAnswers(
+            examples, read_risks(self.model, self.tokenizer, self.head, examples, self.cache, **limit)
+        )
 
     def answer(self, prompts: Sequence[Example]) -> list[Example]:
         path = self.cache / "own" / f"{prompts[0].source.replace(' ', '_')}.jsonl"
@@ -140,8 +149,8 @@ def measure(bench: Bench, data: Path) -> tuple[list[Bar], dict[str, Any]]:
     return bars, {"risk_threshold": threshold, "as_shipped": shipped, "trade_off": trade_off(everything)}
 
 
-def join(parts: Sequence[Scored]) -> Scored:
-    return Scored([e for part in parts for e in part.examples], [r for part in parts for r in part.risks])
+def join(parts: Sequence[ScoredAnswers]) -> ScoredAnswers:
+    return ScoredAnswers([e for part in parts for e in part.examples], [r for part in parts for r in part.risks])
 
 
 def show(bars: Sequence[Bar], more: dict[str, Any]) -> None:

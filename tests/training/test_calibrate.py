@@ -59,6 +59,12 @@ def test_a_benign_risk_of_one_leaves_no_threshold():
         conformal_threshold([1.0] * 20, 0.1)
 
 
+@pytest.mark.parametrize("score", [float("nan"), -0.1, 1.1])
+def test_what_is_no_risk_leaves_no_threshold(score):
+    with pytest.raises(SafeSpecError, match=r"in \[0, 1\]"):
+        conformal_threshold([0.1] * 20 + [score], 0.1)
+
+
 def test_sources_with_too_few_answers_have_no_threshold_of_their_own():
     table = thresholds_by_source({"garden": [0.1] * 9, "kitchen": [0.1] * 8}, 0.1)
     assert table["garden"]["risk_threshold"] > 0.1

@@ -6,7 +6,7 @@ import time
 import pytest
 import tiny
 import torch
-from samples import make_examples, write_lines
+from samples import make_examples, run, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safespec_hf import SafeSpecConfig, SafeSpecError, modeling
@@ -102,6 +102,14 @@ def test_parts_of_the_data_in_any_order_are_read_from_the_cache_of_the_whole(
             assert torch.equal(found.num_chars[is_part], features.num_chars[is_whole])
 
 
+def test_train_reads_nothing_that_features_has_read(target_folder, examples, tmp_path, monkeypatch):
+    data = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(60)])
+    common = [data, "--target", target_folder, "--cache", tmp_path / "cache", "--layers", "1,2"]
+    run("features", *common)
+    monkeypatch.setattr(features_module, "read_hidden", lambda *_: 1 / 0)
+    run("train", *common, "--out", tmp_path / "head", "--width", 0)
+
+
 def test_of_more_data_only_what_is_new_is_read(target, chat_tokenizer, examples, features, tmp_path, monkeypatch):
     read, more = [], make_examples(3, seed=9)
     monkeypatch.setattr(features_module, "read_hidden", lambda *a: read.extend(a[1]) or read_hidden(*a))
@@ -133,6 +141,13 @@ def test_states_that_overflow_are_refused_before_they_are_kept(target, chat_toke
         extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
     with pytest.raises(SafeSpecError, match="are infinite or no numbers"):
         read_risks(target, chat_tokenizer, tiny.build_head(target), examples, tmp_path)
+
+
+def test_a_broken_head_gives_no_risks(target, chat_tokenizer, examples, tmp_path):
+    head = tiny.build_head(target)
+    torch.nn.init.constant_(head.mlp[-1].weight, float("nan"))
+    with pytest.raises(SafeSpecError, match="risks that are no numbers"):
+        read_risks(target, chat_tokenizer, head, examples, tmp_path)
 
 
 @pytest.mark.parametrize("layers", [(), (3,), (-1,), (1, 1), (0, 99)])

@@ -1,5 +1,7 @@
 """On outputs in the form that the models' cards show, and on tiny models with weights of our own choice."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -127,6 +129,16 @@ def test_a_head_that_was_never_trained_is_refused(save_classifier, chat_tokenize
     (tmp_path / "bare" / "config.json").write_text((tmp_path / "classifier" / "config.json").read_text())
     with pytest.raises(SafeSpecError, match=r"lacks 1 weights.*`score\.weight`"):
         load_labeler(str(tmp_path / "bare"))
+
+
+def test_a_head_of_another_size_is_refused(save_classifier, tmp_path):
+    file = tmp_path / "classifier" / "config.json"
+    folder = save_classifier(["safe", "unsafe"])
+    config = json.loads(file.read_text())
+    names = {"id2label": {0: "safe", 1: "unsafe", 2: "toxic"}, "label2id": {"safe": 0, "unsafe": 1, "toxic": 2}}
+    file.write_text(json.dumps(config | names))
+    with pytest.raises(SafeSpecError, match=r"lacks 1 weights.*`score\.weight`"):
+        load_labeler(folder)
 
 
 def test_a_model_that_writes_and_is_no_guard_is_refused(target_folder):

@@ -3,7 +3,7 @@ import torch
 
 from safespec_hf.training import metrics
 from safespec_hf.training.data import Example
-from safespec_hf.training.metrics import Scored
+from safespec_hf.training.metrics import ScoredAnswers
 
 
 def example(label, response="fine", source="garden", category=""):
@@ -11,7 +11,7 @@ def example(label, response="fine", source="garden", category=""):
     return Example(id="x", messages=(message,), response=response, label=label, source=source, category=category)
 
 
-SCORED = Scored(
+SCORED = ScoredAnswers(
     [example(0), example(0, "I'm sorry, no.", category="roses"), example(1), example(1, category="roses")],
     [torch.tensor(values) for values in ([0.1, 0.2], [0.3, 0.1], [0.2, 0.9], [0.8, 0.4])],
 )

@@ -5,7 +5,7 @@ import torch
 from samples import make_examples
 
 from safespec_hf import SafeSpecError, SafetyHead
-from safespec_hf.training.features import READINGS, FeatureSettings, extract_features
+from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.train import (
     Dataset,
     TrainSettings,
@@ -59,6 +59,31 @@ def test_a_head_learns_and_survives_saving(sets, tmp_path):
     loaded = SafetyHead.from_pretrained(tmp_path / "head")
     torch.testing.assert_close(loaded.risk(inputs), trained.head.risk(inputs))
     assert (loaded.config.pooling, loaded.config.span, loaded.config.hidden_layers) == ("mean", "answer", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("layers", "reading", "said"),
+    [([3], MEAN, r"layers \[1, 2\]"), ([], MEAN, "can't read"), ([1], Reading("ewma", "segment"), "ewma-segment")],
+)
+def test_what_the_features_lack_is_told(sets, layers, reading, said):
+    with pytest.raises(SafeSpecError, match=said):
+        train_head(*sets, layers, reading)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_members": 0}, {"width": -1}, {"width": 1.5}, {"dropout": 1.0}, {"patience": 0}, {"seed": -1}],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named(fields):
+    with pytest.raises(SafeSpecError, match=f"`{next(iter(fields))}` must be"):
+        TrainSettings(**fields)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 2, -0.5, float("nan")])
+def test_a_split_is_a_share(fraction):
+    with pytest.raises(SafeSpecError, match=r"`fraction` must be a number in \(0, 1\)"):
+        split_by_group(make_examples(60), fraction)
 
 
 def test_training_twice_gives_the_same_head(sets):

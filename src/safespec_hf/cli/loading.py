@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ..heads.safety_head import SafetyHead
     from ..training.data import Example
-    from ..training.metrics import Scored
+    from ..training.metrics import ScoredAnswers
 
 
 def load_labelled(data: list[str], benign: list[str] | None) -> list[Example]:
@@ -70,16 +70,16 @@ def score(
     examples: list[Example],
     cache: Path,
     max_response_tokens: int,
-) -> Scored:
+) -> ScoredAnswers:
     """Answers with the risk of each of their tokens.
 
     Raises:
         HeadMismatchError: If the head was trained for another target.
     """
     from ..heads.safety_head import check_binding, target_binding
-    from ..training.metrics import Scored
+    from ..training.metrics import ScoredAnswers
     from ..training.scores import read_risks
 
     check_binding(head, target_binding(model, tokenizer))
     risks = read_risks(model, tokenizer, head, examples, cache, max_response_tokens=max_response_tokens)
-    return Scored(examples, risks)
+    return ScoredAnswers(examples, risks)

@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
-from .metrics import Scored
+from .metrics import ScoredAnswers
 
 
 def num_answers_needed(alpha: float) -> int:
@@ -49,7 +49,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
         `float`: In (0, 1], exact in float32.
 
     Raises:
-        SafeSpecError: If `alpha` needs more answers, or if a benign answer's risk is 1, above which nothing is.
+        SafeSpecError: If `alpha` needs more answers, if a risk is not in [0, 1], or if a benign answer's risk is 1,
+            above which nothing is.
 
     Example:
 
@@ -62,6 +63,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
             f"alpha={alpha} needs at least {num_needed} benign answers to calibrate on, got {num_scores}. "
             f"Collect more, or take alpha >= {1 / (num_scores + 1):.4f}."
         )
+    if not all(0 <= score <= 1 for score in scores):
+        raise SafeSpecError("Risks must be in [0, 1], but some are not: the head or its target is broken.")
     rank = math.ceil(round((num_scores + 1) * (1 - alpha), 9))
     chosen = np.float32(sorted(scores)[rank - 1])
     if chosen >= 1:
@@ -121,13 +124,15 @@ def fold_temperature(head: SafetyHead, temperature: float) -> None:
     last.bias.div_(temperature)
 
 
-def calibrate_head(head: SafetyHead, benign: Scored, labelled: Scored | None, alpha: float) -> dict[str, Any]:
+def calibrate_head(
+    head: SafetyHead, benign: ScoredAnswers, labelled: ScoredAnswers | None, alpha: float
+) -> dict[str, Any]:
     """Folds a temperature into a head and sets its threshold.
 
     Args:
         head ([`SafetyHead`]): Changed in place.
-        benign ([`Scored`]): Safe answers that it was not trained on, with their risks.
-        labelled ([`Scored`], *optional*): Answers of both classes for the temperature; without them it stays 1.
+        benign ([`ScoredAnswers`]): Safe answers that it was not trained on, with their risks.
+        labelled ([`ScoredAnswers`], *optional*): Answers of both classes for the temperature; without them it stays 1.
         alpha (`float`): Bound on the share of benign answers that are flagged anywhere, in (0, 1).
 
     Returns:
@@ -136,7 +141,7 @@ def calibrate_head(head: SafetyHead, benign: Scored, labelled: Scored | None, al
     Raises:
         SafeSpecError: As [`conformal_threshold`], or if the labelled answers are of one class.
     """
-    if labelled is not None and len(set(labelled.labels.tolist())) < 2:
+    if labelled is not None and not labelled.has_both_classes:
         raise SafeSpecError(
             f"A temperature needs answers of both classes, but all {len(labelled.examples)} labelled ones are of one."
         )

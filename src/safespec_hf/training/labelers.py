@@ -35,7 +35,7 @@ UNSAFE_NAME = re.compile(
     r"|identity (hate|attack)|sexual explicit|hate(ful| speech)?|offensive"
 )
 SAFE_NAME = re.compile(
-    r"safe|harmless|unharmful|benign|neutral|normal|legitimate|non ?toxic|not (toxic|hate|offensive)|non (hate|offensive)"
+    r"safe|harmless|unharmful|benign|neutral|normal|legitimate|nontoxic|(non|not) (toxic|hate|offensive)"
 )
 
 
@@ -76,7 +76,7 @@ def find_unsafe_classes(config: PreTrainedConfig) -> list[int]:
         >>> find_unsafe_classes(BertConfig(id2label={0: "SAFE", 1: "UNSAFE"}))
         [1]
     """
-    id2label: dict[int, str] = dict(config.id2label or {})  # type: ignore[arg-type]  # its keys are numbers once read
+    id2label = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     names = {index: re.sub(r"[\W_]+", " ", name).strip().lower() for index, name in id2label.items()}
     is_multi_label = config.problem_type == "multi_label_classification"
     if config.problem_type == "regression" or (len(names) < 2 and not is_multi_label):
@@ -88,9 +88,9 @@ def find_unsafe_classes(config: PreTrainedConfig) -> list[int]:
     if unknown or not unsafe or not (safe or is_multi_label):
         raise SafeSpecError(
             f"A labeler's classes must say which of them mean unsafe, but those of this one are "
-            f"{list(id2label.values())}{f', and {unknown} may mean anything' if unknown else ''}. If you know what they "
-            "mean, set `id2label` in the model's config.json to names such as 'unsafe', 'toxic' or 'jailbreak', and "
-            "'safe', 'benign' or 'neutral'."
+            f"{list(id2label.values())}{f', and {unknown} may mean anything' if unknown else ''}. If you know what "
+            "they mean, set `id2label` in the model's config.json to names such as 'unsafe', 'toxic' or 'jailbreak', "
+            "and 'safe', 'benign' or 'neutral'."
         )
     return unsafe
 
@@ -145,7 +145,9 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
 
 def _load_whole(kind: Any, model_id: str, device: torch.device | str | None, **kwargs: Any) -> PreTrainedModel:
     """Loads a model none of whose weights are random."""
-    model, found = kind.from_pretrained(model_id, device_map=device, output_loading_info=True, **kwargs)
+    model, found = kind.from_pretrained(
+        model_id, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
     absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if absent:
         raise SafeSpecError(

@@ -12,21 +12,26 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
-from .metrics import Scored
+from .metrics import ScoredAnswers
 
 
-def draw_all(scored: Scored, results: dict[str, Any], folder: Path) -> list[str]:
+def draw_all(scored: ScoredAnswers, results: dict[str, Any], folder: Path) -> list[str]:
     """Draws every picture that the results have figures for, and returns the file names."""
-    drawings: dict[str, Callable[[Any], None]] = {
-        "roc.png": lambda axes: _draw_curves(scored, RocCurveDisplay, axes, "ROC of whole answers"),
-        "precision_recall.png": lambda axes: _draw_curves(
+    drawings: dict[str, Callable[[Any], None]] = {}
+    if any(scored.of_source(source).has_both_classes for source in scored.sources):
+        drawings["roc.png"] = lambda axes: _draw_curves(scored, RocCurveDisplay, axes, "ROC of whole answers")
+        drawings["precision_recall.png"] = lambda axes: _draw_curves(
             scored, PrecisionRecallDisplay, axes, "Precision and recall of whole answers"
-        ),
-        "reliability.png": lambda axes: _draw_reliability(results["reliability"], axes),
-        "risk_along_answers.png": lambda axes: _draw_risk(results["mean_risk_along"], results["risk_threshold"], axes),
-        "auroc_by_prefix.png": lambda axes: _draw_prefixes(results["prefix_auroc"], axes),
-        "trade_off.png": lambda axes: _draw_trade_off(results["trade_off"], axes),
-    }
+        )
+    if results["reliability"]:
+        drawings["reliability.png"] = lambda axes: _draw_reliability(results["reliability"], axes)
+    drawings["risk_along_answers.png"] = lambda axes: _draw_risk(
+        results["mean_risk_along"], results["risk_threshold"], axes
+    )
+    if results["prefix_auroc"]:
+        drawings["auroc_by_prefix.png"] = lambda axes: _draw_prefixes(results["prefix_auroc"], axes)
+    if scored.has_both_classes:
+        drawings["trade_off.png"] = lambda axes: _draw_trade_off(results["trade_off"], axes)
     if results.get("sweep"):
         drawings["layers_by_pooling.png"] = lambda axes: _draw_sweep(results["sweep"], axes)
     for name, draw in drawings.items():
@@ -37,11 +42,16 @@ def draw_all(scored: Scored, results: dict[str, Any], folder: Path) -> list[str]
     return list(drawings)
 
 
-def _draw_curves(scored: Scored, display: Any, axes: Any, title: str) -> None:
+def _plain(name: str) -> str:
+    """A name as a legend shows it: matplotlib reads formulas between dollar signs, and hides what starts with `_`."""
+    return f" {name}".replace("$", r"\$")
+
+
+def _draw_curves(scored: ScoredAnswers, display: Any, axes: Any, title: str) -> None:
     for source in scored.sources:
         part = scored.of_source(source)
-        if 0 < part.labels.mean() < 1:
-            display.from_predictions(part.labels, part.highest(), name=source, ax=axes)
+        if part.has_both_classes:
+            display.from_predictions(part.labels, part.highest(), name=_plain(source), ax=axes)
     axes.set_title(title)
 
 
@@ -62,14 +72,14 @@ def _draw_risk(curves: dict[str, list[float]], threshold: float, axes: Any) -> N
 def _draw_prefixes(table: dict[str, dict[str, float | None]], axes: Any) -> None:
     for source, row in table.items():
         points = [(int(name.split()[0]), value) for name, value in row.items() if name.endswith("tokens")]
-        axes.plot([num for num, _ in points], [value for _, value in points], marker="o", label=source)
+        axes.plot([num for num, _ in points], [value for _, value in points], marker="o", label=_plain(source))
     axes.set(xscale="log", xlabel="tokens of the answer seen", ylabel="AUROC", title="AUROC against prefix length")
     axes.legend()
 
 
 def _draw_trade_off(points: list[dict[str, Any]], axes: Any) -> None:
     for name in (name for name in points[0] if name.endswith(" unsafe")):
-        axes.plot([p["all safe"] for p in points], [p[name] for p in points], label=name)
+        axes.plot([p["all safe"] for p in points], [p[name] for p in points], label=_plain(name))
     axes.set(xlabel="safe answers flagged anywhere", ylabel="unsafe answers flagged", title="Trade-off")
     axes.legend()
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from ..heads.card import to_json, to_table
 from . import metrics
-from .data import base_names, hash_file
-from .metrics import Scored
+from .data import base_names
+from .files import check_writable_folder, distinct_names, hash_file
+from .metrics import ScoredAnswers
 
 PACKAGES = ("safespec-hf", "torch", "transformers", "scikit-learn", "safetensors", "numpy")
 
@@ -41,19 +42,30 @@ def provenance(files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "data": {Path(file).name: hash_file(file) if os.path.isfile(file) else None for file in files},
+        "data": {
+            name: hash_file(file) if os.path.isfile(file) else None
+            for name, file in zip(distinct_names(files), files, strict=True)
+        },
     }
 
 
-def evaluate(scored: Scored, risk_threshold: float) -> dict[str, Any]:
+def evaluate(scored: ScoredAnswers, risk_threshold: float) -> dict[str, Any]:
     """Every figure of a report.
 
     Args:
-        scored ([`Scored`]): Answers and their risks.
+        scored ([`ScoredAnswers`]): Answers and their risks.
         risk_threshold (`float`): The head's.
+
+    Returns:
+        `dict`: What a set of one class can't give is `None` or empty, and `missing` has a sentence on it.
+
+    Raises:
+        SafeSpecError: If there is no answer, or a risk is none, such as NaN.
     """
+    metrics.check_risks(scored)
     return {
         "risk_threshold": risk_threshold,
+        "missing": metrics.missing_figures(scored),
         "sources": metrics.summarize_sources(scored, risk_threshold),
         "categories": metrics.summarize_categories(scored, risk_threshold),
         "prefix_auroc": metrics.prefix_auroc(scored),
@@ -64,7 +76,7 @@ def evaluate(scored: Scored, risk_threshold: float) -> dict[str, Any]:
 
 
 def write_report(
-    scored: Scored,
+    scored: ScoredAnswers,
     risk_threshold: float,
     folder: str | os.PathLike[str],
     *,
@@ -74,7 +86,7 @@ def write_report(
     """Writes `report.json`, `report.md` and pictures.
 
     Args:
-        scored ([`Scored`]): Answers of both classes and their risks.
+        scored ([`ScoredAnswers`]): Answers and their risks; with one class only, the report says what it lacks.
         risk_threshold (`float`): The head's.
         folder (`str` or `os.PathLike`): Where to.
         files (`Sequence[str]`, *optional*): The data, for its hashes.
@@ -82,11 +94,14 @@ def write_report(
 
     Returns:
         `dict`: The content of `report.json`, with NaN where the file has `null`.
+
+    Raises:
+        SafeSpecError: If the folder can't be written to, there is no answer, or a risk is none, such as NaN.
     """
     from .plots import draw_all
 
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    check_writable_folder(path)
     training = training or {}
     results = evaluate(scored, risk_threshold) | {key: training.get(key) for key in ("sweep", "calibration")}
     pictures = draw_all(scored, results, path)
@@ -107,14 +122,17 @@ def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
     ]
     prefixes = [{"source": name, **row} for name, row in results["prefix_auroc"].items()]
     points = results["trade_off"]
+    lacking = "".join(f"- {sentence}\n" for sentence in results["missing"])
+    missing = ["## What these answers can't tell\n\n" + lacking.strip()] if lacking else []
     sections = [
         "# Report on a safety head",
         f"An answer's score is the highest risk at any of its tokens; it is flagged at {threshold:.4f} or more.",
+        *missing,
         "## By source\n\n" + to_table(sources),
-        "## False alarms by source of safe answers\n\n" + to_table(benign),
+        "## False alarms by source of safe answers\n\n" + (to_table(benign) if benign else "No answer is safe."),
         "## By category\n\nThe most often missed ones first.\n\n" + to_table(results["categories"]),
         "## AUROC by how much of the answer was seen\n\n" + (to_table(prefixes) if prefixes else "One class only."),
-        "## Trade-off\n\n" + to_table(points[-41::2]),
+        "## Trade-off\n\n" + (to_table(points[-41::2]) if points else "No answer is safe."),
         "## Pictures\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures),
         "## Provenance\n\n```json\n" + json.dumps(origin, indent=2) + "\n```",
     ]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
+from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead, target_binding
 from .data import Example
 from .hidden import encode, hash_weights, score_texts
@@ -45,14 +46,19 @@ def read_risks(
 
     Returns:
         `list[torch.Tensor]`: One of shape `(T,)` per example.
+
+    Raises:
+        SafeSpecError: If the chat template refuses a conversation, or a risk is no number.
     """
     encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
     texts = {text.key: text for text in encoded}
     newline_ids, policy = find_newline_ids(tokenizer), SafeSpecConfig()
 
     def compute(keys: Sequence[str]) -> dict[str, Tensor]:
-        scored = score_texts(model, head, [texts[key] for key in keys], newline_ids, policy)
-        return {str(index): risks_T for index, risks_T in scored}
+        scored = dict(score_texts(model, head, [texts[key] for key in keys], newline_ids, policy))
+        if any(bool(risks_T.isnan().any()) for risks_T in scored.values()):
+            raise SafeSpecError("The head gives risks that are no numbers: its weights are broken. Train it again.")
+        return {str(index): risks_T for index, risks_T in scored.items()}
 
     parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), hash_head(head)]
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

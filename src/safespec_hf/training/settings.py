@@ -21,7 +21,7 @@ def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
     """
     declared = {field.name: field.type for field in fields(settings)}
     for name, interval in ranges.items():
-        kind = "an integer" if declared[name] == "int" else "a number"
+        kind = "an integer" if declared[name] in ("int", int) else "a number"
         check_number(name, getattr(settings, name), interval, kind)
 
 

@@ -21,6 +21,17 @@ from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
 from .data import Example
 from .features import Features, Reading
+from .settings import check_counts, check_number, check_ranges
+
+RANGES = {
+    "width": "[0, inf)",
+    "learning_rate": "(0, inf)",
+    "weight_decay": "[0, inf)",
+    "dropout": "[0, 1)",
+    "min_unsafe_tokens": "[0, inf)",
+    "source_power": "[0, 1]",
+    "seed": "[0, 2147483648)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +53,9 @@ class TrainSettings:
         source_power (`float`, defaults to 0.5):
             Within a class a source of n answers weighs n to this power: 1 is by size, 0 is all sources alike.
         seed (`int`, defaults to 0): Of everything.
+
+    Raises:
+        SafeSpecError: If a value is outside of its range.
     """
 
     num_members: int = 4
@@ -55,6 +69,10 @@ class TrainSettings:
     min_unsafe_tokens: int = 16
     source_power: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num_members", "batch_size", "max_epochs", "patience")
+        check_ranges(self, RANGES)
 
 
 class Dataset(NamedTuple):
@@ -86,8 +104,10 @@ def split_by_group(examples: Sequence[Example], fraction: float, seed: int = 0) 
         seed (`int`, *optional*, defaults to 0): Of the choice.
 
     Raises:
-        SafeSpecError: If there are fewer than two groups.
+        SafeSpecError: If there are fewer than two groups, or `fraction` or `seed` is out of range.
     """
+    check_number("fraction", fraction, "(0, 1)")
+    check_number("seed", seed, RANGES["seed"], "an integer")
     groups = [example.group for example in examples]
     if len(set(groups)) < 2:
         raise SafeSpecError(f"A split needs at least 2 groups, but all {len(examples)} examples are in one.")
@@ -120,9 +140,10 @@ def train_head(
         [`Trained`]: The head in evaluation mode, its threshold still to be calibrated.
 
     Raises:
-        SafeSpecError: If groups leak, or a set lacks one of the classes.
+        SafeSpecError: If groups leak, a set lacks one of the classes, or the features lack a layer or the reading.
     """
     settings = settings or TrainSettings()
+    _check_features(train.features, hidden_layers, reading)
     check_sets(train.examples, validation.examples)
     inputs_PF = _inputs(train.features, hidden_layers, reading)
     targets_P, weights_P = _targets(train, settings)
@@ -134,7 +155,7 @@ def train_head(
         _train_member(rows, held_out_PF, validation, replace(settings, seed=settings.seed + member))
         for member in range(settings.num_members)
     ]
-    head = _merge(members, mean_F, std_F)
+    head = _fold_members(members, mean_F, std_F)
     head.config.update(
         {
             "hidden_size": inputs_PF.shape[1] // len(hidden_layers),
@@ -173,13 +194,14 @@ def sweep_readings(
         return score
 
     layers = train.features.layers
-    for reading in tqdm(readings, desc="sweep", unit="reading"):
-        for layer in layers:
-            attempt([layer], reading)
+    singles = [(layer, reading) for reading in readings for layer in layers]
+    for layer, reading in tqdm(singles, desc="sweep", unit="probe"):
+        attempt([layer], reading)
     best = max(results, key=lambda result: result["auroc"])
-    for _ in range(num_layers_at_once - 1):
+    for num_layers in range(2, num_layers_at_once + 1):
         chosen = best["hidden_layers"]
-        for layer in set(layers) - set(chosen):
+        others = [layer for layer in layers if layer not in chosen]
+        for layer in tqdm(others, desc=f"sweep, {num_layers} layers", unit="probe", disable=not others):
             attempt([*chosen, layer], Reading(*best["reading"]))
         best = max(results, key=lambda result: result["auroc"])
         if best["hidden_layers"] == chosen:
@@ -213,6 +235,15 @@ def check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:
         raise SafeSpecError(
             f"{len(shared)} groups are in both training and validation, the one of {ids[0]!r} for instance. Split by "
             "group: the prompt, unless rows say otherwise."
+        )
+
+
+def _check_features(features: Features, hidden_layers: Sequence[int], reading: Reading) -> None:
+    missing = sorted(set(hidden_layers) - set(features.layers))
+    if missing or not hidden_layers or reading.name not in features.states:
+        raise SafeSpecError(
+            f"The features have layers {list(features.layers)} and readings {list(features.states)}: a head can't "
+            f"read layers {list(hidden_layers)} as {reading.name!r}. Extract features of these."
         )
 
 
@@ -287,7 +318,7 @@ def _batches(rows: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def _merge(members: Sequence[nn.Sequential], mean_F: Tensor, std_F: Tensor) -> SafetyHead:
+def _fold_members(members: Sequence[nn.Sequential], mean_F: Tensor, std_F: Tensor) -> SafetyHead:
     """One head whose logit is the mean of the members' on standardised inputs: their hidden units side by side."""
     layers = [[layer for layer in member if isinstance(layer, nn.Linear)] for member in members]
     weight = torch.cat([first.weight for first, *_ in layers]) / std_F
