@@ -17,9 +17,9 @@ export OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERS
 step() {
     local name=$1 begin status=0
     shift
-    begin=$(date +%s.%N)
+    begin=${EPOCHREALTIME/./} # microseconds
     "$@" > step.log 2>&1 || status=$?
-    printf '%7.1f s  %s\n' "$(echo "$(date +%s.%N) - $begin" | bc)" "$name"
+    printf '%5d.%d s  %s\n' $(((${EPOCHREALTIME/./} - begin) / 1000000)) $(((${EPOCHREALTIME/./} - begin) / 100000 % 10)) "$name"
     if [ $status -ne 0 ]; then
         tail -n 40 step.log >&2
         echo "newcomer.sh: '$name' failed with status $status" >&2

@@ -21,6 +21,8 @@ __all__ = ["app", "main", "run"]
 EXTRAS = {"datasets": "data", "matplotlib": "train", "pyarrow": "data", "scipy": "train", "sklearn": "train"}
 """The extra that brings a package, by the name that the package is imported by."""
 
+INTERRUPTED = "interrupted; the same command goes on where it was."
+
 app = typer.Typer(
     name="safespec",
     help="Safety heads for speculative decoding: collect answers, train a head, calibrate, measure and publish it.",
@@ -71,11 +73,12 @@ def run(arguments: Sequence[str]) -> int:
         0
     """
     try:
-        return app(list(arguments), prog_name="safespec", standalone_mode=False) or 0
+        status = app(list(arguments), prog_name="safespec", standalone_mode=False) or 0
+        return _fail(INTERRUPTED, 130) if status == 130 else status  # typer makes that of an interrupt
     except typer.TyperException as error:
         return _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command goes on where it was.", 130)
+        return _fail(INTERRUPTED, 130)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

@@ -141,7 +141,7 @@ def calibrate_head(
     Raises:
         SafeSpecError: As [`conformal_threshold`], or if the labelled answers are of one class.
     """
-    if labelled is not None and len(set(labelled.labels.tolist())) < 2:
+    if labelled is not None and not labelled.has_both_classes:
         raise SafeSpecError(
             f"A temperature needs answers of both classes, but all {len(labelled.examples)} labelled ones are of one."
         )
