@@ -9,13 +9,14 @@ import torch
 from ..answer.logits import SafeSpecLogitsProcessor
 from ..answer.recovery import choose, next_step
 from ..answer.rows import Row
-from ..drafting.candidates import SafeSpecCandidateGenerator, sample_segments
+from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..engine.cache import CachedModel
 from ..outputs import Provenance, SafeSpecEvent
 from .candidate_scores import CandidateScores
 from .commit import Committer, Flag
 from .monitor import RiskMonitor
 from .plan import Plan
+from .sampling import sample_segments
 
 
 class SafetyMode:
