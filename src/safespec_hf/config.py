@@ -126,9 +126,10 @@ class SafeSpecConfig:
         seed (`int`, *optional*):
             Seed of candidate sampling. Default: 0 for greedy calls, which stay reproducible, and drawn from torch's
             generator for sampled ones.
-        score_last_token (`bool`, defaults to `False`):
+        score_last_token (`bool`, *optional*):
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
-            risk (`nan`). `True` spends one more target forward to score it; an answer of one token always does.
+            risk. Default: one more target forward scores it, unless it is an end token. `True` scores an end token
+            as well. `False` lets the token out unscored (its risk is `nan`), but for an answer of that token alone.
 
     Raises:
         ValueError: If a value is outside of its range.
@@ -158,7 +159,7 @@ class SafeSpecConfig:
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None
-    score_last_token: bool = False
+    score_last_token: bool | None = None
 
     def __post_init__(self) -> None:
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
@@ -175,6 +176,8 @@ class SafeSpecConfig:
         sources = get_args(CandidateSource)
         _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
+        wish = self.score_last_token
+        _check("score_last_token", wish, wish is None or isinstance(wish, bool), "True, False or None")
 
 
 def _check(name: str, value: object, is_legal: bool, legal: str) -> None:

@@ -21,11 +21,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .answer.characters import Piece, find_pieces
 from .answer.pooling import find_newline_ids
 from .config import SafeSpecConfig
 from .decoding.loop import Decoder
 from .decoding.monitor import RiskMonitor
-from .decoding.plan import Plan
+from .decoding.plan import Plan, num_positions, recovery_seeds
 from .decoding.request import (
     DEFAULT_NUM_DRAFT_TOKENS,
     check_assistant,
@@ -61,6 +62,7 @@ class Attachment:
     ignore_mismatches: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase | None
     newline_ids: frozenset[int] = field(default_factory=frozenset)
+    pieces: dict[int, Piece] = field(default_factory=dict)
 
     def use_tokenizer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Takes a tokenizer if it is another one than before, and checks that it is the head's."""
@@ -73,7 +75,7 @@ class Attachment:
                 "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
             )
         if not self.newline_ids:
-            self.newline_ids = find_newline_ids(self.tokenizer)
+            self.newline_ids, self.pieces = find_newline_ids(self.tokenizer), find_pieces(self.tokenizer)
 
 
 def attach_safety_head(
@@ -257,6 +259,7 @@ class GuardedCall:
             max_length=generation_config.max_length,
             policy=self.policy,
             newline_ids=attachment.newline_ids,
+            pieces=attachment.pieces,
             processors=logits_processor,
         )
         candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
@@ -288,7 +291,7 @@ class GuardedCall:
         assert attachment.tokenizer is not None
         check_generation_config(config)
         check_model_kwargs(model_kwargs, input_ids)
-        check_processors(processors, input_ids.shape[0])
+        check_processors(processors)
         if self.policy.compile:
             check_compiler(model.device)
         if self.policy.candidate_source == "draft" and (
@@ -333,15 +336,10 @@ class GuardedCall:
             refusal_ids=refusal + ends[:1],
             separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
             max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+            num_positions=num_positions(model),
             seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
+            pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
         )
-
-
-def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:
-    """One per row: the same for all, so that a row recovers as it would alone, but for samples without a seed."""
-    if seed is not None or not do_sample:
-        return [seed or 0] * num_rows
-    return torch.randint(2**31, (num_rows,)).tolist()
 
 
 def choose_policy(

@@ -95,3 +95,30 @@ def test_the_callers_processors_hold_for_candidates():
     model = ScriptedModel(count_after({10: {20: 0.9, 30: 0.1}}))
     row = make_row([9, 10], processors=LogitsProcessorList([Ban()]))
     assert {segment[0] for segment in sample(model, 32, row=row)} == {30}
+
+
+class Spoil(LogitsProcessor):
+    """Makes all scores after some token a value that no sample can be drawn from."""
+
+    def __init__(self, token, value):
+        self.token, self.value = token, value
+
+    def __call__(self, input_ids, scores):
+        return torch.where((input_ids[:, -1:] == self.token), self.value, scores)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -torch.inf, torch.inf])
+@pytest.mark.parametrize("min_segment_tokens", [1, 4])
+def test_a_segment_without_a_possible_token_has_failed_and_is_empty(value, min_segment_tokens):
+    policy = SafeSpecConfig(min_segment_tokens=min_segment_tokens)
+    row = make_row([9, 10], processors=LogitsProcessorList([Spoil(21, value)]), policy=policy)
+    model = ScriptedModel(count_after({10: {20: 0.5, 30: 0.5}}))
+    assert {tuple(segment) for segment in sample(model, 32, row=row, end_ids=frozenset({39}))} == {
+        (),
+        tuple(range(30, 36)),
+    }
+
+
+@pytest.mark.parametrize("probs", [[float("nan")] * 3, [0.0] * 3, [0.0, float("nan"), 1.0]])
+def test_a_drawn_token_is_always_one_of_the_vocabulary(probs):
+    assert 0 <= draw(torch.tensor([probs])).item() < 3

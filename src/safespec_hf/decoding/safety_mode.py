@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from ..answer.characters import character_edges
 from ..answer.logits import SafeSpecLogitsProcessor
 from ..answer.recovery import choose, next_step
 from ..answer.rows import Row
@@ -77,11 +78,12 @@ class SafetyMode:
         chosen = choice.candidate if choice.is_safe else None
         self._record(row, flag, outcome, tuple(scores.worst()), tuple(scores.log_probs), chosen)
         if not choice.is_safe:
-            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments)
+            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments if tokens)
             return False
         reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
         risks, states_TF = scores.risks[choice.candidate], scores.states[choice.candidate]
-        self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        self.commits.decide([row], [pending])
         self.target.replace(index, scorer, choice.candidate)
         if states_TF.shape[1] > num_features:
             self.candidates.observe(index, start, states_TF[:, num_features:])
@@ -127,9 +129,13 @@ class SafetyMode:
 
     def _refuse(self, row: Row, flag: Flag) -> None:
         row.truncate(flag.kept)
-        for token in (self.plan.separator_ids if row.num_visible else []) + self.plan.refusal_ids:
-            if row.room > 0:
-                row.append(token, Provenance.REFUSAL)
+        tokens = [*(self.plan.separator_ids if row.num_visible else []), *self.plan.refusal_ids][: max(row.room, 0)]
+        # where there is no room for all of it, it ends with a whole character like anything that we write
+        edges, _ = character_edges(0, tokens, row.segments.pieces)
+        while tokens and not edges[len(tokens) - 1].after:
+            tokens.pop()
+        for token in tokens:
+            row.append(token, Provenance.REFUSAL)
         row.finish_reason = "safety_refusal"
         self._record(row, flag, "refused")
 

@@ -44,7 +44,8 @@ def sample_segments(
             which stay open. With a judge the last tokens are read as well.
 
     Returns:
-        `tuple`: K segments, none of them empty, and the cache that they were sampled with, a row for each.
+        `tuple`: K segments, and the cache that they were sampled with, a row for each. An empty segment is a failed
+        one: at some point no token had a finite score, or one had none at all (`nan`).
     """
     policy = row.policy
     ids_KL = row.visible_ids().expand(num_segments, -1)
@@ -66,11 +67,17 @@ def sample_segments(
         if end_ids and not may_end:
             # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
             scores_KV = penalize(scores_KV, sorted(end_ids))
-        token_K1 = draw(scores_KV.softmax(dim=-1), generator)
-        for k, token in enumerate(token_K1[:, 0].tolist()):
-            if is_open[k]:
+        probs_KV = scores_KV.softmax(dim=-1)
+        token_K1 = draw(probs_KV, generator)
+        # softmax makes a row without any finite score, or with one that is not a number, all nan
+        outcome_K2 = torch.cat([token_K1, probs_KV[:, :1].isnan().long()], dim=1)
+        for k, (token, has_failed) in enumerate(outcome_K2.tolist()):
+            if is_open[k] and has_failed:
+                segments[k].clear()
+                is_open[k] = False
+            elif is_open[k]:
                 segments[k].append(token)
-                ends_line = token in row.newline_ids and may_end
+                ends_line = token in row.segments.newline_ids and may_end
                 is_open[k] = not ends_line and token not in end_ids
         if judge is None and not any(is_open):
             break
@@ -95,7 +102,8 @@ def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         generator (`torch.Generator`, *optional*): Of their device.
 
     Returns:
-        `torch.LongTensor` of shape `(K, 1)`: The tokens; never one of probability 0.
+        `torch.LongTensor` of shape `(K, 1)`: The tokens; never one of probability 0, where there is another. A row of
+        `nan` gives some token of the vocabulary.
 
     Example:
 
@@ -107,4 +115,5 @@ def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     share_K1 = torch.rand(len(probs_KV), 1, dtype=torch.double, device=probs_KV.device, generator=generator)
     # `right`: a share that is reached exactly belongs to the next token that has any probability
     token_K1 = torch.searchsorted(reached_KV, share_K1 * reached_KV[:, -1:], right=True)
-    return torch.minimum(token_K1, torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()))
+    last_K1 = torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()).clamp(max=probs_KV.shape[1] - 1)
+    return torch.minimum(token_K1, last_K1)
