@@ -52,7 +52,7 @@ class Decoder:
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         rows (`list[Row]`): The batch, empty answers.
-        candidates ([`SafeSpecCandidateGenerator`]): Drafts for it.
+        drafter ([`SafeSpecCandidateGenerator`]): Drafts for it.
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
     """
@@ -61,23 +61,23 @@ class Decoder:
         self,
         model: PreTrainedModel,
         rows: list[Row],
-        candidates: SafeSpecCandidateGenerator,
+        drafter: SafeSpecCandidateGenerator,
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
-        self.target = CachedModel(model, len(rows), [*self._risk_layers, *candidates.layers])
+        self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
         self.rows = rows
         self.live = list(rows)
-        self.candidates = candidates
+        self.drafter = drafter
         self.plan = plan
         self.streamer = streamer
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
-            self.safety_mode = SafetyMode(self.target, candidates, plan, plan.monitor, self.commits)
+            self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -126,7 +126,7 @@ class Decoder:
             0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)
             for row in self.live
         ]
-        proposal = self.candidates.draft(self.live, limits)
+        proposal = self.drafter.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
 
@@ -139,7 +139,7 @@ class Decoder:
         states_BTF: Tensor | None,
     ) -> None:
         """What a round leaves to caches and drafters: of a tree, the path that was accepted."""
-        self.candidates.record(paths)
+        self.drafter.record(paths)
         for index, (drafts, path) in enumerate(zip(proposal.drafts, paths, strict=True)):
             is_prefix = path == list(range(len(path)))
             if not is_prefix:
@@ -149,7 +149,7 @@ class Decoder:
                 states_TF = states_BTF[index, states_BTF.shape[1] - len(blocks[index]) :]
                 if not is_prefix:
                     states_TF = torch.cat([states_TF[:num_others], states_TF[num_others:][path]])
-                self.candidates.observe(index, starts[index], states_TF)
+                self.drafter.observe(index, starts[index], states_TF)
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
         """What sampling accepted, or the target's greedy choice at every position."""
@@ -239,7 +239,7 @@ class Decoder:
         """Every cache forgets what was not kept; the last token of a row always waits for the next forward."""
         lengths = [row.num_context - 1 for row in self.live]
         self.target.keep(lengths)
-        self.candidates.keep(lengths)
+        self.drafter.keep(lengths)
 
     def _stream(self) -> None:
         if self.streamer is None:
@@ -257,7 +257,7 @@ class Decoder:
         self.live = [self.live[index] for index in left]
         if left:
             self.target.select(left)
-            self.candidates.select(left)
+            self.drafter.select(left)
 
     def _leave_consistent(self) -> None:
         """A single row's cache, which the caller may go on with, ends before anything the caller does not see."""
@@ -267,8 +267,8 @@ class Decoder:
             self.target.leave(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
-        self.statistics.num_draft_forwards = self.candidates.num_forwards
-        self.statistics.num_plain_rounds = self.candidates.num_plain_rounds
+        self.statistics.num_draft_forwards = self.drafter.num_forwards
+        self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
     def _is_plain(self, prompt_ids: Tensor) -> bool:
