@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,10 +208,11 @@ def i1_sampling(options: argparse.Namespace) -> Result:
 
 
 def i2(options: argparse.Namespace) -> Result:
-    """As many target forwards with the head on as with it off."""
+    """As many target forwards with the head on as with it off, but for the one that may read the last token."""
     model, tokenizer = real_target(torch.float32)
     figures, holds = [], True
-    cases = itertools.product(drafting(model, options.draft_layers).items(), (CONSTANT, SafeSpecConfig()))
+    policies = [replace(policy, score_last_token=False) for policy in (CONSTANT, SafeSpecConfig())]
+    cases = itertools.product(drafting(model, options.draft_layers).items(), policies)
     for (name, kwargs), policy in cases:
         counts = []
         for is_monitored in (True, False):

@@ -213,7 +213,7 @@ def test_a_row_in_a_batch_is_what_it_is_alone(tokenizer, kind, source, forced):
         assert batch.finish_reasons[row] == single.finish_reasons[0]
 
 
-def decode(model, with_head, source, num_rows=2):
+def decode(model, with_head, source, num_rows=2, policy=POLICY):
     """The loop itself, with or without a head."""
     draft = {"draft": build_model(), "head": build_draft_head(model)}.get(source)
     prompts = PROMPT.expand(num_rows, -1)
@@ -223,13 +223,13 @@ def decode(model, with_head, source, num_rows=2):
         prompts,
         torch.ones_like(prompts).bool(),
         max_length=24,
-        policy=POLICY,
+        policy=policy,
         newline_ids=frozenset({7, 8}),
         processors=LogitsProcessorList(),
     )
-    candidates = make_drafting(model, draft, config, POLICY, num_rows)
+    candidates = make_drafting(model, draft, config, policy, num_rows)
     plan = Plan(
-        policy=POLICY,
+        policy=policy,
         monitor=RiskMonitor(build_head(model)) if with_head else None,
         risk_threshold=1.0,
         num_draft_tokens=5,
@@ -249,15 +249,16 @@ def decode(model, with_head, source, num_rows=2):
 
 @pytest.mark.parametrize("source", DRAFTING)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_head_costs_no_forward(kind, source):
+def test_a_head_costs_no_forward_but_the_one_that_reads_the_last_token(kind, source):
     counts = {}
-    for with_head in (False, True):
+    for with_head, wish in ((False, None), (True, False), (True, None)):
         model, calls = build_model(kind), []
         model.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        output = decode(model, with_head, source)
-        counts[with_head] = len(calls)
+        output = decode(model, with_head, source, policy=replace(POLICY, score_last_token=wish))
+        counts[with_head, wish] = len(calls)
         assert output.statistics.num_target_forwards == output.statistics.num_rounds == len(calls)
-    assert counts[True] == counts[False]
+    assert counts[True, False] == counts[False, None]
+    assert counts[False, None] <= counts[True, None] <= counts[False, None] + 1
 
 
 @pytest.mark.parametrize("source", DRAFTING)

@@ -142,9 +142,10 @@ class SafeSpecConfig:
         seed (`int`, *optional*):
             Seed of candidate sampling, in [0, 2**63). Default: 0 for greedy calls, which stay reproducible, and drawn
             from torch's generator for sampled ones.
-        score_last_token (`bool`, defaults to `False`):
+        score_last_token (`bool`, *optional*):
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
-            risk (`nan`). `True` spends one more target forward to score it; an answer of one token always does.
+            risk. Default: one more target forward scores it, unless it is an end token. `True` scores an end token
+            as well. `False` lets the token out unscored (its risk is `nan`), but for an answer of that token alone.
 
     Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
 
@@ -177,7 +178,7 @@ class SafeSpecConfig:
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None
-    score_last_token: bool = False
+    score_last_token: bool | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, _field_types(SafeSpecConfig))

@@ -47,21 +47,21 @@ def extend(row, tokens, origin=Provenance.TARGET, settled=True):
 )
 def test_segments_start_after_four_tokens_or_a_newline(tokens, starts, num_open):
     row = extend(make_row(), tokens)
-    assert (row.segment_starts, row.num_open) == (starts, num_open)
+    assert (row.segments.starts, row.segments.num_open) == (starts, num_open)
 
 
 def test_counts_ahead_are_the_counts_that_appending_gives():
     row, ahead = extend(make_row(), [20, 20, 20]), [20, NEWLINE, 20, NEWLINE, 20]
-    counts = row.segment_counts(ahead)
-    assert extend(row, ahead).counts[3:] == counts
+    counts = row.segments.counts_ahead(ahead)
+    assert extend(row, ahead).segments.counts[3:] == counts
 
 
 @pytest.mark.parametrize(("rollback_segments", "kept"), [(0, 8), (1, 4), (2, 0), (5, 0)])
 def test_a_rollback_gives_up_the_open_segment_and_so_many_before_it(rollback_segments, kept):
     row = extend(make_row(rollback_segments=rollback_segments), range(20, 30))
-    assert row.rollback(flagged=9) == (kept, 10 - kept)
+    assert row.roll_back(flagged=9) == (kept, 10 - kept)
     assert row.tokens == list(range(20, 20 + kept))
-    assert (row.num_settled, row.num_visible, row.num_open) == (kept, kept, 0)
+    assert (row.num_settled, row.num_visible, row.segments.num_open) == (kept, kept, 0)
 
 
 @pytest.mark.parametrize("rollback_segments", [0, 1, 2])
@@ -70,9 +70,9 @@ def test_a_rollback_is_as_if_the_tokens_had_never_been_added(rollback_segments, 
     choose = random.Random(seed)
     tokens = [choose.choice([NEWLINE, 20, 21]) for _ in range(20)]
     row = extend(make_row(rollback_segments=rollback_segments), tokens)
-    kept, _ = row.rollback(choose.randrange(20))
+    kept, _ = row.roll_back(choose.randrange(20))
     fresh = extend(make_row(rollback_segments=rollback_segments), tokens[:kept])
-    for name in ("tokens", "origins", "risks", "counts", "segment_starts", "num_open", "num_settled", "num_visible"):
+    for name in ("tokens", "origins", "risks", "num_settled", "num_visible"):
         assert getattr(row, name) == getattr(fresh, name), name
     assert row.visible_ids().tolist() == fresh.visible_ids().tolist()
     assert row.pooled.num_tokens == kept
@@ -88,7 +88,7 @@ def test_no_later_flag_takes_back_a_final_token(rollback_segments, seed):
         num_safe = choose.randint(0, row.num_unscored())
         row.settle([0.1] * num_safe, torch.zeros(num_safe, 1))
         if choose.random() < 0.3 and row.num_unscored():
-            row.rollback(row.num_settled)
+            row.roll_back(row.num_settled)
             if choose.random() < 0.5:
                 extend(row, [4, 5], Provenance.REFLECTION)
         else:
@@ -116,7 +116,7 @@ def test_so_many_committed_segments_are_held_back(rollback_segments, num_final):
 
 def test_the_prompt_is_never_rolled_back():
     row = extend(make_row(rollback_segments=9), range(20, 23))
-    row.rollback(0)
+    row.roll_back(0)
     assert row.context(0) == PROMPT
 
 
@@ -146,8 +146,8 @@ def test_a_kept_reflection_is_visible_and_takes_room():
 
 def test_a_reflection_has_no_risk_and_counts_in_no_segment():
     row = extend(extend(make_row(), [20, 21, 22, 23]), [4, NEWLINE], Provenance.REFLECTION)
-    assert (row.num_unscored(), row.num_scored(), row.num_open) == (0, 4, 0)
-    assert extend(row, [24]).counts[-1] == 0
+    assert (row.num_unscored(), row.num_scored(), row.segments.num_open) == (0, 4, 0)
+    assert extend(row, [24]).segments.counts[-1] == 0
     assert [math.isnan(risk) for risk in row.risks] == [False] * 4 + [True] * 2 + [False]
 
 
@@ -155,7 +155,7 @@ def test_a_reflection_has_no_risk_and_counts_in_no_segment():
 def test_rolling_back_over_a_reflection_removes_it(keep_reflection):
     row = extend(make_row(rollback_segments=0, keep_reflection=keep_reflection), range(20, 24))
     extend(extend(row, [4, 5], Provenance.REFLECTION), [30, 31])
-    assert row.rollback(flagged=7) == (4, 2)
+    assert row.roll_back(flagged=7) == (4, 2)
     assert row.visible_ids().tolist() == [[*PROMPT, 20, 21, 22, 23]]
     assert row.num_scored() == row.num_settled == row.pooled.num_tokens == 4
 

@@ -8,7 +8,7 @@ from tiny import build_head, build_model, make_row
 from safespec_hf import SafeSpecLogitsProcessor
 from safespec_hf.decoding.candidate_scores import CandidateScores
 from safespec_hf.decoding.monitor import RiskMonitor
-from safespec_hf.drafting.candidates import sample_segments
+from safespec_hf.decoding.sampling import sample_segments
 from safespec_hf.engine.cache import CachedModel
 
 PROMPT = [11, 12, 13]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from scripted import ScriptedModel, count_after, count_up, probe
-from tiny import NO, PAUSE, REFLECTION, REFUSAL, THANKS, THINK
-from transformers import LogitsProcessor, LogitsProcessorList
+from tiny import NO, PAUSE, REFLECTION, REFUSAL, THANKS, THINK, build_head, build_model
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import Provenance, SafeSpecConfig, attach_safety_head
 
@@ -18,6 +18,16 @@ REFUSAL_IDS = [NO, THANKS]
 TURNS = {THINK: {20: 0.5, 30: 0.5}}
 
 
+class EndsWith(StoppingCriteria):
+    """Stops after a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
 def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=(10,), **arguments):
     """One guarded answer; policy fields and arguments of `generate` are told apart by name."""
     fields = {"max_segment_tokens": 3, "rollback_segments": 0, "reflection": REFLECTION, "refusal": REFUSAL}
@@ -27,8 +37,10 @@ def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=
     attach_safety_head(model, probe(model, **(head or {})), tokenizer=tokenizer)
     draft = None if draft is None else ScriptedModel(draft)
     arguments = {"max_new_tokens": 9, "do_sample": False, "assistant_model": draft, **arguments}
+    if "stop_strings" in arguments:
+        arguments["tokenizer"] = tokenizer
     output = model.generate(
-        torch.tensor([prompt]), safespec=SafeSpecConfig(**fields), return_dict_in_generate=True, **arguments
+        torch.tensor([list(prompt)]), safespec=SafeSpecConfig(**fields), return_dict_in_generate=True, **arguments
     )
     output.model = model
     return output
@@ -126,7 +138,7 @@ def test_a_kept_reflection_is_returned_without_risk_and_takes_room(tokenizer):
     assert len(tokens_of(output)) == 9
     assert tokens_of(output)[:5] == [11, 12, 13, PAUSE, THINK]
     assert output.provenance[0, 3:5].tolist() == [REFLECTED] * 2
-    assert output.risks[0].isnan().tolist() == [False] * 3 + [True] * 2 + [False] * 3 + [True]
+    assert output.risks[0].isnan().tolist() == [False] * 3 + [True] * 2 + [False] * 4
 
 
 def test_without_a_reflection_candidates_continue_what_was_kept(tokenizer):
@@ -280,20 +292,69 @@ def test_a_candidate_of_unknown_risk_is_not_taken(tokenizer):
     assert any(math.isnan(risk) for risk in output.events[0][0].candidate_risks)
 
 
-@pytest.mark.parametrize("score_last_token", [False, True])
-def test_the_last_token_has_a_risk_only_if_it_is_asked_for(tokenizer, score_last_token):
-    output = answer(tokenizer, score_last_token=score_last_token)
-    assert math.isnan(risks_of(output)[-1]) is not score_last_token
-    assert output.statistics.num_target_forwards == 9 + score_last_token
+ENDS = {
+    "length": {},
+    "stop string": {"stop_strings": ["w19"]},
+    "criterion": {"stopping_criteria": StoppingCriteriaList([EndsWith(19)])},
+    "eos": {"eos_token_id": 19},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("wish", [None, True, False])
+def test_the_last_token_is_scored_unless_an_end_token_ended_the_answer(tokenizer, wish, end):
+    length = 9 if end == "length" else 12
+    output = answer(tokenizer, score_last_token=wish, max_new_tokens=length, **ENDS[end])
+    is_scored = wish is True or (wish is None and end != "eos")
+    assert tokens_of(output) == list(range(11, 20))
+    assert math.isnan(risks_of(output)[-1]) is not is_scored
+    assert output.statistics.num_target_forwards == 9 + is_scored
 
 
 @pytest.mark.parametrize("draft", [None, count_up])
-@pytest.mark.parametrize("end", [{}, {"eos_token_id": 19}])
+@pytest.mark.parametrize("end", ENDS)
 def test_an_unsafe_last_token_is_taken_back_when_it_is_scored(tokenizer, draft, end):
-    output = answer(tokenizer, {19: 0.9}, draft=draft, score_last_token=True, candidate_source="target", **end)
+    arguments = {"score_last_token": True, "candidate_source": "target", **ENDS[end]}
+    output = answer(tokenizer, {19: 0.9}, draft=draft, **arguments)
     assert output.events[0][0].position == 8
     assert 19 not in tokens_of(output)
     assert not any(math.isnan(risk) for risk in risks_of(output))
+
+
+@pytest.mark.parametrize("num_at_a_time", [1, 2, 3, 5])
+@pytest.mark.parametrize("draft", [None, count_up])
+def test_an_unsafe_text_does_not_come_out_piece_by_piece(tokenizer, draft, num_at_a_time):
+    for start in range(10, 14):
+        arguments = {"max_new_tokens": num_at_a_time, "max_recoveries": 0, "prompt": range(10, start + 1)}
+        output = answer(tokenizer, {start + num_at_a_time: 0.9}, draft=draft, **arguments)
+        assert start + num_at_a_time not in tokens_of(output, prompt=start - 9)
+        assert output.finish_reasons == ["safety_refusal"]
+
+
+@pytest.mark.parametrize("wish", [None, True, False])
+@pytest.mark.parametrize("end", [{}, {"stopping_criteria": StoppingCriteriaList([EndsWith(11)])}])
+def test_an_answer_of_one_token_is_always_scored(tokenizer, wish, end):
+    output = answer(tokenizer, {11: 0.9}, score_last_token=wish, max_new_tokens=1, max_recoveries=0, **end)
+    assert tokens_of(output) == [NO]
+
+
+@pytest.mark.parametrize("keep_reflection", [False, True])
+def test_a_flagged_last_token_never_comes_back_however_little_room_there_is(tokenizer, keep_reflection):
+    for most in range(1, 8):
+        arguments = {"max_new_tokens": most, "keep_reflection": keep_reflection, "rollback_segments": 1}
+        output = answer(tokenizer, {10 + most: 0.9}, **arguments)
+        assert output.events[0]
+        assert 10 + most not in tokens_of(output)
+        assert 1 <= len(tokens_of(output)) <= most
+
+
+def test_a_last_token_without_a_position_is_not_read(tokenizer):
+    model, prompt = build_model("gpt2", n_positions=16), torch.arange(10, 26)[None]
+    expected = model.generate(prompt, max_new_tokens=1, do_sample=False)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    output = model.generate(prompt, max_new_tokens=1, do_sample=False, safespec=True, return_dict_in_generate=True)
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.risks.isnan().all()
 
 
 @pytest.mark.parametrize("threshold", [None, 0.05])
@@ -358,3 +419,50 @@ def test_banning_the_last_possible_token_ends_in_a_refusal(tokenizer):
     output = answer(tokenizer, {14: 0.9}, **arguments)
     assert output.finish_reasons == ["safety_refusal"]
     assert tokens_of(output) == [11, 12, 13, BLANK_LINE, *REFUSAL_IDS]
+
+
+class Spoil(LogitsProcessor):
+    """After a recovery's first token no other one is possible."""
+
+    def __init__(self, value, tokens=(20,)):
+        self.value, self.tokens = value, torch.tensor(tokens)
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, self.value) if torch.isin(input_ids[0, -1], self.tokens) else scores
+
+
+@pytest.mark.parametrize("draft", [None, count_after(TURNS)])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_attempt_in_which_no_token_is_possible_has_failed_and_the_others_count(tokenizer, draft, value):
+    processors = LogitsProcessorList([Spoil(value, (13, 20, 30))])
+    arguments = {"logits_processor": processors, "num_candidates": 3, "max_recoveries": 2}
+    output = answer(tokenizer, {14: 0.9, 0: 0.9}, draft=draft, **arguments)
+    assert [event.outcome for event in output.events[0]] == ["retried", "retried", "refused"]
+    assert all(math.isnan(risk) for event in output.events[0][:2] for risk in event.candidate_risks)
+    assert tokens_of(output) == [11, 12, 13, BLANK_LINE, *REFUSAL_IDS]
+
+
+@pytest.mark.parametrize("draft", [None, count_after(TURNS)])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_failed_candidate_does_not_stand_in_the_way_of_others(tokenizer, draft, value):
+    class SpoilSome(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.where(input_ids[:, -1:] == 20, value, scores)
+
+    output = answer(
+        tokenizer, {15: 0.9}, draft=draft, num_candidates=16, logits_processor=LogitsProcessorList([SpoilSome()])
+    )
+    assert tokens_of(output)[:6] == [11, 12, 13, 30, 31, 32]
+    assert any(math.isnan(risk) for risk in output.events[0][0].candidate_risks)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_greedy_decoding_without_a_possible_token_says_what_plain_generate_says(target, never, tokenizer, value):
+    arguments = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "logits_processor": LogitsProcessorList([Spoil(value, range(40))]),
+    }
+    expected = target.generate(torch.tensor([[11, 12]]), **arguments)
+    attach_safety_head(target, never, tokenizer=tokenizer)
+    assert target.generate(torch.tensor([[11, 12]]), **arguments, safespec=True).tolist() == expected.tolist()

@@ -2,10 +2,22 @@
 
 import pytest
 import torch
-from tiny import build_head, build_model
-from transformers import CompileConfig, GenerationConfig, StaticCache, SynthIDTextWatermarkingConfig, TextStreamer
+from tiny import build_head, build_model, perturb
+from transformers import (
+    CompileConfig,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+    TextStreamer,
+    WatermarkingConfig,
+)
 
-from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf import Provenance, SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.decoding.request import make_rows, row_processors
 from safespec_hf.engine.cache import CACHE_NAME
 
 PROMPT = torch.tensor([[11, 17, 23]])
@@ -109,12 +121,76 @@ def test_prefix_functions_are_told_the_number_of_their_row(guarded, num_rows):
     assert set(rows) == set(range(num_rows))
 
 
-@pytest.mark.parametrize("arguments", [{"encoder_repetition_penalty": 2.0}, {"encoder_no_repeat_ngram_size": 2}])
-def test_processors_that_read_the_whole_batch_are_refused_for_a_batch_only(guarded, arguments):
-    expected = guarded.generate(PROMPT, **SHORT, **arguments)
-    assert torch.equal(guarded.generate(PROMPT, **SHORT, **arguments, safespec=True), expected)
-    with pytest.raises(UnsupportedRequestError, match="row by row"):
-        guarded.generate(PROMPT.expand(2, -1), **SHORT, **arguments, safespec=True)
+PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+OF_THE_BATCH = {
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 2.0},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "bad_words": {"bad_words_ids": [[27], [21, 23], [13, 14], [24]]},
+    "sequence_bias": {"sequence_bias": [[[11], 4.0], [[12, 13], -3.0]]},
+    "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": [27, 36, 24]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [6, 27, 33]},
+    "forced_eos": {"forced_eos_token_id": 39},
+    "length_penalty": {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 27},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=6.0)},
+    "prefix_function": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(10 + row + len(ids) % 3, 40, 2))},
+    "own": {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8, prompt_ignore_length=4)])},
+}
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_processors_work_in_a_padded_batch_as_in_plain_generate(guarded, name, with_draft):
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 14, "do_sample": False}
+    free = guarded.generate(PADDED, **arguments)
+    expected = guarded.generate(PADDED, **arguments, **OF_THE_BATCH[name])
+    assert expected.tolist() != free.tolist()  # or else the processor does nothing here
+    draft = {"assistant_model": perturb(build_model())} if with_draft else {}
+    answers = guarded.generate(PADDED, **arguments, **OF_THE_BATCH[name], **draft, safespec=True)
+    assert answers.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_processors_hold_for_any_number_of_candidates_of_a_row(flagging, name):
+    policy = SafeSpecConfig(max_segment_tokens=4, num_candidates=3, reflection="pause think", refusal="no thanks")
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 14, "do_sample": False}
+    arguments |= {**OF_THE_BATCH[name], "safespec": policy, "return_dict_in_generate": True}
+    events = flagging.generate(PADDED, **arguments).events
+    assert any(len(event.candidate_risks) == 3 for row in events for event in row)
+
+
+@pytest.mark.parametrize("num_candidates", [1, 3])
+@pytest.mark.parametrize("row", range(3))
+def test_each_row_gets_its_own_part_of_a_processor(row, num_candidates):
+    scores = torch.randn(3, 40)
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.8, prompt_ignore_length=torch.tensor([2, 1, 0])),
+            EncoderRepetitionPenaltyLogitsProcessor(2.0, PADDED),
+            EncoderNoRepeatNGramLogitsProcessor(2, PADDED),
+        ]
+    )
+    expected = processors(PADDED, scores)[row].expand(num_candidates, -1)
+    ids, own = PADDED[row].expand(num_candidates, -1), row_processors(processors, row)
+    assert torch.equal(own(ids, scores[row].expand(num_candidates, -1)), expected)
+
+
+@pytest.mark.parametrize("most", [3e9, float("inf"), int(1e30), torch.tensor(700), 700.0, 699.5])
+def test_rows_grow_with_their_answers_up_to_any_length_that_plain_generate_takes(most):
+    fields = {"policy": SafeSpecConfig(), "newline_ids": frozenset(), "processors": LogitsProcessorList()}
+    (row,) = make_rows(PROMPT, torch.ones_like(PROMPT).bool(), max_length=most + 3, **fields)
+    for token in range(600):
+        row.append(token, Provenance.TARGET)
+    assert row.visible_ids().tolist() == [[*PROMPT[0].tolist(), *range(600)]]
+    assert row.room == 100 or (row.room > 10**9 and float(most) > 10**9)
+
+
+@pytest.mark.parametrize("most", [int(3e9), int(1e30)])
+def test_an_answer_with_no_limit_worth_the_name_ends_at_its_end_token(guarded, most):
+    arguments = {"do_sample": False, "eos_token_id": int(guarded.generate(PROMPT, **SHORT)[0, 7])}
+    expected = guarded.generate(PROMPT, max_new_tokens=64, **arguments)
+    assert guarded.generate(PROMPT, max_new_tokens=most, **arguments, safespec=True).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("source", ["draft", "target"])

@@ -23,7 +23,11 @@ def find_newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def segment_counts(
-    num_open: int, is_newline: Sequence[bool], min_tokens: int, max_tokens: int
+    num_open: int,
+    is_newline: Sequence[bool],
+    min_tokens: int,
+    max_tokens: int,
+    edges: Sequence[tuple[bool, bool]] | None = None,
 ) -> tuple[list[int], int]:
     """For each token of a block, how many tokens of its segment come before it.
 
@@ -31,7 +35,9 @@ def segment_counts(
         num_open (`int`): Tokens already in the open segment.
         is_newline (`Sequence[bool]`): Whether each token holds a newline.
         min_tokens (`int`): A newline ends a segment of at least this many tokens, so that blank lines are none.
-        max_tokens (`int`): A segment ends at this many tokens at the latest.
+        max_tokens (`int`): A segment ends at this many tokens, or as soon after as no character is left unfinished.
+        edges (`Sequence[tuple[bool, bool]]`, *optional*):
+            Whether a character ends before each token, and after it. Default: always.
 
     Returns:
         `tuple[list[int], int]`: The counts, and the tokens in the segment that is open afterwards.
@@ -42,10 +48,13 @@ def segment_counts(
         ([1, 2, 0], 1)
     """
     counts = []
-    for has_newline in is_newline:
+    for index, has_newline in enumerate(is_newline):
+        before, after = (True, True) if edges is None else edges[index]
+        if before and num_open >= max_tokens:
+            num_open = 0
         counts.append(num_open)
         num_open += 1
-        if num_open >= max_tokens or (has_newline and num_open >= min_tokens):
+        if after and (num_open >= max_tokens or (has_newline and num_open >= min_tokens)):
             num_open = 0
     return counts, num_open
 

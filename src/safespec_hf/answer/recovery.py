@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-Step = Literal["resample", "refuse"]
+Reaction = Literal["resample", "refuse"]
 
 
 class Choice(NamedTuple):
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     is_safe: bool
 
 
-def next_step(num_recoveries: int, max_recoveries: int, room: int) -> Step:
+def next_step(num_recoveries: int, max_recoveries: int, room: int) -> Reaction:
     """Whether another attempt is allowed.
 
     Args:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answer.characters import Piece, find_pieces
 from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_target
 
-_NEWLINES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+
+class Boundaries(NamedTuple):
+    """Which tokens of a vocabulary can end a line, and which are no whole characters."""
+
+    newline_ids: frozenset[int]
+    pieces: Mapping[int, Piece]
+
+
+_BOUNDARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Boundaries]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +69,10 @@ class Attachment:
         return self.tokenizer
 
 
-def newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """[`find_newline_ids`], which decodes the whole vocabulary, once per tokenizer."""
-    num_tokens, ids = _NEWLINES.get(tokenizer, (-1, frozenset()))
-    if num_tokens != len(tokenizer):
-        ids = find_newline_ids(tokenizer)
-        _NEWLINES[tokenizer] = len(tokenizer), ids
-    return ids
+def find_boundaries(tokenizer: PreTrainedTokenizerBase) -> Boundaries:
+    """The boundaries of a tokenizer's tokens, for which its whole vocabulary is decoded once."""
+    num_tokens, found = _BOUNDARIES.get(tokenizer, (-1, None))
+    if found is None or num_tokens != len(tokenizer):
+        found = Boundaries(find_newline_ids(tokenizer), find_pieces(tokenizer))
+        _BOUNDARIES[tokenizer] = len(tokenizer), found
+    return found

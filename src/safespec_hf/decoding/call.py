@@ -27,7 +27,7 @@ from ..engine.packing import packed_weights
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
-from .attachment import Attachment, newline_ids
+from .attachment import Attachment, find_boundaries
 from .loop import Decoder
 from .request import check_request, make_drafting, make_plan, make_rows
 
@@ -73,12 +73,14 @@ class GuardedCall:
             is_streamed=self.streamer is not None,
         )
         input_ids = input_ids.to(input_device(model))
+        boundaries = find_boundaries(tokenizer)
         rows = make_rows(
             input_ids,
             is_real,
             max_length=generation_config.max_length,
             policy=self.policy,
-            newline_ids=newline_ids(tokenizer),
+            newline_ids=boundaries.newline_ids,
+            pieces=boundaries.pieces,
             processors=logits_processor,
         )
         candidates = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))

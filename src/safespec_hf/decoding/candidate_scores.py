@@ -79,7 +79,11 @@ class CandidateScores:
             self.pooled, self.log_probs = [torch.empty(0) for _ in segments], [0.0] * len(segments)
             self._log_probs_KV = log_probs_KV
             return list(is_open)
+        for k, tokens in enumerate(segments):
+            del self.risks[k][len(tokens) :]  # one that has failed is empty
         read = [k for k, tokens in enumerate(segments) if len(tokens) > len(self.risks[k])]
+        if not read:
+            return [False] * len(segments)
         newest = torch.tensor([segments[k][-1] for k in read], device=log_probs_KV.device)
         for k, log_prob in zip(read, self._log_probs_KV[read].gather(1, newest[:, None])[:, 0].tolist(), strict=True):
             self.states[k] = torch.cat([self.states[k], output.hidden_BTF[k]])
@@ -92,9 +96,11 @@ class CandidateScores:
         return [open_ and safe[k] and worst[k] <= bound for k, open_ in enumerate(is_open)]
 
     def worst(self) -> list[float]:
-        """The highest risk along each segment; an unknown one is higher than any."""
+        """The highest risk along each segment; an unknown one is higher than any, as is that of an empty segment."""
         # not max(): a nan must never pass for safe
-        return [max(risks, key=lambda risk: math.inf if math.isnan(risk) else risk) for risks in self.risks]
+        return [
+            max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk) for risks in self.risks
+        ]
 
     def _score(self, segments: Sequence[Sequence[int]], which: Sequence[int]) -> None:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What becomes of a row's new tokens: kept, taken back because one is unsafe, or the end of the answer."""
+"""What becomes of new tokens: kept, the end of their answer, or taken back because one of them is unsafe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from torch import Tensor
 from ..answer.rows import Row
 from ..outputs import Provenance, SafeSpecStatistics
 from .plan import Plan
+from .stopping import Stopping
+
+
+class Pending(NamedTuple):
+    """A row whose new tokens are added but not yet decided upon.
+
+    Attributes:
+        reason (`str`, *optional*): Why the answer ends with them, if it does.
+        unsafe_risk (`float`, *optional*): Risk of the oldest token that is not settled, if that is unsafe.
+    """
+
+    reason: str | None
+    unsafe_risk: float | None
 
 
 class Flag(NamedTuple):
@@ -27,14 +40,19 @@ class Committer:
     Args:
         plan ([`Plan`]): The call.
         statistics ([`SafeSpecStatistics`]): Counts what is taken back.
+        rows (`Sequence[Row]`): The whole batch, in the caller's order.
     """
 
-    def __init__(self, plan: Plan, statistics: SafeSpecStatistics):
+    def __init__(self, plan: Plan, statistics: SafeSpecStatistics, rows: Sequence[Row]):
         self.plan = plan
         self.statistics = statistics
+        self.rows = rows
+        self.stopping = Stopping(plan.criteria, rows, plan.pad_token_id)
 
     def append(self, row: Row, tokens: Sequence[tuple[int, Provenance]]) -> str | None:
-        """Adds tokens until one ends the answer; returns why it ended."""
+        """Adds tokens until the answer has come to its end; returns why it ended."""
+        if row.closing is not None:
+            return row.closing
         for token, origin in tokens:
             row.append(token, origin)
             if token in self.plan.eos_ids:
@@ -42,35 +60,86 @@ class Committer:
             # hidden text uses up context as well, which `max_length` does not know
             if row.room <= 0 or row.num_context > self.plan.max_context:
                 return "length"
-            if self.plan.criteria and bool(self.plan.criteria(row.visible_ids(), None).all()):
-                return "stop"
         return None
 
-    def settle(self, row: Row, risks: Sequence[float], pooled_TF: Tensor | None, reason: str | None) -> Flag | None:
-        """Records risks; on an unsafe one takes tokens back, otherwise ends the answer if there is a `reason`."""
+    def settle(self, row: Row, risks: Sequence[float], pooled_TF: Tensor | None, reason: str | None) -> Pending:
+        """Records the risks of the oldest tokens that had none, up to the first unsafe one."""
+        if pooled_TF is None:
+            if self.plan.monitor is None:
+                row.num_settled = len(row.tokens)
+            return Pending(reason, None)
         # not "risk >= threshold": a nan must never pass for safe
         unsafe = [index for index, risk in enumerate(risks) if not risk < self.plan.risk_threshold]
         num_safe = unsafe[0] if unsafe else len(risks)
-        if pooled_TF is not None:
-            row.settle(risks[:num_safe], pooled_TF[:num_safe])
-        elif self.plan.monitor is None:
-            row.num_settled = len(row.tokens)
-        if unsafe:
-            return self.take_back(row, row.num_settled, risks[num_safe])
-        row.finalize()
-        # an answer of one token would otherwise come back without any score
-        is_wanted = self.plan.policy.score_last_token or (row.num_settled == 0 and reason != "eos")
-        # what lies past the target's last position can't be read
-        is_wanted = is_wanted and row.num_context <= self.plan.max_context
-        needs_score = is_wanted and pooled_TF is not None and row.num_unscored() > 0
-        row.closing = reason if needs_score else None
-        row.finish_reason = None if needs_score else reason
-        return None
+        row.settle(risks[:num_safe], pooled_TF[:num_safe])
+        return Pending(reason, risks[num_safe] if unsafe else None)
 
-    def take_back(self, row: Row, flagged: int, risk: float) -> Flag:
+    def decide(self, rows: Sequence[Row], pending: Sequence[Pending]) -> list[Flag | None]:
+        """Ends rows, or takes back what is unsafe.
+
+        What comes after the end of an answer is not part of it, however risky: so first come the criteria, which can
+        end an answer anywhere in its new tokens, and then the flags.
+        """
+        stopped = self._stop(dict(zip((row.index for row in rows), pending, strict=True)))
+        flags: list[Flag | None] = []
+        for row, (reason, unsafe_risk) in zip(rows, pending, strict=True):
+            if row.index in stopped or unsafe_risk is None:
+                flags.append(None)
+            else:
+                flags.append(self.roll_back(row, row.num_settled, unsafe_risk))
+                continue
+            row.finalize()
+            if row.index not in stopped:
+                self._finish(row, reason)
+        return flags
+
+    def _stop(self, pending: dict[int, Pending]) -> set[int]:
+        """Cuts the answers that a criterion ended; returns their rows."""
+        if not self.plan.criteria:
+            return set()
+        ready = [self._num_ready(row, pending.get(row.index)) for row in self.rows]
+        ends = self.stopping.ask(ready, [row.finish_reason is None for row in self.rows])
+        for index, length in ends.items():
+            row = self.rows[index]
+            row.truncate(row.visible()[length - 1] + 1)
+            if row.finish_reason is None:
+                self._finish(row, "stop")
+            else:  # it had come to an end further on, before the others were as long
+                row.finish_reason = "stop"
+        return set(ends)
+
+    def _num_ready(self, row: Row, pending: Pending | None) -> int:
+        """Visible tokens that criteria may see: no unsafe one, and none whose risk is still to come."""
+        is_unsafe = pending is not None and pending.unsafe_risk is not None
+        is_awaited = self.plan.monitor is not None and self.plan.policy.score_last_token is not False
+        num_ready, is_live = row.num_visible, row.finish_reason is None
+        if is_live and (is_unsafe or is_awaited):
+            num_ready -= len(row.visible(row.num_settled))
+        # at an end token or the length limit an answer ends anyway
+        has_end = not is_live or (pending is not None and pending.reason is not None)
+        return min(num_ready, row.num_visible - has_end)
+
+    def _finish(self, row: Row, reason: str | None) -> None:
+        """Ends an answer for a reason, or has its last token scored first."""
+        row.closing, row.finish_reason = None, reason
+        can_be_scored = self.plan.monitor is not None and row.num_context <= self.plan.max_context
+        if reason is not None and row.num_unscored() and can_be_scored and self._wants_score(row, reason):
+            row.closing, row.finish_reason = reason, None
+
+    def _wants_score(self, row: Row, reason: str) -> bool:
+        """Whether a last token that no forward has read is worth one."""
+        wish = self.plan.policy.score_last_token
+        if wish is False:
+            # who asks for one token at a time would otherwise get a whole answer without any score
+            return row.num_settled == 0 and reason != "eos"
+        return bool(wish) or reason != "eos"
+
+    def roll_back(self, row: Row, flagged: int, risk: float) -> Flag:
+        """Takes back an unsafe token with its segment, and what the policy gives up before it."""
         position = len(row.visible(0, flagged))
-        kept, num_discarded = row.rollback(flagged)
+        kept, num_discarded = row.roll_back(flagged)
         row.closing = None
+        self.stopping.roll_back(row)
         self.statistics.num_flags += 1
         self.statistics.num_discarded_tokens += num_discarded
         return Flag(position, risk, kept, num_discarded)

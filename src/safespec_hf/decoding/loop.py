@@ -1,10 +1,7 @@
 """The decoding loop: draft, score, verify, commit, or recover. Here and in `safety_mode` models are called.
 
-One round of General Mode is ONE forward of the target. Its logits verify the draft, its hidden states give the risk of
-every position. A row whose risk reaches the threshold goes through Safety Mode and comes back. Rows are independent:
-each has its own acceptance, segments, rollbacks and end.
-
-Method: SafeSpec, Xu et al., arXiv 2606.19755. This is an independent implementation.
+Method: SafeSpec, Xu et al., arXiv 2606.19755. This is an independent implementation. `Decoder._round` is the method,
+one line per step. Rows are independent: each has its own acceptance, segments, rollbacks and end.
 """
 
 from __future__ import annotations
@@ -29,14 +26,18 @@ from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .commit import Committer, Flag
 from .plan import Plan, check_context
 from .safety_mode import SafetyMode
+from .transfer import to_host
 from .verification import Verification, verify_sampled
 
 
-class Scored(NamedTuple):
-    """A row's share of a round, on the host; pooled states stay on the device.
+class Reading(NamedTuple):
+    """What the round's forward says about one row, on the host; pooled states stay on the device.
 
-    `path` names the drafts that were accepted; risks and pooled states are of the tokens that waited and of all
-    drafts.
+    Attributes:
+        path (`list[int]`): The drafts that stand.
+        next_token (`int`): The target's own token after them.
+        risks (`list[float]`): Of the tokens that waited for one, and of all drafts.
+        pooled_TF (`torch.Tensor`, *optional*): The pooled states after the same tokens.
     """
 
     path: list[int]
@@ -51,7 +52,7 @@ class Decoder:
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         rows (`list[Row]`): The batch, empty answers.
-        candidates ([`DraftRouter`]): Drafts for it.
+        drafter ([`DraftRouter`]): Drafts for it.
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
     """
@@ -60,24 +61,24 @@ class Decoder:
         self,
         model: PreTrainedModel,
         rows: list[Row],
-        candidates: DraftRouter,
+        drafter: DraftRouter,
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
         check_context(rows, plan)
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
-        self.target = CachedModel(model, len(rows), [*self._risk_layers, *candidates.layers])
+        self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
         self.rows = rows
         self.live = list(rows)
-        self.candidates = candidates
+        self.drafter = drafter
         self.plan = plan
         self.streamer = streamer
         self.statistics = SafeSpecStatistics()
-        self.commits = Committer(plan, self.statistics)
+        self.commits = Committer(plan, self.statistics, rows)
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
-            self.safety_mode = SafetyMode(self.target, candidates, plan, plan.monitor, self.commits)
+            self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -89,34 +90,42 @@ class Decoder:
             self._leave_consistent()
 
     def _round(self) -> None:
+        """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""
+        # a cheap draft proposes; what it is worth only decides how fast this goes, never what comes out
         proposal = self._draft()
-        blocks = [
-            row.context(length) + drafts
-            for row, length, drafts in zip(self.live, self.target.lengths, proposal.drafts, strict=True)
-        ]
-        starts, num_logits = list(self.target.lengths), 1 + max(len(drafts) for drafts in proposal.drafts)
-        output = self.target.forward(blocks, num_logits, parents=proposal.parents)
-        risk_states_BTF, draft_states_BTF = split_tap(
-            output.hidden_BTF, len(self._risk_layers), len(self.target.layers)
-        )
-        scored = self._score(proposal, self._verify(proposal, output.logits_BTV), risk_states_BTF)
-        triples = zip(self.live, proposal.drafts, scored, strict=True)
-        flags = [self._commit(row, drafts, result) for row, drafts, result in triples]
-        self._keep_accepted(proposal, [result.path for result in scored], starts, blocks, draft_states_BTF)
+        # ONE forward of the target reads x and s: its logits say what stands, its hidden states how risky that is
+        starts, blocks = list(self.target.lengths), self._blocks(proposal)
+        logits_BTV, risk_states_BTF, draft_states_BTF = self._forward(blocks, proposal)
+        verified = self._verify(proposal, logits_BTV)
+        readings = self._read(proposal, verified, risk_states_BTF)
+        # safety comes first: of what stands, only tokens before the first unsafe one are kept
+        flags = self._commit(proposal, readings)
+        self._keep_accepted(proposal, [reading.path for reading in readings], starts, blocks, draft_states_BTF)
         self._roll_back_caches()
-        for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):
-            if flag is not None and self.safety_mode is not None:
-                self.safety_mode.recover(index, row, flag)
+        # a flagged row goes through Safety Mode and is back here in the next round; the others notice nothing
+        self._recover(flags)
         self.statistics.num_rounds += 1
+        # what can't be taken back any more is the caller's
         self._stream()
         self._drop_finished()
+
+    def _blocks(self, proposal: Proposal) -> list[list[int]]:
+        """For each row what the target has not read: the tokens that wait, and the drafts after them."""
+        triples = zip(self.live, self.target.lengths, proposal.drafts, strict=True)
+        return [row.context(length) + drafts for row, length, drafts in triples]
+
+    def _forward(self, blocks: Sequence[list[int]], proposal: Proposal) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits after the context and after each draft, the head's states, and the draft head's."""
+        num_logits = 1 + max(len(drafts) for drafts in proposal.drafts)
+        output = self.target.forward(blocks, num_logits, parents=proposal.parents)
+        return output.logits_BTV, *split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
 
     def _draft(self) -> Proposal:
         start, most = time.perf_counter(), self.plan.num_draft_tokens
         most = min(most, self.plan.max_context - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
         limits = [0 if row.closing else max(min(most, row.room - 1), 0) for row in self.live]
-        proposal = self.candidates.draft(self.live, limits)
+        proposal = self.drafter.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
 
@@ -129,7 +138,7 @@ class Decoder:
         states_BTF: Tensor | None,
     ) -> None:
         """What a round leaves to caches and drafters: of a tree, the path that was accepted."""
-        self.candidates.record(paths)
+        self.drafter.record(paths)
         for index, (drafts, path) in enumerate(zip(proposal.drafts, paths, strict=True)):
             is_prefix = path == list(range(len(path)))
             if not is_prefix:
@@ -139,7 +148,7 @@ class Decoder:
                 states_TF = states_BTF[index, states_BTF.shape[1] - len(blocks[index]) :]
                 if not is_prefix:
                     states_TF = torch.cat([states_TF[:num_others], states_TF[num_others:][path]])
-                self.candidates.observe(index, starts[index], states_TF)
+                self.drafter.observe(index, starts[index], states_TF)
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
         """What sampling accepted, or the target's greedy choice at every position."""
@@ -168,62 +177,68 @@ class Decoder:
             columns.append(process_rows(self.live, extras, logits_BTV[:, position]))
         return torch.stack(columns, dim=1)
 
-    def _score(self, proposal: Proposal, verified: Verification | Tensor, hidden_BTF: Tensor | None) -> list[Scored]:
-        """Risks of all tokens that wait for one, drafts included, and the round's only transfer to the host."""
+    def _read(self, proposal: Proposal, verified: Verification | Tensor, hidden_BTF: Tensor | None) -> list[Reading]:
+        """Risks of all tokens that wait for one, drafts included; and the round's only transfer to the host."""
         start = time.perf_counter()
-        parts = [verified.flatten()] if isinstance(verified, Tensor) else list(verified)
         trees: Sequence[Sequence[int] | None] = proposal.parents or [None for _ in self.live]
         pooled: list[Tensor] = []
         if self.plan.monitor is not None and hidden_BTF is not None:
             pool = self.plan.monitor.pool
             pooled = [pool(*args) for args in zip(self.live, proposal.drafts, hidden_BTF, trees, strict=True)]
-            parts.append(self.plan.monitor.risks(pooled))
-        device = parts[0].device  # float32 holds every token id below 2**24
-        values = torch.cat([part.float().to(device) for part in parts]).tolist()
-        accepted = self._read_accepted(proposal, verified, values)
-        after = iter(values[sum(part.numel() for part in parts[: len(parts) - bool(pooled)]) :])
-        risks = [[next(after) for _ in states] for states in pooled]
+        parts = [verified] if isinstance(verified, Tensor) else [*verified]
+        if pooled and self.plan.monitor is not None:
+            *outcome, risks = to_host([*parts, self.plan.monitor.risks(pooled)])
+            risks_of_rows = [risks_T.tolist() for risks_T in risks.split([len(states_TF) for states_TF in pooled])]
+        else:
+            outcome, risks_of_rows = to_host(parts), [[] for _ in self.live]
+        accepted = self._accepted(proposal, outcome)
         self.statistics.head_seconds += time.perf_counter() - start
-        if not pooled:
-            return [Scored(path, token, [], None) for path, token in accepted]
-        triples = zip(accepted, risks, pooled, strict=True)
-        return [Scored(path, token, values, states) for (path, token), values, states in triples]
+        states: Sequence[Tensor | None] = pooled or [None for _ in self.live]
+        triples = zip(accepted, risks_of_rows, states, strict=True)
+        return [Reading(path, token, risks_T, pooled_TF) for (path, token), risks_T, pooled_TF in triples]
 
-    def _read_accepted(
-        self, proposal: Proposal, verified: Verification | Tensor, values: Sequence[float]
-    ) -> list[tuple[list[int], int]]:
-        """For each row the path that was accepted, and the target's token after it."""
-        num_rows = len(self.live)
-        if not isinstance(verified, Tensor):
-            pairs = zip(values[:num_rows], values[num_rows : 2 * num_rows], strict=True)
-            return [(list(range(int(num))), int(token)) for num, token in pairs]
-        width, found = verified.shape[1], []
-        for index, drafts in enumerate(proposal.drafts):
-            choices = [int(value) for value in values[(index + 1) * width - 1 - len(drafts) : (index + 1) * width]]
+    def _accepted(self, proposal: Proposal, outcome: Sequence[Tensor]) -> list[tuple[list[int], int]]:
+        """For each row the path that stands, and the target's token after it, from the host's copy of `_verify`."""
+        if self.plan.do_sample:
+            num_accepted, next_tokens = (part.tolist() for part in outcome)
+            return [(list(range(num)), token) for num, token in zip(num_accepted, next_tokens, strict=True)]
+        found = []
+        for index, (drafts, choices) in enumerate(zip(proposal.drafts, outcome[0].tolist(), strict=True)):
             parents = chain_parents(len(drafts)) if proposal.parents is None else proposal.parents[index]
-            found.append(accept_greedy(choices, drafts, parents))
+            found.append(accept_greedy(choices[len(choices) - 1 - len(drafts) :], drafts, parents))
         return found
 
-    def _commit(self, row: Row, drafts: Sequence[int], scored: Scored) -> Flag | None:
-        """Adds a row's verified tokens up to its end; takes back an unsafe one with its segment."""
-        self.statistics.num_draft_tokens += len(drafts)
-        self.statistics.num_accepted_tokens += len(scored.path)
-        num_waiting, reason = row.num_unscored(), row.closing
-        new = [(drafts[index], Provenance.DRAFTED) for index in scored.path]
-        if reason is None:
-            reason = self.commits.append(row, [*new, (scored.next_token, Provenance.TARGET)])
-        num_read = min(num_waiting + len(scored.path), row.num_unscored())
-        read = [*range(num_waiting), *(num_waiting + index for index in scored.path)][:num_read]
-        risks, pooled_TF = [scored.risks[index] for index in read] if scored.risks else [], scored.pooled_TF
-        if pooled_TF is not None:
-            pooled_TF = pooled_TF[:num_read] if read == list(range(num_read)) else pooled_TF[read]
-        return self.commits.settle(row, risks, pooled_TF, reason)
+    def _commit(self, proposal: Proposal, readings: Sequence[Reading]) -> list[Flag | None]:
+        """Adds verified tokens and their risks to the rows; ends answers, or takes back what is unsafe."""
+        pending = []
+        for row, drafts, reading in zip(self.live, proposal.drafts, readings, strict=True):
+            self.statistics.num_draft_tokens += len(drafts)
+            self.statistics.num_accepted_tokens += len(reading.path)
+            num_waiting = row.num_unscored()
+            new = [(drafts[index], Provenance.DRAFTED) for index in reading.path]
+            reason = self.commits.append(row, [*new, (reading.next_token, Provenance.TARGET)])
+            # of all risks those on the path that stands, up to the end of the answer
+            on_path = [*range(num_waiting), *(num_waiting + index for index in reading.path)][: row.num_unscored()]
+            risks, pooled_TF = [reading.risks[index] for index in on_path] if reading.risks else [], reading.pooled_TF
+            if pooled_TF is not None:
+                is_prefix = on_path == list(range(len(on_path)))
+                pooled_TF = pooled_TF[: len(on_path)] if is_prefix else pooled_TF[on_path]
+            pending.append(self.commits.settle(row, risks, pooled_TF, reason))
+        return self.commits.decide(self.live, pending)
+
+    def _recover(self, flags: Sequence[Flag | None]) -> None:
+        for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):
+            # the recovery of a row before may have let a criterion end this one
+            if flag is not None and row.finish_reason is None and self.safety_mode is not None:
+                self.safety_mode.recover(index, row, flag)
+        if any(flags):
+            self._roll_back_caches()
 
     def _roll_back_caches(self) -> None:
         """Every cache forgets what was not kept; the last token of a row always waits for the next forward."""
         lengths = [row.num_context - 1 for row in self.live]
         self.target.keep(lengths)
-        self.candidates.keep(lengths)
+        self.drafter.keep(lengths)
 
     def _stream(self) -> None:
         if self.streamer is None:
@@ -241,7 +256,7 @@ class Decoder:
         self.live = [self.live[index] for index in left]
         if left:
             self.target.select(left)
-            self.candidates.select(left)
+            self.drafter.select(left)
 
     def _leave_consistent(self) -> None:
         """A single row's cache, which the caller may go on with, ends before anything the caller does not see."""
@@ -251,8 +266,8 @@ class Decoder:
             self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
-        self.statistics.num_draft_forwards = self.candidates.num_forwards
-        self.statistics.num_plain_rounds = self.candidates.num_plain_rounds
+        self.statistics.num_draft_forwards = self.drafter.num_forwards
+        self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
     def _is_plain(self, prompt_ids: Tensor) -> bool:

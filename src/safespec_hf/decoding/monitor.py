@@ -39,10 +39,10 @@ class RiskMonitor:
             first = row.pooled.num_tokens
             counts = [*range(first, first + num_waiting), *(first + num_waiting + len(path) - 1 for path in paths)]
         elif parents is None:
-            counts = row.counts[row.num_settled :] + row.segment_counts(new)
+            counts = row.segments.counts[row.num_settled :] + row.segments.counts_ahead(new)
         else:
-            ends = [row.segment_counts([new[index] for index in path])[-1] for path in paths]
-            counts = row.counts[row.num_settled :] + ends
+            ends = [row.segments.counts_ahead([new[index] for index in path])[-1] for path in paths]
+            counts = row.segments.counts[row.num_settled :] + ends
         previous = chain_parents(num_waiting) + [num_waiting + ([-1, *path])[-2] for path in paths]
         weights = pooling_weights(counts, config.pooling, config.ewma_decay, previous)
         return pool(row.pooled.last(), hidden_TF[hidden_TF.shape[0] - len(counts) :], weights)

@@ -29,6 +29,7 @@ class Plan:
         separator_ids (`list[int]`): Comes between an answer's beginning and a refusal.
         max_context (`int`): Tokens the target can attend to.
         seeds (`list[int]`): Of candidate sampling, per row.
+        pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
     """
 
     policy: SafeSpecConfig
@@ -43,6 +44,7 @@ class Plan:
     separator_ids: list[int]
     max_context: int
     seeds: list[int]
+    pad_token_id: int = 0
 
 
 def check_context(rows: Sequence[Row], plan: Plan) -> None:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import sys
+from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
+    ClassifierFreeGuidanceLogitsProcessor,
+    DiaClassifierFreeGuidanceLogitsProcessor,
+    DiaEOSDelayPatternLogitsProcessor,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WhisperNoSpeechDetection,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..drafting.draft_length import DraftCosts
@@ -41,6 +51,14 @@ from .support import check_assistant, check_model_kwargs, check_positions
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+STATEFUL = (
+    ClassifierFreeGuidanceLogitsProcessor,
+    DiaClassifierFreeGuidanceLogitsProcessor,
+    DiaEOSDelayPatternLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WhisperNoSpeechDetection,
+)
 
 
 def check_request(
@@ -69,7 +87,7 @@ def check_request(
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
     check_model_kwargs(model_kwargs, prompt_ids)
-    check_processors(processors, num_rows)
+    check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
@@ -131,58 +149,79 @@ def check_generation_config(config: GenerationConfig) -> None:
             raise UnsupportedRequestError(f"Guarded decoding does not support {name}={value!r}. Use {instead}.")
 
 
-def check_processors(processors: LogitsProcessorList, num_rows: int) -> None:
-    """Raises for logits processors that can't be applied row by row and position by position."""
-    stateful = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
-    whole_batch = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+def check_processors(processors: LogitsProcessorList) -> None:
+    """Raises for logits processors that can't be applied row by row and position by position.
+
+    Raises:
+        UnsupportedRequestError: Names the processor.
+    """
     for processor in processors:
-        is_stateful = isinstance(processor, stateful)
-        if is_stateful or (num_rows > 1 and isinstance(processor, whole_batch)):
+        if isinstance(processor, STATEFUL):
             raise UnsupportedRequestError(
-                f"{type(processor).__name__} can't be applied to positions out of order"
-                f"{'' if is_stateful else ', row by row,'} as speculative decoding does. Remove its argument."
+                f"{type(processor).__name__} can't be applied to positions out of order, as speculative decoding "
+                "does: it keeps state between its calls. Remove its argument."
             )
 
 
 def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The caller's processors for one row on its own; those that tell rows apart keep the row's number."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            own.append(_constrain_row(processor._prefix_allowed_tokens_fn, row))
-        else:
-            own.append(processor)
+    """The caller's processors for one row on its own, on any number of its continuations.
+
+    Those that hold something of every row of the batch get a copy that holds this row's part; all others are functions
+    of their arguments and are shared.
+    """
+    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
+        # one number holds for any number of continuations, a tensor for as many as it has entries
+        return _with(processor, prompt_ignore_length=int(processor.prompt_ignore_length[row]))
+    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        return _with(processor, encoder_input_ids=processor.encoder_input_ids[row : row + 1])
+    if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[row]])
+    return processor
+
+
+def _with(processor: LogitsProcessor, **fields: Any) -> LogitsProcessor:
+    own = copy(processor)
+    vars(own).update(fields)
     return own
-
-
-def _constrain_row(allowed: Callable[[int, Tensor], list[int]], row: int) -> PrefixConstrainedLogitsProcessor:
-    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
 
 
 def make_rows(
     prompt_ids: Tensor,
     is_real: Tensor,
     *,
-    max_length: int,
+    max_length: float,
     policy: SafeSpecConfig,
     newline_ids: frozenset[int],
     processors: LogitsProcessorList,
+    pieces: Mapping[int, Piece] | None = None,
 ) -> list[Row]:
     """One empty answer per prompt.
+
+    `max_length` may be any number that plain `generate` takes, however large: rows grow as they need to.
 
     Raises:
         UnsupportedRequestError: If a prompt is padding only.
     """
     if not bool(is_real.any(dim=1).all()):
         raise UnsupportedRequestError("A prompt of the batch is padding only. Give every row at least one token.")
+    # plain decoding ends once there are as many tokens or more
+    most = sys.maxsize if math.isinf(max_length) else math.ceil(max_length)
     return [
         Row(
             index,
             ids,
             real,
-            max_new_tokens=max_length - prompt_ids.shape[1],
+            max_new_tokens=most - prompt_ids.shape[1],
             policy=policy,
             newline_ids=newline_ids,
+            pieces=pieces,
             processors=row_processors(processors, index),
         )
         for index, (ids, real) in enumerate(zip(prompt_ids, is_real, strict=True))
@@ -241,6 +280,7 @@ def make_plan(
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
         max_context=max_positions(model) or 2**31,
         seeds=recovery_seeds(policy.seed, do_sample, num_rows),
+        pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
     )
 
 

@@ -1,4 +1,8 @@
-"""Safety Mode: what happens to a row after a flag. Reflect, sample K continuations, keep the safest, or refuse."""
+"""Safety Mode: what happens to a row after a flag. Reflect, sample K continuations, keep the safest, or refuse.
+
+An attack makes unsafe continuations likely, not safe ones impossible. If one sampled segment is safe with probability
+p, one of K is with probability 1 - (1 - p)^K: the rollback before this and the reflection raise p, sampling raises K.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import time
 
 import torch
 
+from ..answer.characters import character_edges
 from ..answer.logits import SafeSpecLogitsProcessor
 from ..answer.recovery import choose, next_step
 from ..answer.rows import Row
-from ..drafting.candidates import sample_segments
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
 from ..outputs import Provenance, SafeSpecEvent
@@ -17,6 +21,7 @@ from .candidate_scores import CandidateScores
 from .commit import Committer, Flag
 from .monitor import RiskMonitor
 from .plan import Plan
+from .sampling import sample_segments
 
 
 class SafetyMode:
@@ -24,7 +29,7 @@ class SafetyMode:
 
     Args:
         target ([`CachedModel`]): The target, rolled back to what was kept.
-        candidates ([`DraftRouter`]): Has the draft that samples continuations, if one does.
+        drafter ([`DraftRouter`]): Has the draft that samples continuations, if one does.
         plan ([`Plan`]): The call.
         monitor ([`RiskMonitor`]): The plan's.
         commits ([`Committer`]): Adds what is chosen.
@@ -33,13 +38,13 @@ class SafetyMode:
     def __init__(
         self,
         target: CachedModel,
-        candidates: DraftRouter,
+        drafter: DraftRouter,
         plan: Plan,
         monitor: RiskMonitor,
         commits: Committer,
     ):
         self.target = target
-        self.candidates = candidates
+        self.drafter = drafter
         self.plan = plan
         self.monitor = monitor
         self.commits = commits
@@ -47,15 +52,23 @@ class SafetyMode:
         self._generators: dict[int, torch.Generator] = {}
 
     def recover(self, index: int, row: Row, flag: Flag) -> None:
-        """Safety Mode: reflect, sample K continuations, keep the safest; refuse when attempts run out."""
+        """Reflects, and tries to find a safe continuation; refuses when attempts run out.
+
+        Args:
+            index (`int`): Where the row lies in the target's batch.
+            row ([`Row`]): The row, rolled back.
+            flag ([`Flag`]): Why.
+        """
         policy, reflection_ids = self.plan.policy, self.plan.reflection_ids
         num_shown = len(reflection_ids) if policy.keep_reflection else 0
+        # a candidate is at most a segment long, so that one safe segment later General Mode goes on
         room = min(
             policy.max_segment_tokens,
             row.room - num_shown,
             self.plan.max_context - row.num_context - len(reflection_ids),
         )
         if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            # once for all attempts: what the model reads stays the same, only where samples may begin changes
             for token in reflection_ids:
                 row.append(token, Provenance.REFLECTION)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
@@ -66,7 +79,7 @@ class SafetyMode:
         self._refuse(row, flag)
 
     def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
-        """One attempt. Returns whether a safe continuation was found."""
+        """One attempt: sample, score, choose. Returns whether a safe continuation was found."""
         num_features = self.monitor.head.config.num_features
         scores = CandidateScores(row, self.monitor, num_features, self.plan.risk_threshold)
         start = self.target.lengths[index]
@@ -77,27 +90,32 @@ class SafetyMode:
         chosen = choice.candidate if choice.is_safe else None
         self._record(row, flag, outcome, tuple(scores.worst()), tuple(scores.log_probs), chosen)
         if not choice.is_safe:
-            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments)
+            # how a segment begins decides most of it: the next attempt steers away from these beginnings
+            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments if tokens)
             return False
+        # committed like any other tokens: an end token, a criterion or the length limit may end the answer in it
         reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
         risks, states_TF = scores.risks[choice.candidate], scores.states[choice.candidate]
-        self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        self.commits.decide([row], [pending])
+        # the target has read all candidates; the row goes on with the states of the chosen one
         self.target.replace(index, scorer, choice.candidate)
         if states_TF.shape[1] > num_features:
-            self.candidates.observe(index, start, states_TF[:, num_features:])
+            self.drafter.observe(index, start, states_TF[:, num_features:])
         lengths = list(self.target.lengths)
         lengths[index] = row.num_context - 1
         self.target.keep(lengths)
-        self.candidates.keep(lengths)
+        self.drafter.keep(lengths)
         return True
 
     def _sample(
         self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores
     ) -> tuple[list[list[int]], CachedModel]:
         """K candidate segments, in one batch, scored; and the target's cache of them."""
+        # a draft samples K segments for less than the target would take for one, and one forward reads them all
         start, policy = time.perf_counter(), self.plan.policy
         is_target = policy.candidate_source == "target"
-        draft = None if is_target else self.candidates.sampler(index, row, max_tokens)
+        draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
@@ -106,10 +124,11 @@ class SafetyMode:
             row,
             num_segments=policy.num_candidates,
             max_tokens=max_tokens,
-            vocab_size=self.candidates.vocab_size,
+            vocab_size=self.drafter.vocab_size,
             end_ids=self.plan.eos_ids,
             steer=steer,
             generator=self._generator(row),
+            # the target's own forwards give the risks on the way, so hopeless segments end early
             judge=scores.watch if draft is None else None,
         )
         if draft is not None:
@@ -127,10 +146,15 @@ class SafetyMode:
         return self._generators[row.index]
 
     def _refuse(self, row: Row, flag: Flag) -> None:
-        row.truncate(flag.kept)
-        for token in (self.plan.separator_ids if row.num_visible else []) + self.plan.refusal_ids:
-            if row.room > 0:
-                row.append(token, Provenance.REFUSAL)
+        """Ends the answer with the refusal, after what was kept: all of that was found safe, and reads on its own."""
+        row.truncate(flag.kept)  # the reflection goes as well: it was for candidates only
+        tokens = [*(self.plan.separator_ids if row.num_visible else []), *self.plan.refusal_ids][: max(row.room, 0)]
+        # where there is no room for all of it, it ends with a whole character like anything that we write
+        edges, _ = character_edges(0, tokens, row.segments.pieces)
+        while tokens and not edges[len(tokens) - 1].after:
+            tokens.pop()
+        for token in tokens:
+            row.append(token, Provenance.REFUSAL)
         row.finish_reason = "safety_refusal"
         self._record(row, flag, "refused")
 

@@ -75,7 +75,7 @@ def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> float:
         -1.3863
     """
     log_probs_TV = logits_TV[-1 - len(tokens) : -1].float().log_softmax(dim=-1)
-    index = torch.tensor(list(tokens), device=log_probs_TV.device)[:, None]
+    index = torch.tensor(list(tokens), dtype=torch.long, device=log_probs_TV.device)[:, None]
     return float(log_probs_TV.gather(1, index).mean())
 
 

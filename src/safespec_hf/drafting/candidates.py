@@ -1,27 +1,23 @@
-"""The drafters in the form that transformers takes, and K sampled segments in Safety Mode."""
+"""The drafters in the form that transformers takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..answer.logits import penalize
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
-from ..engine.cache import BlockOutput, CachedModel
 from ..engine.evaluating import evaluating
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts
-from .drafters import Proposal, fit_vocabulary
+from .drafters import Proposal
 from .router import DraftRouter
-
-Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
 
 
 class SafeSpecCandidateGenerator(CandidateGenerator):
@@ -146,97 +142,3 @@ def _log_probs(proposal: Proposal, num: int) -> Tensor | None:
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-def sample_segments(
-    sampler: CachedModel,
-    row: Row,
-    *,
-    num_segments: int,
-    max_tokens: int,
-    end_ids: frozenset[int],
-    steer: LogitsProcessor,
-    generator: torch.Generator,
-    vocab_size: int | None = None,
-    judge: Judge | None = None,
-) -> tuple[list[list[int]], CachedModel]:
-    """Samples segments that all continue the same context, which is read once.
-
-    Args:
-        sampler ([`CachedModel`]): A copy of the row's cache, in the draft or in the target.
-        row ([`Row`]): The row.
-        num_segments (`int`): K.
-        max_tokens (`int`): Longest segment, >= 1.
-        end_ids (`frozenset[int]`): Tokens that end an answer.
-        steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
-        generator (`torch.Generator`): Of the row's device.
-        vocab_size (`int`, *optional*): The target's, where the sampler's may be padded differently.
-        judge (`Callable`, *optional*):
-            Called after every forward with the segments, which of them are open, and the forward's output; says
-            which stay open. With a judge the last tokens are read as well.
-
-    Returns:
-        `tuple`: K segments, none of them empty, and the cache that they were sampled with, a row for each.
-    """
-    policy = row.policy
-    ids_KL = row.visible_ids().expand(num_segments, -1)
-    segments: list[list[int]] = [[] for _ in range(num_segments)]
-    is_open = [True] * num_segments
-    output = _repeat(sampler.forward([row.context(sampler.lengths[0])], 1), num_segments)
-    sampler = sampler.fork(0, num_segments)
-    for step in range(max_tokens if judge is None else max_tokens + 1):
-        if step > 0:
-            output = sampler.forward(ids_KL[:, -1:], 1)
-        if judge is not None:
-            is_open = judge(segments, is_open, output)
-            if step == max_tokens or not any(is_open):
-                break
-        logits_KV = fit_vocabulary(output.logits_BTV[:, -1], vocab_size)
-        logits_KV = logits_KV.to(row.device, torch.float32)
-        scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
-        may_end = step + 1 >= policy.min_segment_tokens
-        if end_ids and not may_end:
-            # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
-            scores_KV = penalize(scores_KV, sorted(end_ids))
-        token_K1 = draw(scores_KV.softmax(dim=-1), generator)
-        for k, token in enumerate(token_K1[:, 0].tolist()):
-            if is_open[k]:
-                segments[k].append(token)
-                ends_line = token in row.newline_ids and may_end
-                is_open[k] = not ends_line and token not in end_ids
-        if judge is None and not any(is_open):
-            break
-        ids_KL = torch.cat([ids_KL, token_K1], dim=1)
-    return segments, sampler
-
-
-def _repeat(output: BlockOutput, num: int) -> BlockOutput:
-    """One row's output as that of many."""
-    logits_BTV, hidden_BTF = (None if part is None else part.expand(num, -1, -1) for part in output)
-    assert logits_BTV is not None
-    return BlockOutput(logits_BTV, hidden_BTF)
-
-
-def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row: where a random share of all probability is reached.
-
-    `torch.multinomial` draws a number for each token of the vocabulary, which takes a fifth of a forward on a CPU.
-
-    Args:
-        probs_KV (`torch.FloatTensor` of shape `(K, V)`): Probabilities; they need not sum to 1.
-        generator (`torch.Generator`, *optional*): Of their device.
-
-    Returns:
-        `torch.LongTensor` of shape `(K, 1)`: The tokens; never one of probability 0.
-
-    Example:
-
-        >>> import torch
-        >>> draw(torch.tensor([[0.0, 1.0, 0.0]])).tolist()
-        [[1]]
-    """
-    reached_KV = probs_KV.double().cumsum(dim=-1)  # in float32 rounding would move small probabilities
-    share_K1 = torch.rand(len(probs_KV), 1, dtype=torch.double, device=probs_KV.device, generator=generator)
-    # `right`: a share that is reached exactly belongs to the next token that has any probability
-    token_K1 = torch.searchsorted(reached_KV, share_K1 * reached_KV[:, -1:], right=True)
-    return torch.minimum(token_K1, torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()))

@@ -1,0 +1,157 @@
+"""Criteria are asked as plain decoding asks them: about kept tokens, in the shape of the batch, and never twice."""
+
+import threading
+
+import pytest
+import torch
+from scripted import ScriptedModel, count_after, count_up, probe
+from tiny import REFLECTION, REFUSAL, THINK, perturb
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+from safespec_hf import SafeSpecConfig, attach_safety_head
+
+PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+FIELDS = {"reflection": REFLECTION, "refusal": REFUSAL, "max_segment_tokens": 3, "rollback_segments": 1}
+
+
+class MultiTokenEOS(StoppingCriteria):
+    """As evaluation harnesses have it: remembers which rows wrote the sequence, and ends all of them at once."""
+
+    def __init__(self, sequence, tokenizer, num_prompt, num_rows):
+        self.sequence, self.tokenizer, self.num_prompt = sequence, tokenizer, num_prompt
+        self.done_tracker = [False] * num_rows
+        self.lock = threading.Lock()  # can't be copied
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.tokenizer.batch_decode(input_ids[:, self.num_prompt :][:, -3:])
+        for row, text in enumerate(texts):
+            self.done_tracker[row] = self.done_tracker[row] or self.sequence in text.split()
+        return all(self.done_tracker)
+
+
+class Log(StoppingCriteria):
+    """Notes what it is shown, in a list that no rollback can reach, and ends rows by a rule."""
+
+    def __init__(self, seen, ends=lambda ids: torch.zeros(len(ids), dtype=torch.bool)):
+        self.seen, self.ends = (seen,), ends
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen[0].append(input_ids.tolist())
+        return self.ends(input_ids)
+
+
+def drafting(source, target):
+    return {"none": {}, "draft": {"assistant_model": perturb(target)}, "lookup": {"prompt_lookup_num_tokens": 4}}[
+        source
+    ]
+
+
+@pytest.fixture
+def guarded(target, never, tokenizer):
+    return attach_safety_head(target, never, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("source", ["none", "draft", "lookup"])
+@pytest.mark.parametrize("word", [23, 27, 33])
+def test_a_criterion_that_ends_all_rows_at_once_gives_what_it_gives_in_plain_generate(
+    guarded, tokenizer, source, word
+):
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 24, "do_sample": False}
+    answers, trackers = [], []
+    for extra in ({}, {**drafting(source, guarded), "safespec": True}):
+        criterion = MultiTokenEOS(f"w{word}", tokenizer, 4, 3)
+        criteria = StoppingCriteriaList([criterion])
+        answers.append(guarded.generate(PADDED, **arguments, **extra, stopping_criteria=criteria).tolist())
+        trackers.append(criterion.done_tracker)
+    assert answers[0] == answers[1]
+    assert trackers[0] == trackers[1]
+
+
+@pytest.mark.parametrize("source", ["none", "draft", "lookup"])
+@pytest.mark.parametrize("eos", [None, 9])
+def test_criteria_see_the_batch_once_for_each_length_as_in_plain_generate(guarded, source, eos):
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 16, "do_sample": False, "eos_token_id": eos}
+    logs = [[], []]
+    for log, extra in zip(logs, ({}, {**drafting(source, guarded), "safespec": True}), strict=True):
+        guarded.generate(PADDED, **arguments, **extra, stopping_criteria=StoppingCriteriaList([Log(log)]))
+    # where the length limit or end tokens end all rows, there is nothing left to ask
+    assert logs[1] == logs[0][: len(logs[1])]
+    assert len(logs[0]) - len(logs[1]) == 1
+
+
+@pytest.mark.parametrize("source", ["none", "draft"])
+def test_a_row_that_a_criterion_ends_keeps_what_it_has_when_others_go_on(guarded, source):
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 16, "do_sample": False, "eos_token_id": 39}
+    expected, answers = (
+        guarded.generate(
+            PADDED,
+            **arguments,
+            **extra,
+            stopping_criteria=StoppingCriteriaList([Log([], lambda ids: ids[:, -1] == 27)]),
+        ).tolist()
+        for extra in ({}, {**drafting(source, guarded), "safespec": True})
+    )
+    assert answers == expected
+
+
+def answer(tokenizer, risks, criteria, *, draft=None, prompts=((10,),), **arguments):
+    model = ScriptedModel(count_after({THINK: 20}), risks)
+    attach_safety_head(model, probe(model), tokenizer=tokenizer)
+    fields = {"max_new_tokens": 12, "do_sample": False, "assistant_model": draft and ScriptedModel(draft), **arguments}
+    policy = SafeSpecConfig(**FIELDS, num_draft_tokens=5, adaptive_drafts=False, candidate_source="target")
+    output = model.generate(
+        torch.tensor(prompts),
+        safespec=policy,
+        stopping_criteria=StoppingCriteriaList(criteria),
+        return_dict_in_generate=True,
+        **fields,
+    )
+    return output.sequences[:, len(prompts[0]) :].tolist()
+
+
+@pytest.mark.parametrize("draft", [None, count_up])
+@pytest.mark.parametrize("word", [13, 14, 15])
+def test_a_word_that_was_rolled_back_is_forgotten(tokenizer, draft, word):
+    # the second row never writes the word, so the first one goes on until 15 is flagged, and all from 11 on goes
+    criterion = MultiTokenEOS(f"w{word}", tokenizer, 1, 2)
+    tokens = answer(tokenizer, {15: 0.9}, [criterion], draft=draft, prompts=((10,), (24,)))
+    assert tokens == [list(range(20, 32)), list(range(25, 37))]
+    assert criterion.done_tracker == [False, False]
+
+
+@pytest.mark.parametrize("draft", [None, count_up])
+def test_criteria_never_see_a_flagged_token_or_a_reflection(tokenizer, draft):
+    seen = []
+    answer(tokenizer, {15: 0.9, 23: 0.8}, [Log(seen)], draft=draft, prompts=((10,), (24,)))
+    assert seen
+    assert not {15, 4, 5} & {token for batch in seen for row in batch for token in row}
+    assert all(len(batch) == 2 for batch in seen)
+
+
+@pytest.mark.parametrize("draft", [None, count_up])
+def test_what_comes_after_a_stop_is_no_part_of_the_answer_however_risky(tokenizer, draft):
+    assert answer(tokenizer, {15: 0.9}, [Log([], lambda ids: ids[:, -1] == 14)], draft=draft) == [[11, 12, 13, 14]]
+
+
+@pytest.mark.parametrize("draft", [None, count_up])
+def test_a_criterion_that_counts_is_not_thrown_off_by_a_rollback(tokenizer, draft):
+    class Count(StoppingCriteria):
+        num_seen = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.num_seen += 1
+            return torch.full((len(input_ids),), self.num_seen >= 8)
+
+    criterion = Count()
+    criterion.num_seen = 0
+    assert len(answer(tokenizer, {15: 0.9}, [criterion], draft=draft)[0]) == 8
+
+
+def test_a_stop_inside_of_a_recovered_segment_ends_the_answer(tokenizer):
+    assert answer(tokenizer, {15: 0.9}, [Log([], lambda ids: ids[:, -1] == 21)]) == [[20, 21]]
+
+
+def test_a_batch_under_flags_ends_each_row_where_its_own_stop_string_is(tokenizer):
+    criterion = StopStringCriteria(tokenizer, ["w22"])
+    tokens = answer(tokenizer, {15: 0.9}, [criterion], prompts=((10,), (18,)))
+    assert tokens == [[20, 21, 22, 0], [19, 20, 21, 22]]
