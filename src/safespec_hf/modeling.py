@@ -39,11 +39,10 @@ from .decoding.request import (
     make_rows,
     other_criteria,
 )
-from .engine.cache import CACHE_NAME, check_user_cache
 from .engine.compiling import check_compiler, compiled_forwards
 from .engine.inference import inference_mode
 from .engine.packing import packed_weights, release_packed
-from .engine.traits import input_device, max_positions
+from .engine.traits import CACHE_NAME, check_user_cache, input_device, max_positions
 from .errors import UnsupportedRequestError
 from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_binding, target_binding
@@ -332,7 +331,8 @@ class GuardedCall:
             reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
             refusal_ids=refusal + ends[:1],
             separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-            max_context=max_positions(model) or 2**31,
+            max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+            max_positions=max_positions(model) or 2**31,
             seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
         )
 
