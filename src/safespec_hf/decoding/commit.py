@@ -58,7 +58,8 @@ class Committer:
             if token in self.plan.eos_ids:
                 return "eos"
             # hidden text uses up context as well, which `max_length` does not know
-            if row.room <= 0 or row.num_context > self.plan.max_context:
+            is_over = row.has_hidden and row.num_context > self.plan.max_context
+            if row.room <= 0 or is_over or row.num_context > self.plan.max_positions:
                 return "length"
         return None
 
@@ -122,7 +123,7 @@ class Committer:
     def _finish(self, row: Row, reason: str | None) -> None:
         """Ends an answer for a reason, or has its last token scored first."""
         row.closing, row.finish_reason = None, reason
-        can_be_scored = self.plan.monitor is not None and row.num_context <= self.plan.max_context
+        can_be_scored = self.plan.monitor is not None and row.num_context <= self.plan.max_positions
         if reason is not None and row.num_unscored() and can_be_scored and self._wants_score(row, reason):
             row.closing, row.finish_reason = reason, None
 

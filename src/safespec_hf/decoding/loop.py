@@ -122,9 +122,12 @@ class Decoder:
 
     def _draft(self) -> Proposal:
         start, most = time.perf_counter(), self.plan.num_draft_tokens
-        most = min(most, self.plan.max_context - max(row.num_context for row in self.live))  # columns are shared
+        most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
-        limits = [0 if row.closing else max(min(most, row.room - 1), 0) for row in self.live]
+        limits = [
+            0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)
+            for row in self.live
+        ]
         proposal = self.drafter.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal

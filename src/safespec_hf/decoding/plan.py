@@ -27,7 +27,8 @@ class Plan:
         criteria ([`~transformers.StoppingCriteriaList`]): All others that can end it.
         reflection_ids, refusal_ids (`list[int]`): The policy's texts, tokenised.
         separator_ids (`list[int]`): Comes between an answer's beginning and a refusal.
-        max_context (`int`): Tokens the target can attend to.
+        max_context (`int`): Tokens that the target was made for; drafts and reflections stay within.
+        max_positions (`int`): Tokens that it can read at all.
         seeds (`list[int]`): Of candidate sampling, per row.
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
     """
@@ -43,6 +44,7 @@ class Plan:
     refusal_ids: list[int]
     separator_ids: list[int]
     max_context: int
+    max_positions: int = 2**31
     seeds: list[int]
     pad_token_id: int = 0
 
@@ -59,9 +61,9 @@ def check_context(rows: Sequence[Row], plan: Plan) -> None:
     for row in rows:
         # the last token is written but not read
         needed = len(row.prompt) + (0 if plan.eos_ids or plan.criteria else row.max_new_tokens - 1)
-        if needed > plan.max_context:
+        if needed > plan.max_positions:
             raise UnsupportedRequestError(
-                f"The target has {plan.max_context} positions, but prompt {row.index} with its answer takes {needed}: "
-                f"{len(row.prompt)} tokens and up to {row.max_new_tokens} new ones. Shorten the prompt or lower "
-                "`max_new_tokens`."
+                f"The target has {plan.max_positions} positions, but prompt {row.index} with its answer takes "
+                f"{needed}: {len(row.prompt)} tokens and up to {row.max_new_tokens} new ones. Shorten the prompt or "
+                "lower `max_new_tokens`."
             )

@@ -278,7 +278,8 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=max_positions(model) or 2**31,
+        max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+        max_positions=max_positions(model) or 2**31,
         seeds=recovery_seeds(policy.seed, do_sample, num_rows),
         pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
     )
