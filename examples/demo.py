@@ -93,7 +93,7 @@ def show_harmless(model: Any, tokenizer: Any, num_tokens: int, repeats: int) -> 
     console.print(
         f"same text: {'[green]yes[/]' if is_same else '[red]no[/]'}    speed: {speedup:.2f}x of the target alone"
     )
-    show_risk(guarded, model._safespec.head.config.risk_threshold)
+    show_risk(guarded, model.safety.risk_threshold)
 
 
 def show_risk(output: SafeSpecOutput, threshold: float) -> None:
