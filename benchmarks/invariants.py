@@ -302,7 +302,7 @@ def i4(options: argparse.Namespace) -> Result:
                 target.generate(prompt, max_new_tokens=40, do_sample=False, safespec=policy, **kwargs)
     num_tiny = len(differences)
     model, tokenizer = real_target(torch.float32)
-    model._safespec.head = tiny.build_coin_head(model, chance=0.05, seed=0)
+    attach_safety_head(model, tiny.build_coin_head(model, chance=0.05, seed=0), tokenizer=tokenizer)
     with compare_after_rollbacks(differences):
         for start in range(0, 8, 4):
             inputs = encode(tokenizer, PROMPTS[start : start + 4])

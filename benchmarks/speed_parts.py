@@ -288,7 +288,7 @@ def measure_recovery(target: Target, log: Log) -> dict[str, Any]:
     options = target.options
     head = ForcedHead(target.head.config).to(target.model.device).eval()
     head.load_state_dict(target.head.state_dict())
-    target.model._safespec.head = head
+    attach_safety_head(target.model, head, tokenizer=target.tokenizer)
     num_categories = 1 if options.data is None else len(by_category(options.data))
     prompts = load_prompts(options, -(-options.recovery_prompts // num_categories))
     bench = target.bench(log, "recovery", options.tokens)
@@ -297,7 +297,7 @@ def measure_recovery(target: Target, log: Log) -> dict[str, Any]:
         with told_of_recoveries(head):
             records = bench.interleave([Arm("plain"), forced], prompts)
     finally:
-        target.model._safespec.head = target.head
+        attach_safety_head(target.model, target.head, tokenizer=target.tokenizer)
     counts = [record["arms"]["ours"]["num_flags"] for record in records]
     flagged = [record for record, num in zip(records, counts, strict=True) if 1 <= num <= MAX_FORCED_FLAGS]
     return {

@@ -4,6 +4,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import mypy.api
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from safespec_hf import (
+    GuardedModel,
     HeadMismatchError,
     SafeSpecConfig,
     SafeSpecOutput,
@@ -134,7 +136,7 @@ def test_detaching_restores_class_and_attributes(target, never, tokenizer):
 
 def test_attaching_again_replaces_the_head(guarded, tokenizer):
     model = attach_safety_head(guarded, build_head(guarded, pooling="last"), tokenizer=tokenizer)
-    assert model._safespec.head.config.pooling == "last"
+    assert model.safety.head.config.pooling == "last"
     assert type(detach_safety_head(model)) is LlamaForCausalLM
 
 
@@ -398,3 +400,222 @@ def test_reflection_words_are_read_but_not_returned(flagging):
 def test_guarded_calls_need_no_gradient(guarded):
     sequences = guarded.generate(PROMPT, **SHORT, safespec=True, return_dict_in_generate=True)
     assert not sequences.risks.requires_grad
+
+
+def risks(model, **arguments):
+    output = model.generate(PROMPT, **SHORT, safespec=True, return_dict_in_generate=True, **arguments)
+    return output.risks.nan_to_num(-1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_risks_are_the_same_in_training_mode(tokenizer, when):
+    model = build_model(attention_dropout=0.5)
+    head, draft = build_head(model, dropout=0.9), perturb(build_model(attention_dropout=0.5))
+    expected = risks(attach_safety_head(model, head, tokenizer=tokenizer), assistant_model=draft)
+    if when == "after":
+        model.train(), head.train(), draft.train()
+    else:
+        detach_safety_head(model)
+        attach_safety_head(model.train(), head.train(), tokenizer=tokenizer)
+    assert torch.equal(risks(model, assistant_model=draft), expected)
+    assert model.training
+    assert head.training
+
+
+def test_attaching_leaves_the_head_as_it_was(target, never, tokenizer):
+    never.train()
+    attach_safety_head(target, never, tokenizer=tokenizer)
+    assert never.training
+
+
+CHANGED = [
+    ("risk_threshold", 1.5),
+    ("risk_threshold", float("nan")),
+    ("risk_threshold", 0.0),
+    ("risk_threshold", -1),
+    ("risk_threshold", "0.5"),
+    ("risk_threshold", None),
+    ("hidden_layers", [9]),
+    ("hidden_layers", [0, 1]),
+    ("hidden_layers", None),
+    ("hidden_size", 16),
+    ("pooling", "mena"),
+    ("span", "all"),
+    ("unsafe_label", 3),
+    ("ewma_decay", 2.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGED)
+def test_a_head_that_was_changed_after_loading_is_refused_when_attached_and_when_called(
+    target, noisy, tokenizer, name, value
+):
+    guarded = attach_safety_head(target, noisy, tokenizer=tokenizer)
+    guarded.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    setattr(noisy.config, name, value)
+    with pytest.raises(UnsupportedRequestError, match=name):
+        guarded.generate(PROMPT, **SHORT, safespec=True)
+    with pytest.raises(ValueError, match=name):
+        attach_safety_head(build_model(), noisy, tokenizer=tokenizer)
+
+
+def test_weights_that_turn_nan_flag_everything(guarded):
+    guarded.safety.head.mlp[0].weight.data.fill_(float("nan"))
+    output = guarded.generate(PROMPT, **SHORT, safespec=True, return_dict_in_generate=True)
+    assert output.finish_reasons == ["safety_refusal"]
+
+
+def test_what_is_attached_can_be_read_and_not_changed(target, noisy, tokenizer):
+    model = attach_safety_head(target, noisy, tokenizer=tokenizer, policy=POLICY, always=True)
+    safety = model.safety
+    assert (safety.head, safety.policy, safety.tokenizer, safety.always) == (noisy, POLICY, tokenizer, True)
+    assert safety.risk_threshold == noisy.config.risk_threshold
+    with pytest.raises(AttributeError):
+        safety.head = None
+    with pytest.raises(AttributeError):
+        model.safety = None
+
+
+def test_the_default_policy_is_what_true_means(target, noisy, tokenizer):
+    model = attach_safety_head(target, noisy, tokenizer=tokenizer, policy=SafeSpecConfig(risk_threshold=1.0))
+    assert model.safety.risk_threshold == 1.0
+    assert torch.equal(model.generate(PROMPT, **SHORT, safespec=True), model.generate(PROMPT, **SHORT))
+    assert not torch.equal(model.generate(PROMPT, **SHORT, safespec=POLICY), model.generate(PROMPT, **SHORT))
+
+
+def test_a_tokenizer_holds_for_the_call_that_it_was_given_to(target, never, tokenizer):
+    model = attach_safety_head(target, never)
+    model.generate(PROMPT, **SHORT, safespec=True, tokenizer=tokenizer)
+    with pytest.raises(UnsupportedRequestError, match="Pass `tokenizer=`"):
+        model.generate(PROMPT, **SHORT, safespec=True)
+
+
+def test_the_tokenizer_of_the_attachment_stays_the_default(flagging, tokenizer):
+    other = build_tokenizer()
+    other.add_tokens(["refused"])
+    policy = SafeSpecConfig(refusal="refused", max_recoveries=0)
+    given = flagging.generate(PROMPT, **SHORT, safespec=policy, tokenizer=other)
+    own = flagging.generate(PROMPT, **SHORT, safespec=policy)
+    assert given[0, -1] == 40
+    assert own[0, -1] == tokenizer.unk_token_id
+    assert flagging.safety.tokenizer is tokenizer
+
+
+class Theirs:
+    """Stands for what FSDP and others put before a model's class."""
+
+
+def put_on_top(model):
+    cls = type(model)
+    model.__class__ = type(f"FSDP{cls.__name__}", (Theirs, cls), {})
+    return model
+
+
+def test_a_class_on_top_of_ours_guards_copies_and_is_kept_by_detaching(guarded):
+    model = put_on_top(guarded)
+    assert is_guarded(model)
+    for other in (copy.deepcopy(model), copy.copy(model)):
+        assert isinstance(other, Theirs)
+        assert is_guarded(other)
+    plain = detach_safety_head(model)
+    assert isinstance(plain, (Theirs, LlamaForCausalLM))
+    assert not isinstance(plain, GuardedModel)
+    assert type(plain).__name__ == "FSDPLlamaForCausalLM"
+    assert plain.generate(PROMPT, **SHORT).shape == (1, 11)
+    with pytest.raises(ValueError, match="safespec"):
+        plain.generate(PROMPT, **SHORT, safespec=True)
+
+
+def test_attaching_twice_under_a_class_on_top_replaces_the_head(guarded, tokenizer):
+    model = put_on_top(guarded)
+    attach_safety_head(model, build_head(model, pooling="last"), tokenizer=tokenizer)
+    assert model.safety.head.config.pooling == "last"
+    assert type(model).__mro__.count(GuardedModel) == 1
+    assert type(detach_safety_head(model)).__bases__ == (Theirs, LlamaForCausalLM)
+
+
+def test_a_head_can_be_attached_after_a_class_was_put_on_top(target, never, tokenizer):
+    put_on_top(target)
+    theirs = type(target)
+    model = attach_safety_head(target, never, tokenizer=tokenizer)
+    assert is_guarded(model)
+    assert is_guarded(copy.deepcopy(model))
+    assert type(detach_safety_head(model)) is theirs
+
+
+def test_a_class_that_is_bound_to_ours_is_refused_by_detaching(guarded):
+    class Bound(type(guarded)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    guarded.__class__ = Bound
+    assert is_guarded(guarded)
+    with pytest.raises(UnsupportedRequestError, match="Undo it first"):
+        detach_safety_head(guarded)
+    assert is_guarded(guarded)
+
+
+def test_a_parametrized_model_is_guarded_and_detached(guarded):
+    guarded.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+    torch.nn.utils.parametrize.register_parametrization(guarded, "scale", torch.nn.Identity())
+    assert is_guarded(copy.deepcopy(guarded))
+    detach_safety_head(guarded)
+    torch.nn.utils.parametrize.remove_parametrizations(guarded, "scale")
+    assert type(guarded) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickled])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+def test_a_model_that_was_compiled_in_place_is_copied(target, never, tokenizer, duplicate):
+    model = attach_safety_head(target, never, tokenizer=tokenizer)
+    model.compile()
+    assert duplicate(model)._compiled_call_impl is None
+    assert type(duplicate(model)) is type(model)
+
+
+TYPED = """
+from transformers import LlamaForCausalLM
+from safespec_hf import SafeSpecConfig, SafeSpecOutput, SafetyHead, attach_safety_head
+
+plain: LlamaForCausalLM = LlamaForCausalLM.from_pretrained("x")
+model = attach_safety_head(plain, "head", policy=SafeSpecConfig())
+"""
+GOOD = """
+from torch import Tensor
+
+tokens: Tensor = model.generate(None, safespec=True, max_new_tokens=3)
+output: SafeSpecOutput = model.generate(None, safespec=SafeSpecConfig(), return_dict_in_generate=True)
+head: SafetyHead = model.safety.head
+threshold: float = model.safety.risk_threshold
+model.model.layers[0]
+model.config.vocab_size
+model.generate(None, None, [], max_new_tokens=3)
+"""
+BAD = """
+model.generate(None, safespec="yes")
+model.generate(None, safespec=1)
+model.generate(None, safespec={"num_candidates": 3})
+number: int = model.generate(None, safespec=True)
+model.safety.head = None
+model.safety.nothing
+"""
+
+
+# Reading all of transformers takes a minute, and what it says of its models is not what is tested here.
+SETTINGS = """
+[mypy]
+[mypy-transformers.*,huggingface_hub.*,safetensors.*]
+follow_imports = skip
+"""
+
+
+def test_type_checkers_know_what_a_guarded_model_takes_and_gives(tmp_path):
+    for name, code in (("good.py", GOOD), ("bad.py", BAD), ("mypy.ini", "")):
+        (tmp_path / name).write_text(TYPED + code if code else SETTINGS)
+    options = ["--strict", "--no-error-summary", f"--cache-dir={tmp_path}", f"--config-file={tmp_path / 'mypy.ini'}"]
+    report, errors, _ = mypy.api.run([*options, str(tmp_path / "good.py"), str(tmp_path / "bad.py")])
+    assert errors == ""
+    found = [line for line in report.splitlines() if ": error:" in line and str(tmp_path) in line]
+    assert [line for line in found if "good.py" in line] == []
+    lines = {int(line.split("bad.py:")[1].split(":")[0]) - TYPED.count("\n") for line in found}
+    assert lines == set(range(2, BAD.count("\n") + 1))

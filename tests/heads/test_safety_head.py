@@ -188,3 +188,10 @@ def test_another_model_of_the_same_width_is_told_apart(target, kind, layers):
     other = build_model(kind) if kind == "gpt2" else build_model(num_hidden_layers=layers)
     with pytest.raises(HeadMismatchError, match="architecture" if kind == "gpt2" else "num_layers"):
         check_binding(build_head(target), target_binding(other))
+
+
+def test_risks_know_no_dropout_in_any_mode():
+    head, features = small_head(dropout=0.9), torch.randn(5, 8)
+    expected = head.eval().risk(features)
+    assert torch.equal(head.train().risk(features), expected)
+    assert not torch.equal(head(features), head(features))
