@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from ..engine.cache import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
+from .proof import check_interface, prove
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -35,10 +35,8 @@ def check_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
         )
     check_cache_layers(model)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
-        )
+    check_interface(model)
+    prove(model)
 
 
 def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
@@ -70,7 +68,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
         UnsupportedRequestError: Names them.
     """
     unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS
+        name for name, value in model_kwargs.items() if name not in KNOWN_MODEL_KWARGS and not is_empty(value)
     )
     if unknown:
         raise UnsupportedRequestError(
@@ -89,6 +87,21 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
             "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
             "padding; set `tokenizer.padding_side = 'left'`."
         )
+
+
+def is_empty(value: object) -> bool:
+    """Whether an argument says nothing: transformers adds some of them, for images that a text does not have.
+
+    Example:
+
+        >>> is_empty({"image": None, "video": []}), is_empty([False])
+        (True, False)
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, (list, tuple)) and all(map(is_empty, value)))
 
 
 def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
