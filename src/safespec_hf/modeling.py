@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .answer.pooling import find_newline_ids
 from .config import SafeSpecConfig
+from .decoding.assistant import as_draft, check_assistant
 from .decoding.loop import Decoder
 from .decoding.monitor import RiskMonitor
 from .decoding.plan import Plan
@@ -35,8 +36,8 @@ from .decoding.request import (
     make_rows,
     other_criteria,
 )
-from .decoding.support import check_assistant, check_model, check_model_kwargs, check_positions
-from .engine.cache import CACHE_NAME, check_user_cache
+from .decoding.support import check_model, check_positions, check_prompt, check_rope
+from .engine.cache import CACHE_NAME
 from .engine.compiling import check_compiler, compiled_forwards
 from .engine.inference import inference_mode
 from .engine.packing import packed_weights
@@ -115,7 +116,7 @@ def attach_safety_head(
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
-            "model, attach the head to `model.get_base_model()`."
+            "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
         )
     check_model(model)
     if not isinstance(head, SafetyHead):
@@ -172,7 +173,11 @@ class Guarded:
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs)
         call = GuardedCall(
-            policy, kwargs.pop("assistant_model", None), kwargs.get("streamer"), kwargs.get("num_assistant_tokens")
+            policy,
+            as_draft(kwargs.pop("assistant_model", None)),
+            kwargs.get("streamer"),
+            kwargs.get("num_assistant_tokens"),
+            kwargs.pop("assistant_tokenizer", None),
         )
         return generate(inputs, generation_config, custom_generate=call, **kwargs)
 
@@ -225,6 +230,7 @@ class GuardedCall:
     assistant: PreTrainedModel | None = None
     streamer: BaseStreamer | None = None
     num_assistant_tokens: int | None = None
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
     is_monitored: bool = True  # False only to measure what safety costs
 
     @torch.no_grad()
@@ -258,6 +264,7 @@ class GuardedCall:
         )
         candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
         plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
+        check_rope(model, is_real, rows[0].max_new_tokens + plan.max_inserted)
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
@@ -284,7 +291,7 @@ class GuardedCall:
     ) -> None:
         assert attachment.tokenizer is not None
         check_generation_config(config)
-        check_model_kwargs(model_kwargs, input_ids)
+        check_prompt(model, input_ids, model_kwargs)
         check_processors(processors, input_ids.shape[0])
         if self.policy.compile:
             check_compiler(model.device)
@@ -295,11 +302,7 @@ class GuardedCall:
                 "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
                 f"{'none' if self.assistant is None else 'a draft head'}."
             )
-        if self.assistant is not None:
-            check_assistant(model, self.assistant, len(attachment.tokenizer))
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            check_user_cache(cache, input_ids, model_kwargs.get("attention_mask"))
+        check_assistant(model, self.assistant, attachment.tokenizer, self.assistant_tokenizer)
         if input_ids.shape[0] > 1 and self.streamer is not None:
             raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {input_ids.shape[0]}.")
         if input_ids.shape[0] > 1 and config._pad_token_tensor is None:
@@ -376,7 +379,6 @@ def check_keywords(kwargs: dict[str, Any]) -> None:
     """
     for name, why in (
         ("custom_generate", "is a decoding strategy of its own"),
-        ("assistant_tokenizer", "means a draft model with another tokenizer; use one that shares the target's"),
         ("synced_gpus", "needs all processes to run the same number of forwards"),
         ("inputs_embeds", "hides the prompt's tokens; pass `input_ids`"),
     ):

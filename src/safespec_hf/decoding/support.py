@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from ..engine.cache import CACHE_NAME, check_cache_layers
+from ..engine.cache import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
-from ..heads.draft_head import DraftHead
 from .proof import check_interface, prove
 
 KNOWN_MODEL_KWARGS = {
@@ -22,13 +23,22 @@ KNOWN_MODEL_KWARGS = {
     "output_attentions",
     "output_hidden_states",
 }
+CACHE_NAMES = ("cache", "past_key_values")
+KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
+CHANGING_ROPES = ("dynamic", "longrope")
+"""Rotary positions whose frequencies depend on the length so far."""
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raises unless the model can be guarded at all.
+def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
+    """Raises unless the model can be guarded at all, or can draft.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Target or draft.
+        has_states (`bool`, defaults to `True`): Whether its hidden states are read as well, as a target's are.
 
     Raises:
-        UnsupportedRequestError: For encoder-decoders, recurrent models and models without explicit positions.
+        UnsupportedRequestError: For encoder-decoders, recurrent models, models without a cache or explicit positions,
+            and whatever else does not give what a plain forward gives; see [`prove`].
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedRequestError(
@@ -36,29 +46,21 @@ def check_model(model: PreTrainedModel) -> None:
         )
     check_cache_layers(model)
     check_interface(model)
-    prove(model)
+    prove(model, has_states)
 
 
-def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
-    """Raises unless the draft model speaks the target's vocabulary. A draft head is bound to the target.
-
-    Vocabulary sizes may differ by padding, that is above the number of tokens the tokenizer knows.
+def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Raises unless a prompt can be read as guarded decoding reads it: tokens, a mask, and positions that follow.
 
     Raises:
-        UnsupportedRequestError: Names both sizes.
-        HeadMismatchError: If a draft head was distilled from another target.
+        UnsupportedRequestError: Names what would be dropped.
     """
-    if isinstance(assistant, DraftHead):
-        assistant.bind(model)
-        return
-    check_model(assistant)
-    target_size = model.config.get_text_config().vocab_size
-    draft_size = assistant.config.get_text_config().vocab_size
-    if target_size != draft_size and min(target_size, draft_size) < vocabulary:
-        raise UnsupportedRequestError(
-            f"The draft model's vocabulary has {draft_size} entries and the target's {target_size}, with {vocabulary} "
-            "tokens in the tokenizer. Use a draft model with the same tokenizer."
-        )
+    check_model_kwargs(model_kwargs, prompt_ids)
+    cache: Any = model_kwargs.get(CACHE_NAME)
+    if getattr(cache, "_is_user_defined", False):
+        check_user_cache(cache, prompt_ids, model_kwargs.get("attention_mask"))
+    check_prepared_inputs(model, prompt_ids, model_kwargs)
+    check_adapters(model)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
@@ -118,3 +120,124 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
         raise UnsupportedRequestError(
             "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
         )
+
+
+class FilledCache(DynamicCache):
+    """Stands for a cache that holds `num_tokens`, to ask what a model would do with one."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+
+def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Raises if a model would read something else than tokens, mask and positions, for the prompt or the token after.
+
+    What it would read is what its `prepare_inputs_for_generation` says, which a soft prompt replaces, for one.
+
+    Raises:
+        UnsupportedRequestError: Names what would be read.
+    """
+    cache, num_tokens = model_kwargs.get(CACHE_NAME), prompt_ids.shape[1]
+    num_cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+    prompt = dict(model_kwargs)
+    inputs = model.prepare_inputs_for_generation(
+        prompt_ids,
+        next_sequence_length=num_tokens - num_cached if num_cached else None,
+        is_first_iteration=True,
+        **prompt,
+    )
+    # a forward without a cache makes one
+    _check_inputs(model, inputs, prompt_ids[:, num_cached:], prompt, [None, cache] if num_cached == 0 else [cache])
+    filled = FilledCache(num_tokens)
+    after = prompt | {CACHE_NAME: filled}
+    for name, step in (("attention_mask", 0), ("position_ids", 1)):
+        if (values := prompt.get(name)) is not None:
+            after[name] = torch.cat([values, values[..., -1:] + step], dim=-1)
+    inputs = model.prepare_inputs_for_generation(
+        torch.cat([prompt_ids, prompt_ids[:, -1:]], dim=1), next_sequence_length=1, **after
+    )
+    _check_inputs(model, inputs, prompt_ids[:, -1:], after, [filled])
+
+
+def _check_inputs(
+    model: Any, inputs: Mapping[str, Any], ids: Tensor, model_kwargs: Mapping[str, Any], caches: list[Any]
+) -> None:
+    changed = [
+        name
+        for name, value in inputs.items()
+        if name not in KNOWN_INPUTS and value is not False and not is_empty(value)
+    ]
+    given = {"input_ids": ids, "attention_mask": model_kwargs.get("attention_mask")}
+    if (positions := model_kwargs.get("position_ids")) is not None:
+        given["position_ids"] = positions[..., -ids.shape[1] :]
+    for name, expected in given.items():
+        found = inputs.get(name)
+        is_same = found is expected or (found is not None and expected is not None and _is_equal(found, expected))
+        if not is_same and (found is not None or name == "input_ids"):
+            changed.append(name)
+    found_caches = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
+    if not all(any(found is cache for cache in caches) for found in found_caches or [None]):
+        changed.append(CACHE_NAME)
+    if changed:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} does not read the tokens as they are: its `prepare_inputs_for_generation` "
+            f"changes {sorted(changed)}, as soft prompts (prompt tuning, p-tuning, prefix tuning) do, and guarded "
+            "decoding would drop that. Use an adapter of weights, such as LoRA, or generate without `safespec`."
+        )
+
+
+def _is_equal(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == expected.shape and bool((found == expected).all())
+
+
+def check_rope(model: PreTrainedModel, is_real: Tensor, max_added: int) -> None:
+    """Raises if a call could cross the length at which a model's rotary positions change.
+
+    From there on, what is cached was made with other frequencies; a plain `generate` reads some models' whole text
+    again, and the first token of a block would change the others of its block.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        is_real (`torch.Tensor` of shape `(batch, prompt)`): False for padding.
+        max_added (`int`): Tokens added to a prompt at most, inserted texts included.
+
+    Raises:
+        UnsupportedRequestError: Names the kind of positions and the length.
+    """
+    text = model.config.get_text_config(decoder=True)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind not in CHANGING_ROPES:
+            continue
+        most = text.max_position_embeddings
+        length = most if kind == "dynamic" else rope.get("original_max_position_embeddings") or most
+        lengths = is_real.sum(dim=1)
+        longest = int(lengths.max()) + max_added
+        stays_long = kind == "longrope" and int(lengths.min()) > length
+        if longest > length and not stays_long:
+            raise UnsupportedRequestError(
+                f"The {kind!r} positions of {type(model).__name__} change at {length} tokens, and this call could "
+                f"reach {longest}, inserted texts included. Keep prompt and `max_new_tokens` within {length} tokens"
+                f"{', or all prompts above it' if kind == 'longrope' else ''}, or generate without `safespec`."
+            )
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Raises if PEFT gives each row of the batch an adapter of its own: rows end, and candidates multiply them.
+
+    Raises:
+        UnsupportedRequestError: Names the argument.
+    """
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    keywords = [hook.keywords for hook in hooks if isinstance(hook, functools.partial)]
+    for name in ("adapter_names", "alora_offsets"):
+        if any(given.get(name) is not None for given in keywords):
+            raise UnsupportedRequestError(
+                f"`{name}` gives rows of a batch adapters of their own, but guarded decoding has rows of its own. "
+                "Call `set_adapter`, and generate with one adapter at a time."
+            )
