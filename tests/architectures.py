@@ -35,6 +35,8 @@ SIZES: dict[str, Any] = {
 }
 # What the names of sizes do not tell.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "longcat_flash": {"zero_expert_num": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
         "vocab_size_per_layer_input": VOCAB_SIZE,
         "hidden_size_per_layer_input": 8,
@@ -85,6 +87,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {key: value for key, value in SIZES.items() if isinstance(own.get(key), int)}
     if own.get("head_dim", 0) is None:
         fields["head_dim"] = SIZES["head_dim"]
+    if "kv_lora_rank" in own:  # its heads share nothing
+        fields["num_key_value_heads"] = SIZES["num_attention_heads"]
     for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if own.get(key):
             fields[key] = _two_kinds(own[key])

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .answer.pooling import find_newline_ids
+from .answer.rows import Row
 from .config import SafeSpecConfig
 from .decoding.assistant import as_draft, check_assistant
 from .decoding.loop import Decoder
@@ -36,7 +37,7 @@ from .decoding.request import (
     make_rows,
     other_criteria,
 )
-from .decoding.support import check_model, check_positions, check_prompt, check_rope
+from .decoding.support import check_model, check_positions, check_prompt, max_context
 from .engine.cache import CACHE_NAME
 from .engine.compiling import check_compiler, compiled_forwards
 from .engine.inference import inference_mode
@@ -263,8 +264,7 @@ class GuardedCall:
             processors=logits_processor,
         )
         candidates = make_candidates(model, self.assistant, generation_config, self.policy, len(rows))
-        plan = self._plan(model, attachment, generation_config, stopping_criteria, len(rows))
-        check_rope(model, is_real, rows[0].max_new_tokens + plan.max_inserted)
+        plan = self._plan(model, attachment, generation_config, stopping_criteria, rows)
         decoder = Decoder(model, rows, candidates, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
@@ -314,7 +314,7 @@ class GuardedCall:
         attachment: Attachment,
         config: GenerationConfig,
         criteria: StoppingCriteriaList,
-        num_rows: int,
+        rows: list[Row],
     ) -> Plan:
         tokenizer, policy = attachment.tokenizer, self.policy
         assert tokenizer is not None
@@ -332,8 +332,8 @@ class GuardedCall:
             reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
             refusal_ids=refusal + ends[:1],
             separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-            max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
-            seeds=recovery_seeds(policy.seed, bool(config.do_sample), num_rows),
+            max_context=max_context(model, rows),
+            seeds=recovery_seeds(policy.seed, bool(config.do_sample), len(rows)),
         )
 
 

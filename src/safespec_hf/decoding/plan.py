@@ -40,9 +40,3 @@ class Plan:
     separator_ids: list[int]
     max_context: int
     seeds: list[int]
-
-    @property
-    def max_inserted(self) -> int:
-        """Tokens of the policy's texts that a context can hold besides its answer."""
-        texts = self.policy.max_recoveries * len(self.reflection_ids)
-        return texts + len(self.separator_ids) + len(self.refusal_ids)

@@ -194,20 +194,25 @@ def _named(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def check_interface(model: PreTrainedModel) -> None:
-    """Raises unless a model's forward names a cache and positions, and its config the sizes of its states.
+def check_sizes(model: PreTrainedModel) -> None:
+    """Raises unless a model's config says how many hidden states there are, and how large.
 
     Raises:
         UnsupportedRequestError: Names what is missing.
     """
-    names, text = inspect.signature(model.forward).parameters, model.config.get_text_config(decoder=True)
-    missing = [
-        name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if getattr(text, name, None) is None
-    ]
-    if missing:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__} can't be guarded: its config has no {' and no '.join(map(repr, missing))}."
-        )
+    texts = model.config.get_text_config(), model.config.get_text_config(decoder=True)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if any(getattr(text, name, None) is None for text in texts):
+            raise UnsupportedRequestError(f"{type(model).__name__} can't be guarded: its config has no {name!r}.")
+
+
+def check_signature(model: PreTrainedModel) -> None:
+    """Raises unless a model's forward names a cache and positions.
+
+    Raises:
+        UnsupportedRequestError: Names what is missing.
+    """
+    names = inspect.signature(model.forward).parameters
     if "position_ids" not in names:
         raise UnsupportedRequestError(
             f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ..answer.rows import Row
 from ..engine.cache import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
-from .proof import check_interface, prove
+from .proof import check_signature, check_sizes, prove
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -44,8 +45,9 @@ def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
         raise UnsupportedRequestError(
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
         )
+    check_sizes(model)
     check_cache_layers(model)
-    check_interface(model)
+    check_signature(model)
     prove(model, has_states)
 
 
@@ -194,37 +196,39 @@ def _is_equal(found: Any, expected: Tensor) -> bool:
     return isinstance(found, Tensor) and found.shape == expected.shape and bool((found == expected).all())
 
 
-def check_rope(model: PreTrainedModel, is_real: Tensor, max_added: int) -> None:
-    """Raises if a call could cross the length at which a model's rotary positions change.
+def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
+    """Tokens that a context may hold: all the positions there are, or those before rotary ones change.
 
-    From there on, what is cached was made with other frequencies; a plain `generate` reads some models' whole text
-    again, and the first token of a block would change the others of its block.
+    Where frequencies depend on the length, what was cached before they change was made with others. There a plain
+    `generate` reads the whole text again, for some models, and the last token of a block would change the others.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
-        is_real (`torch.Tensor` of shape `(batch, prompt)`): False for padding.
-        max_added (`int`): Tokens added to a prompt at most, inserted texts included.
+        rows (`Sequence[Row]`): The batch, empty answers.
 
     Raises:
-        UnsupportedRequestError: Names the kind of positions and the length.
+        UnsupportedRequestError: If answers could cross that length. Names it.
     """
     text = model.config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None) or 2**31
     ropes = getattr(text, "rope_parameters", None) or {}
+    lengths = [len(row.prompt) for row in rows]
+    longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
     for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
         kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
         if kind not in CHANGING_ROPES:
             continue
-        most = text.max_position_embeddings
-        length = most if kind == "dynamic" else rope.get("original_max_position_embeddings") or most
-        lengths = is_real.sum(dim=1)
-        longest = int(lengths.max()) + max_added
-        stays_long = kind == "longrope" and int(lengths.min()) > length
-        if longest > length and not stays_long:
+        change = most if kind == "dynamic" else rope.get("original_max_position_embeddings") or most
+        if kind == "longrope" and min(lengths) > change:
+            continue
+        if longest > change:
             raise UnsupportedRequestError(
-                f"The {kind!r} positions of {type(model).__name__} change at {length} tokens, and this call could "
-                f"reach {longest}, inserted texts included. Keep prompt and `max_new_tokens` within {length} tokens"
-                f"{', or all prompts above it' if kind == 'longrope' else ''}, or generate without `safespec`."
+                f"The {kind!r} positions of {type(model).__name__} change after {change} tokens, and this call could "
+                f"reach {longest}. Keep prompt and `max_new_tokens` within {change} tokens"
+                f"{', or all prompts above' if kind == 'longrope' else ''}, or generate without `safespec`."
             )
+        most = min(most, change)
+    return most
 
 
 def check_adapters(model: PreTrainedModel) -> None:
