@@ -60,6 +60,7 @@ REFUSED = {
     "git": "differ from those of the tokens alone",
     "bloom": "takes no `position_ids`",
     "mamba": "can't be rolled back",
+    "moshi": "no mask for it",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ KNOWN_MODEL_KWARGS = {
 }
 CACHE_NAMES = ("cache", "past_key_values")
 KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
+WINDOW_MAKERS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
 CHANGING_ROPES = ("dynamic", "longrope")
 """Rotary positions whose frequencies depend on the length so far."""
 
@@ -48,7 +50,26 @@ def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
     check_sizes(model)
     check_cache_layers(model)
     check_signature(model)
+    check_windows(model)
     prove(model, has_states)
+
+
+def check_windows(model: PreTrainedModel) -> None:
+    """Raises if a sliding window is made by dropping cached states only: here they are kept, and masks hide them.
+
+    A few tokens can't show that, so it is the model's own code that says which masks it makes.
+
+    Raises:
+        UnsupportedRequestError: If its config has a window for which it makes no mask.
+    """
+    if not any(DynamicCache(config=model.config).is_sliding):
+        return
+    homes = [vars(sys.modules[type(module).__module__]) for module in model.modules()]
+    if not any(maker in home for home in homes for maker in WINDOW_MAKERS):
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} can't be guarded: its config has a sliding window, but its attention has no mask "
+            "for it, and sees the whole text unless old states are dropped, which can't be rolled back."
+        )
 
 
 def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
