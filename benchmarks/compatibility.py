@@ -7,11 +7,12 @@ For each: greedy, float32, one prompt alone and a batch of three of different le
 in trees (where the model takes them), with prompt lookup and without drafts; every row must equal what the model alone
 says to that prompt. Then forced flags must be survived. What can't be guarded has to be refused when a head is
 attached: what fails later, or says something else, is WRONG. All of it is written to
-`benchmarks/results/compatibility.json`.
+`benchmarks/results/compatibility.json`, where a run of some replaces their lines.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sys
 import warnings
@@ -112,8 +113,8 @@ def main() -> int:
             process.kill()
             outcomes[name] = shared.get(name, ("skipped", f"no answer within {SECONDS} s"))
             print(f"{name:26} {outcomes[name][0]:10} {' '.join(outcomes[name][1].split())[:220]}", flush=True)
-    if not sys.argv[1:]:
-        write_json(RESULTS, {name: {"outcome": outcome, "why": why} for name, (outcome, why) in outcomes.items()})
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if sys.argv[1:] else {}
+    write_json(RESULTS, before | {name: {"outcome": found, "why": why} for name, (found, why) in outcomes.items()})
     return int(any(outcome == "WRONG" for outcome, _ in outcomes.values()))
 
 

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NAMES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MAX_PARAMETERS = 30_000_000
+MAX_PARAMETERS = 40_000_000
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "dim", "word_embed_proj_dim", "embedding_size"), 32
@@ -59,6 +59,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "encoder_hash_byte_group_vocab": 64,
     },
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "hidden_size": 32},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "nemotron": {"num_key_value_heads": 2},
     "zaya": {"num_experts_per_tok": 1},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},

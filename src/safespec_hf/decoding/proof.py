@@ -110,7 +110,10 @@ def _tokens(model: PreTrainedModel) -> list[int]:
 def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Logits and hidden states of a row that is read in one forward, without a cache."""
     ids = torch.tensor([tokens], device=model.device)
-    outputs = model(input_ids=ids, use_cache=False, output_hidden_states=bool(layers), return_dict=True)
+    places = torch.arange(len(tokens), device=model.device)[None]  # `generate` counts from 0, whatever a model does
+    outputs = model(
+        input_ids=ids, position_ids=places, use_cache=False, output_hidden_states=bool(layers), return_dict=True
+    )
     _check_shape("logits", outputs.logits, len(tokens), None)
     if not layers:
         return outputs.logits[0], None
