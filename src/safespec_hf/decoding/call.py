@@ -40,6 +40,7 @@ class GuardedCall:
     assistant: PreTrainedModel | None = None
     streamer: BaseStreamer | None = None
     num_assistant_tokens: int | None = None
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
@@ -69,7 +70,8 @@ class GuardedCall:
             config=generation_config,
             processors=logits_processor,
             model_kwargs=model_kwargs,
-            num_tokens=len(tokenizer),
+            tokenizer=tokenizer,
+            assistant_tokenizer=self.assistant_tokenizer,
             is_streamed=self.streamer is not None,
         )
         input_ids = input_ids.to(input_device(model))
@@ -91,7 +93,7 @@ class GuardedCall:
             tokenizer,
             config=generation_config,
             criteria=stopping_criteria,
-            num_rows=len(rows),
+            rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -38,15 +38,16 @@ from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..drafting.draft_length import DraftCosts
 from ..drafting.router import DraftRouter
-from ..engine.cache import CACHE_NAME, check_user_cache, takes_trees
+from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
+from .assistant import check_assistant
 from .monitor import RiskMonitor
 from .plan import Plan
-from .support import check_assistant, check_model_kwargs, check_positions
+from .support import check_positions, check_prompt, max_context
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
@@ -70,13 +71,15 @@ def check_request(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     model_kwargs: Mapping[str, Any],
-    num_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    assistant_tokenizer: PreTrainedTokenizerBase | None,
     is_streamed: bool,
 ) -> Tensor:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
-        num_tokens (`int`): That the tokenizer knows.
+        tokenizer, assistant_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The target's, and the draft's if that was given.
 
     Returns:
         `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
@@ -86,7 +89,7 @@ def check_request(
     """
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
-    check_model_kwargs(model_kwargs, prompt_ids)
+    check_prompt(model, prompt_ids, model_kwargs)
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
@@ -97,16 +100,12 @@ def check_request(
             "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
             f"{'none' if assistant is None else 'a draft head'}."
         )
-    if assistant is not None:
-        check_assistant(model, assistant, num_tokens)
-    mask: Tensor | None = model_kwargs.get("attention_mask")
-    cache: Any = model_kwargs.get(CACHE_NAME)
-    if getattr(cache, "_is_user_defined", False):
-        check_user_cache(cache, prompt_ids, mask)
+    check_assistant(model, assistant, tokenizer, assistant_tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and config._pad_token_tensor is None:
         raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
+    mask: Tensor | None = model_kwargs.get("attention_mask")
     is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
     is_real = is_real.to(input_device(model))
     check_positions(model_kwargs.get("position_ids"), is_real)
@@ -259,7 +258,7 @@ def make_plan(
     *,
     config: GenerationConfig,
     criteria: StoppingCriteriaList,
-    num_rows: int,
+    rows: Sequence[Row],
     num_assistant_tokens: int | None,
     is_monitored: bool,
 ) -> Plan:
@@ -278,9 +277,9 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+        max_context=max_context(model, rows),
         max_positions=max_positions(model) or 2**31,
-        seeds=recovery_seeds(policy.seed, do_sample, num_rows),
+        seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
     )
 
