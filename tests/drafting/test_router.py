@@ -9,7 +9,7 @@ from tiny import build_draft_head, build_head, build_model, build_noisy_head, bu
 
 from safespec_hf import SafeSpecConfig, attach_safety_head
 from safespec_hf.decoding import safety_mode
-from safespec_hf.drafting.candidates import sample_segments
+from safespec_hf.decoding.sampling import sample_segments
 from safespec_hf.drafting.draft_length import DraftCosts
 from safespec_hf.drafting.drafters import Proposal, fill_gaps
 from safespec_hf.drafting.router import DraftRouter

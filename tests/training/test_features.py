@@ -9,7 +9,7 @@ import torch
 from samples import make_examples, run, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safespec_hf import SafeSpecConfig, SafeSpecError, modeling
+from safespec_hf import SafeSpecConfig, SafeSpecError
 from safespec_hf.answer.pooling import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
 from safespec_hf.training import features as features_module
 from safespec_hf.training.data import load_examples
@@ -29,7 +29,7 @@ def features(target, chat_tokenizer, examples, tmp_path):
 def decode_token_by_token(model, tokenizer, example, reading):
     """What decoding would see: one token at a time, pooled state by pooled state."""
     text = encode(tokenizer, example, 99, 99)
-    newline_ids, policy, states, num_open = modeling.find_newline_ids(tokenizer), SafeSpecConfig(), PooledStates(), 0
+    newline_ids, policy, states, num_open = find_newline_ids(tokenizer), SafeSpecConfig(), PooledStates(), 0
     for index, token in enumerate(text.response_ids):
         ids = torch.tensor([text.prompt_ids + text.response_ids[: index + 1]])
         with torch.no_grad():
@@ -71,10 +71,6 @@ def test_risks_are_what_decoding_computes(target, chat_tokenizer, examples):
     states = list(decode_token_by_token(target, chat_tokenizer, examples[5], READINGS[1]))
     # sums in another order: float32 noise
     torch.testing.assert_close(risks[5], head.risk(torch.stack(states)).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_newlines_are_those_of_decoding(chat_tokenizer):
-    assert find_newline_ids(chat_tokenizer) == modeling.find_newline_ids(chat_tokenizer)
 
 
 def test_every_answer_has_its_prefixes_in_order(features, examples):

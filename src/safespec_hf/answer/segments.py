@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from ..config import SafeSpecConfig
-from .characters import Piece, character_edges
-from .pooling import segment_counts
+from .characters import Piece, character_edges, find_pieces
+from .pooling import find_newline_ids, segment_counts
+
+
+class Boundaries(NamedTuple):
+    """Which tokens of a vocabulary can end a line, and which are no whole characters."""
+
+    newline_ids: frozenset[int]
+    pieces: Mapping[int, Piece]
+
+
+_BOUNDARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Boundaries]] = WeakKeyDictionary()
 
 
 class Segments:
@@ -85,3 +99,12 @@ class Segments:
         limits = (policy.min_segment_tokens, policy.max_segment_tokens)
         counts, num_open = segment_counts(self.num_open, is_newline, *limits, edges)
         return counts, num_open, missing[-1] if missing else num_missing
+
+
+def find_boundaries(tokenizer: PreTrainedTokenizerBase) -> Boundaries:
+    """The boundaries of a tokenizer's tokens, for which its whole vocabulary is decoded once."""
+    num_tokens, found = _BOUNDARIES.get(tokenizer, (-1, None))
+    if found is None or num_tokens != len(tokenizer):
+        found = Boundaries(find_newline_ids(tokenizer), find_pieces(tokenizer))
+        _BOUNDARIES[tokenizer] = len(tokenizer), found
+    return found

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer.characters import Piece, find_pieces
-from ..answer.pooling import find_newline_ids
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_target
-
-
-class Boundaries(NamedTuple):
-    """Which tokens of a vocabulary can end a line, and which are no whole characters."""
-
-    newline_ids: frozenset[int]
-    pieces: Mapping[int, Piece]
-
-
-_BOUNDARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Boundaries]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +52,3 @@ class Attachment:
                 "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
             )
         return self.tokenizer
-
-
-def find_boundaries(tokenizer: PreTrainedTokenizerBase) -> Boundaries:
-    """The boundaries of a tokenizer's tokens, for which its whole vocabulary is decoded once."""
-    num_tokens, found = _BOUNDARIES.get(tokenizer, (-1, None))
-    if found is None or num_tokens != len(tokenizer):
-        found = Boundaries(find_newline_ids(tokenizer), find_pieces(tokenizer))
-        _BOUNDARIES[tokenizer] = len(tokenizer), found
-    return found

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
 from ..engine.cache import CACHE_NAME
 from ..engine.compiling import compiled_forwards
@@ -27,7 +28,7 @@ from ..engine.packing import packed_weights
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
-from .attachment import Attachment, find_boundaries
+from .attachment import Attachment
 from .loop import Decoder
 from .request import check_request, make_drafting, make_plan, make_rows
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer.pooling import find_newline_ids
+from ..answer.segments import Boundaries, find_boundaries
 from ..config import SafeSpecConfig
 from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
@@ -163,10 +163,10 @@ def extract_features(
     check_layers(settings.layers, model.config.get_text_config(decoder=True).num_hidden_layers)
     encoded = [encode(tokenizer, e, settings.max_prompt_tokens, settings.max_response_tokens) for e in examples]
     texts = {text.key: text for text in encoded}
-    newline_ids = find_newline_ids(tokenizer)
+    boundaries = find_boundaries(tokenizer)
 
     def compute(keys: Sequence[str]) -> dict[str, Tensor]:
-        return _read_shard(model, tokenizer, [texts[key] for key in keys], settings, newline_ids)
+        return _read_shard(model, tokenizer, [texts[key] for key in keys], settings, boundaries)
 
     lengths = {key: text.num_tokens for key, text in texts.items()}
     folder = Path(cache_dir) / cache_key(model, tokenizer, settings)
@@ -216,20 +216,20 @@ def _read_shard(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Encoded],
     settings: FeatureSettings,
-    newline_ids: frozenset[int],
+    boundaries: Boundaries,
 ) -> dict[str, Tensor]:
     parts: dict[int, dict[str, Tensor]] = {}
     for batch in make_batches([text.num_tokens for text in texts], settings.num_batch_tokens):
         states = read_hidden(model, [texts[index] for index in batch], settings.layers)
         for index, hidden_TF in zip(batch, states, strict=True):
-            parts[index] = _pool_prefixes(index, texts[index], hidden_TF, settings, newline_ids)
+            parts[index] = _pool_prefixes(index, texts[index], hidden_TF, settings, boundaries)
     tensors = {name: torch.cat([parts[index][name] for index in sorted(parts)]) for name in parts[0]}
     tensors["num_chars"] = _count_chars(tokenizer, texts, tensors)
     return tensors
 
 
 def _pool_prefixes(
-    index: int, text: Encoded, hidden_TF: Tensor, settings: FeatureSettings, newline_ids: frozenset[int]
+    index: int, text: Encoded, hidden_TF: Tensor, settings: FeatureSettings, boundaries: Boundaries
 ) -> dict[str, Tensor]:
     lengths = prefix_positions(len(text.response_ids), settings.prefix_tokens)
     rows = torch.tensor(lengths) - 1
@@ -239,7 +239,7 @@ def _pool_prefixes(
         "is_last": torch.tensor([length == lengths[-1] for length in lengths]),
     }
     for reading in settings.readings:
-        counts = span_counts(text.response_ids, reading.span, newline_ids, SafeSpecConfig())
+        counts = span_counts(text.response_ids, reading.span, boundaries, SafeSpecConfig())
         pooled_PF = pool_answer(hidden_TF, counts, reading.pooling, settings.ewma_decay)[rows]
         tensors[reading.name] = pooled_PF.view(len(lengths), len(settings.layers), -1).to(torch.bfloat16)
     return tensors

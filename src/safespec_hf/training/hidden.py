@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer.pooling import find_newline_ids, pool, pooling_weights, segment_counts
+from ..answer.pooling import pool, pooling_weights
+from ..answer.segments import Boundaries, Segments, find_boundaries
 from ..config import SafeSpecConfig, SafetyHeadConfig
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
@@ -163,21 +164,18 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     return parts
 
 
-def span_counts(
-    response_ids: Sequence[int], span: str, newline_ids: frozenset[int], policy: SafeSpecConfig
-) -> list[int]:
+def span_counts(response_ids: Sequence[int], span: str, boundaries: Boundaries, policy: SafeSpecConfig) -> list[int]:
     """For each answer token, how many tokens of its span come before it, as decoding counts them.
 
     Args:
         response_ids (`Sequence[int]`): The answer.
         span (`str`): `"segment"` or `"answer"`.
-        newline_ids (`frozenset[int]`): See [`find_newline_ids`].
+        boundaries ([`Boundaries`]): Of the tokenizer, see [`find_boundaries`].
         policy ([`SafeSpecConfig`]): Lengths of segments.
     """
     if span == "answer":
         return list(range(len(response_ids)))
-    is_newline = [token in newline_ids for token in response_ids]
-    return segment_counts(0, is_newline, policy.min_segment_tokens, policy.max_segment_tokens)[0]
+    return Segments(policy, *boundaries).counts_ahead(response_ids)
 
 
 def pool_answer(hidden_TF: Tensor, counts: Sequence[int], pooling: str, decay: float) -> Tensor:
@@ -208,15 +206,16 @@ def score_answers(
         `tuple[int, torch.Tensor]`: Index of an example, and its risks of shape `(T,)`. Short texts come first.
     """
     encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
-    newline_ids = find_newline_ids(tokenizer) if head.config.span == "segment" else frozenset()
-    yield from score_texts(model, head, encoded, newline_ids, policy or SafeSpecConfig(), num_batch_tokens)
+    yield from score_texts(
+        model, head, encoded, find_boundaries(tokenizer), policy or SafeSpecConfig(), num_batch_tokens
+    )
 
 
 def score_texts(
     model: PreTrainedModel,
     head: SafetyHead,
     texts: Sequence[Encoded],
-    newline_ids: frozenset[int],
+    boundaries: Boundaries,
     policy: SafeSpecConfig,
     num_batch_tokens: int = 4096,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -225,7 +224,7 @@ def score_texts(
         chosen = [texts[index] for index in batch]
         states = read_hidden(model, chosen, head.config.hidden_layers or [])
         for index, text, hidden_TF in zip(batch, chosen, states, strict=True):
-            counts = span_counts(text.response_ids, head.config.span, newline_ids, policy)
+            counts = span_counts(text.response_ids, head.config.span, boundaries, policy)
             yield index, risk_of(head, hidden_TF, counts)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer.pooling import find_newline_ids
+from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead, target_binding
@@ -52,10 +52,10 @@ def read_risks(
     """
     encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
     texts = {text.key: text for text in encoded}
-    newline_ids, policy = find_newline_ids(tokenizer), SafeSpecConfig()
+    boundaries, policy = find_boundaries(tokenizer), SafeSpecConfig()
 
     def compute(keys: Sequence[str]) -> dict[str, Tensor]:
-        scored = dict(score_texts(model, head, [texts[key] for key in keys], newline_ids, policy))
+        scored = dict(score_texts(model, head, [texts[key] for key in keys], boundaries, policy))
         if any(bool(risks_T.isnan().any()) for risks_T in scored.values()):
             raise SafeSpecError("The head gives risks that are no numbers: its weights are broken. Train it again.")
         return {str(index): risks_T for index, risks_T in scored.items()}
