@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
-import urllib.request
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..heads.draft_head import DraftHead
+from ..heads.loading import is_hub_reachable
 from ..heads.safety_head import SafetyHead
 from ..modeling import attach_safety_head
 from .gguf_target import convert_once, find_gguf, is_complete
@@ -29,7 +26,6 @@ DEFAULT_DRAFTS = (Path(__file__).parent / "smollm2-135m-draft", Path(__file__).p
 # Raise the number whenever the conversion changes, so that copies made by older code are not taken.
 _CONVERTED_NAME = "SmolLM2-135M-Instruct-Q4_1-v1"
 _NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_PROBE_TIMEOUT_S = 3.0
 
 
 class DefaultSet(NamedTuple):
@@ -232,7 +228,7 @@ def _find_target(root: Path) -> Path:
         return snapshot
     if is_complete(converted):
         return converted
-    if not HF_HUB_OFFLINE and _is_hub_reachable():
+    if is_hub_reachable():
         patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
         return Path(snapshot_download(DEFAULT_TARGET_ID, allow_patterns=patterns))
     if gguf := find_gguf():
@@ -252,24 +248,3 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _find_hub_snapshot() -> Path | None:
     paths = [try_to_load_from_cache(DEFAULT_TARGET_ID, name) for name in _NEEDED_FILES]
     return Path(str(paths[0])).parent if all(isinstance(path, str) for path in paths) else None
-
-
-def _is_hub_reachable() -> bool:
-    # Asked with one short request of our own: the Hub's client retries for some 20 seconds for each missing file. In a
-    # thread, since the timeout of a connection holds for each address of a host anew, and not for looking it up.
-    answers: SimpleQueue[bool] = SimpleQueue()
-    threading.Thread(target=lambda: answers.put(_ask_hub()), daemon=True).start()
-    try:
-        return answers.get(timeout=_PROBE_TIMEOUT_S)
-    except Empty:
-        return False
-
-
-def _ask_hub() -> bool:
-    url, headers = hf_hub_url(DEFAULT_TARGET_ID, "config.json"), {"User-Agent": "safespec-hf"}
-    request = urllib.request.Request(url, headers=headers, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S):
-            return True
-    except OSError:
-        return False

@@ -12,8 +12,6 @@ import json
 import os
 import re
 import tempfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import constants
 
 from ..errors import SafeSpecError
+from ..heads.loading import is_hub_reachable
 
 # UTF-32 before UTF-16: one's mark begins like the other's.
 BYTE_ORDER_MARKS = {
@@ -267,7 +266,7 @@ def _read_folder(path: str) -> Iterator[RawRow]:
 def _read_from_hub(path: str) -> Iterator[RawRow]:
     datasets = _import("datasets")
     name, _, split = path.partition(":")
-    if not (constants.HF_HUB_OFFLINE or _is_reachable(constants.ENDPOINT)):
+    if not (constants.HF_HUB_OFFLINE or is_hub_reachable()):
         # asked first: without a network, `datasets` would try for half a minute
         raise DataFileError(
             path,
@@ -281,16 +280,6 @@ def _read_from_hub(path: str) -> Iterator[RawRow]:
             path, f"no such file or folder, and no data set that could be loaded ({type(error).__name__}: {error})"
         ) from error
     yield from (_to_row(row, path, number, "row") for number, row in enumerate(data, start=1))
-
-
-def _is_reachable(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to say no
-    except OSError:
-        return False
 
 
 def _unzip(content: bytes, path: str) -> bytes:
