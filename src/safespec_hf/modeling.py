@@ -15,6 +15,7 @@ from .decoding.attachment import Attachment
 from .decoding.call import GuardedCall
 from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
 from .decoding.support import check_model
+from .engine.packing import release_packed
 from .errors import UnsupportedRequestError
 from .heads.safety_head import SafetyHead, check_target, check_usable
 from .heads.tokenizers import find_tokenizer
@@ -115,6 +116,7 @@ def detach_safety_head(model: Model) -> Model:
             )
         model.__class__ = _without_guard(type(model))
         del model._safespec
+        release_packed(model)
     return model
 
 

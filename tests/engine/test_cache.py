@@ -258,6 +258,15 @@ def test_trimming_crops_even_a_forward_that_was_interrupted_between_layers(targe
     assert [layer.get_seq_length() for layer in cached.cache.layers] == [3, 3]
 
 
+@torch.no_grad()
+def test_trimming_knows_that_a_trees_path_has_not_been_chosen_yet(target):
+    cached = CachedModel(target, 1)
+    cached.forward([[11, 12]], 1)
+    cached.forward([[13, 14, 15, 16]], 4, parents=[[-1, -1, 1]])
+    cached.trim_cache(5)
+    assert cached.cache.get_seq_length() == 3
+
+
 def test_a_recurrent_model_is_refused_by_name():
     model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(UnsupportedRequestError, match="MambaForCausalLM has layers whose state can't be rolled back"):

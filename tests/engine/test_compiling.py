@@ -3,6 +3,8 @@
 The compiler's own backend takes a C++ compiler and a minute, so all but one test run what it is given as it is.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import build_draft_head, build_head, build_model
@@ -10,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.engine import compiling as compiling_module
+from safespec_hf.engine.compiling import compiled_forwards
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
 SILENT = {"risk_threshold": 1.0, "max_segment_tokens": 4, "reflection": "pause think", "refusal": "no thanks"}
@@ -74,6 +77,34 @@ def test_the_model_is_left_as_it_was(model, backend):
     model(PROMPT)
     answer(model, None, 40)
     assert backend.frame_count == num_before
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_overlapping_calls_leave_the_model_and_the_limits_as_they_were(model, first_ends_first):
+    before = torch._dynamo.config.recompile_limit
+    calls = [compiled_forwards([model]) for _ in range(2)]
+    for call in calls:
+        call.__enter__()
+    for call in calls if first_ends_first else calls[::-1]:
+        assert model._compiled_call_impl is not None
+        call.__exit__(None, None, None)
+    assert model._compiled_call_impl is None
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_another_threads_forward_is_not_compiled(model, monkeypatch):
+    monkeypatch.setattr(compiling_module, "_compiled", lambda: pytest.fail("compiled"))
+    expected = model.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    with compiled_forwards([model]), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: model.generate(PROMPT, max_new_tokens=6, do_sample=False)).result()
+    assert torch.equal(found, expected)
+
+
+def test_a_model_that_was_compiled_before_stays_so(model):
+    model._compiled_call_impl = model._call_impl
+    with compiled_forwards([model]), compiled_forwards([model]):
+        pass
+    assert model._compiled_call_impl == model._call_impl
 
 
 def test_a_missing_compiler_is_told_before_the_first_forward(model, monkeypatch):

@@ -50,10 +50,24 @@ def test_what_a_module_keeps_can_be_trained_with(is_buffer, error):
     try:
         with inference_mode([nn.Sequential(module)]):
             module()
-            assert module.table.is_inference()
+            assert module.table.is_inference() is not is_buffer  # a buffer is an ordinary one at once
             if error is not None:
                 raise error
     except KeyboardInterrupt:
         pass
     module().backward()
     assert module.weight.grad.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_model_that_keeps_tensors_beside_its_buffers_runs_without_from_then_on():
+    module = Table(is_buffer=False)
+    for is_first in (True, False):
+        with inference_mode([module]):
+            assert torch.is_inference_mode_enabled() is is_first
+            module()
+
+
+def test_autocast_keeps_weights_that_it_cast_and_so_runs_without():
+    model = build_model()
+    with torch.autocast("cpu", torch.bfloat16), inference_mode([model]):
+        assert not torch.is_inference_mode_enabled()

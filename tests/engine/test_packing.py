@@ -1,23 +1,25 @@
 """Packed weights give the products of the weights they were packed from, and are noticed to be out of date."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from tiny import build_draft_head, build_head, build_model
+from tiny import build_draft_head, build_head, build_model, build_noisy_head, cheap_drafts, perturb
 from torch import nn
 from torch.nn import functional as F
 
-from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf import SafeSpecConfig, attach_safety_head, detach_safety_head
 from safespec_hf.engine import packing as packing_module
-from safespec_hf.engine.packing import multiply, pack, packed_weights
+from safespec_hf.engine.packing import fingerprint, multiply, pack, packed_weights, release_packed
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
-is_supported = pack(torch.ones(2, 2, dtype=torch.bfloat16)) is not None
-pytestmark = pytest.mark.skipif(not is_supported, reason="no oneDNN with bfloat16 here")
+DTYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if pack(torch.ones(2, 2, dtype=dtype)) is not None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="no oneDNN here")
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.fixture(params=DTYPES, ids=str)
 def model(request):
     return build_model().to(request.param)
 
@@ -28,13 +30,15 @@ def packed_layers(model):
 
 @pytest.mark.parametrize("num_inputs", [1, 5, 33])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_products_are_those_of_the_matrix(num_inputs, has_bias):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_those_of_the_matrix(num_inputs, has_bias, dtype):
     torch.manual_seed(0)
-    weight, inputs = torch.randn(48, 40).bfloat16(), torch.randn(2, num_inputs, 40).bfloat16()
-    bias = torch.randn(48).bfloat16() if has_bias else None
-    # both round a float32 sum of 40 terms once: at most one step of bfloat16 apart
+    weight, inputs = torch.randn(48, 40).to(dtype), torch.randn(2, num_inputs, 40).to(dtype)
+    bias = torch.randn(48).to(dtype) if has_bias else None
+    # both round a float32 sum of 40 terms once: at most one step of bfloat16 apart; float32 sums about 1e-6
+    atol, rtol = (0, 2**-7) if dtype == torch.bfloat16 else (1e-5, 1e-5)
     torch.testing.assert_close(
-        multiply(inputs, pack(weight), bias), F.linear(inputs, weight, bias), atol=0, rtol=2**-7
+        multiply(inputs, pack(weight), bias), F.linear(inputs, weight, bias), atol=atol, rtol=rtol
     )
 
 
@@ -63,6 +67,10 @@ def test_a_forward_gives_what_it_gives_without(model):
         lambda weight: weight.add_(1.0),
         lambda weight: weight.data.add_(1.0),  # as merging an adapter does; the version counter stays as it is
         lambda weight: weight.data.__setitem__((3, 3), 7.0),
+        lambda weight: weight.data.copy_(weight.flip(0)),  # the same numbers, and so the same sum of them
+        lambda weight: weight.data.copy_(weight.flip(1)),
+        lambda weight: weight.data.copy_(weight[[1, 0, *range(2, 64)]]),
+        lambda weight: setattr(weight, "data", weight.data + 1),
     ],
 )
 @torch.no_grad()
@@ -126,3 +134,126 @@ def test_guarded_decoding_runs_packed_unless_told_otherwise(model, tokenizer, mo
         policy = SafeSpecConfig(pack_weights=wanted)
         model.generate(PROMPT, max_new_tokens=4, do_sample=False, safespec=policy)
     assert calls
+
+
+def test_a_changed_bias_counts(model):
+    layer = nn.Linear(32, 8, dtype=model.dtype)
+    for change in (lambda: layer.bias.data.add_(1.0), lambda: setattr(layer, "bias", nn.Parameter(layer.bias + 1))):
+        with packed_weights([layer], True):
+            pass
+        change()
+        inputs = torch.randn(1, 32, dtype=model.dtype)
+        expected = layer(inputs)
+        with torch.no_grad(), packed_weights([layer], True):
+            torch.testing.assert_close(layer(inputs), expected, atol=0.05, rtol=2**-7)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 32), (33, 1001), (70, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_fingerprint_changes_with_every_bit_and_with_the_order(shape, dtype):
+    weight = torch.randn(shape).to(dtype)
+    seen = {fingerprint(weight)}
+    assert fingerprint(weight.clone()) in seen
+    choose = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = weight.clone()
+        place, elsewhere = torch.randint(weight.numel(), (2,), generator=choose).tolist()
+        flat = other.view(-1)
+        flat[[place, elsewhere]] = flat[[elsewhere, place]]
+        if torch.equal(other, weight):
+            other.view(torch.int16).view(-1)[place] ^= 1
+        seen.add(fingerprint(other))
+    assert len(seen) > min(weight.numel(), 15)
+
+
+def num_copies(model):
+    places = {packing_module._place(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return len(places & set(packing_module._COPIES))
+
+
+def packed_once(model):
+    with packed_weights([model], True):
+        pass
+    assert num_copies(model) == 2 * 7 + 1
+    copies = list(packing_module._COPIES.values())
+    return [weakref.ref(copy.matrix) for copy in copies]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.half(),
+        lambda model: model.to("meta"),
+        lambda model: model.to_empty(device="cpu"),
+        lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+        release_packed,
+    ],
+)
+def test_copies_end_with_the_weights_that_they_were_made_from(model, change):
+    packing_module._COPIES.clear()
+    copies = packed_once(model)
+    change(model)
+    gc.collect()
+    assert [copy for copy in copies if copy() is not None] == []
+    assert packing_module._COPIES == {}
+
+
+def test_copies_end_with_the_model():
+    packing_module._COPIES.clear()
+    model = build_model()
+    copies = packed_once(model)
+    del model
+    gc.collect()
+    assert [copy for copy in copies if copy() is not None] == []
+
+
+def test_a_detached_model_has_no_copies(model, tokenizer):
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    model.generate(PROMPT, max_new_tokens=4, do_sample=False, safespec=True)
+    assert num_copies(model) == 2 * 7 + 1
+    assert num_copies(detach_safety_head(model)) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("pack_weights", [True, False])
+def test_under_autocast_answers_are_the_targets_and_training_goes_on(kind, pack_weights, tokenizer):
+    model = build_model(kind)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    policy, arguments = SafeSpecConfig(pack_weights=pack_weights), {"max_new_tokens": 12, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16), cheap_drafts():
+        expected = model.generate(PROMPT, **arguments)
+        for draft in (None, perturb(model), build_draft_head(model)):
+            assert torch.equal(model.generate(PROMPT, safespec=policy, assistant_model=draft, **arguments), expected)
+        model(PROMPT).logits.sum().backward()
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_default_dtype_does_not_matter(dtype, do_sample, tokenizer, default_dtype):
+    model = build_model()
+    draft = perturb(model)
+    attach_safety_head(model, build_noisy_head(model, 0.8), tokenizer=tokenizer)
+    policy = SafeSpecConfig(max_segment_tokens=4, num_candidates=3, reflection="pause think", refusal="no", seed=1)
+    outputs = []
+    for chosen in (torch.float32, dtype):
+        default_dtype(chosen)
+        torch.manual_seed(0)
+        outputs.append(
+            model.generate(
+                PROMPT,
+                max_new_tokens=16,
+                do_sample=do_sample,
+                safespec=policy,
+                assistant_model=draft,
+                return_dict_in_generate=True,
+            )
+        )
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(outputs[0].risks.nan_to_num(), outputs[1].risks.nan_to_num())

@@ -82,7 +82,7 @@ def pooling_weights(
         before = rows[follows] if follows >= 0 else [1.0] + [0.0] * len(counts)
         rows.append([(1 - own) * weight for weight in before])
         rows[-1][1 + token] = own
-    return torch.tensor(rows).view(len(counts), 1 + len(counts))
+    return torch.tensor(rows, dtype=torch.float32).view(len(counts), 1 + len(counts))
 
 
 def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SafeSpecConfig
-from ..engine.cache import CACHE_NAME
 from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.traits import CACHE_NAME, input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .attachment import Attachment, newline_ids
@@ -58,7 +58,8 @@ class GuardedCall:
         self.has_run = True
         attachment: Attachment = model._safespec
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
-        head.to(model.device)
+        device = input_device(model)
+        head.to(device)  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
         is_real = check_request(
             model,
@@ -71,7 +72,7 @@ class GuardedCall:
             num_tokens=len(tokenizer),
             is_streamed=self.streamer is not None,
         )
-        input_ids = input_ids.to(model.device)
+        input_ids = input_ids.to(device)
         rows = make_rows(
             input_ids,
             is_real,

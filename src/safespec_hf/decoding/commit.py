@@ -40,7 +40,8 @@ class Committer:
             if token in self.plan.eos_ids:
                 return "eos"
             # hidden text uses up context as well, which `max_length` does not know
-            if row.room <= 0 or (row.has_hidden and row.num_context > self.plan.max_context):
+            is_over = row.has_hidden and row.num_context > self.plan.max_context
+            if row.room <= 0 or is_over or row.num_context > self.plan.max_positions:
                 return "length"
             if self.plan.criteria and bool(self.plan.criteria(row.visible_ids(), None).all()):
                 return "stop"
@@ -60,6 +61,8 @@ class Committer:
         row.finalize()
         # an answer of one token would otherwise come back without any score
         is_wanted = self.plan.policy.score_last_token or (row.num_settled == 0 and reason != "eos")
+        # what lies past the target's last position can't be read
+        is_wanted = is_wanted and row.num_context <= self.plan.max_positions
         needs_score = is_wanted and pooled_TF is not None and row.num_unscored() > 0
         row.closing = reason if needs_score else None
         row.finish_reason = None if needs_score else reason

@@ -27,7 +27,7 @@ from ..engine.tap import split_tap
 from ..engine.token_tree import accept_greedy, chain_parents, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .commit import Committer, Flag
-from .plan import Plan
+from .plan import Plan, check_context
 from .safety_mode import SafetyMode
 from .verification import Verification, verify_sampled
 
@@ -64,6 +64,7 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
     ):
+        check_context(rows, plan)
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
         self.target = CachedModel(model, len(rows), [*self._risk_layers, *candidates.layers])
@@ -112,6 +113,7 @@ class Decoder:
 
     def _draft(self) -> Proposal:
         start, most = time.perf_counter(), self.plan.num_draft_tokens
+        most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
         limits = [
             0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)

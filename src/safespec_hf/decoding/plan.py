@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import StoppingCriteriaList
 
+from ..answer.rows import Row
 from ..config import SafeSpecConfig
+from ..errors import UnsupportedRequestError
 from .monitor import RiskMonitor
 
 
@@ -24,7 +27,8 @@ class Plan:
         criteria ([`~transformers.StoppingCriteriaList`]): All others that can end it.
         reflection_ids, refusal_ids (`list[int]`): The policy's texts, tokenised.
         separator_ids (`list[int]`): Comes between an answer's beginning and a refusal.
-        max_context (`int`): Tokens the target can attend to.
+        max_context (`int`): Tokens that the target was made for; drafts and reflections stay within.
+        max_positions (`int`): Tokens that it can read at all.
         seeds (`list[int]`): Of candidate sampling, per row.
     """
 
@@ -39,4 +43,25 @@ class Plan:
     refusal_ids: list[int]
     separator_ids: list[int]
     max_context: int
+    max_positions: int = 2**31
     seeds: list[int]
+
+
+def check_context(rows: Sequence[Row], plan: Plan) -> None:
+    """Raises for answers that the target has no positions for.
+
+    An answer that may end before is begun; it ends with the last position.
+
+    Raises:
+        UnsupportedRequestError: If a prompt is longer than the target's context, or with `max_new_tokens` gets longer
+            and nothing else can end its answer.
+    """
+    for row in rows:
+        # the last token is written but not read
+        needed = len(row.prompt) + (0 if plan.eos_ids or plan.criteria else row.max_new_tokens - 1)
+        if needed > plan.max_positions:
+            raise UnsupportedRequestError(
+                f"The target has {plan.max_positions} positions, but prompt {row.index} with its answer takes "
+                f"{needed}: {len(row.prompt)} tokens and up to {row.max_new_tokens} new ones. Shorten the prompt or "
+                "lower `max_new_tokens`."
+            )

@@ -28,8 +28,8 @@ from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..drafting.draft_length import DraftCosts
-from ..engine.cache import CACHE_NAME, check_user_cache, takes_trees
 from ..engine.compiling import check_compiler
+from ..engine.traits import CACHE_NAME, check_user_cache, input_device, max_positions, takes_trees
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
@@ -72,7 +72,7 @@ def check_request(
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
-        check_compiler(model.device)
+        check_compiler(input_device(model))
     if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
         raise UnsupportedRequestError(
             "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
@@ -89,7 +89,7 @@ def check_request(
     if num_rows > 1 and config._pad_token_tensor is None:
         raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
     is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
-    is_real = is_real.to(model.device)
+    is_real = is_real.to(input_device(model))
     check_positions(model_kwargs.get("position_ids"), is_real)
     return is_real
 
@@ -239,6 +239,7 @@ def make_plan(
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
         max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+        max_positions=max_positions(model) or 2**31,
         seeds=recovery_seeds(policy.seed, do_sample, num_rows),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engine.cache import CACHE_NAME, check_cache_layers
+from ..engine.traits import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 

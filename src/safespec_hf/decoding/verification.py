@@ -48,7 +48,7 @@ def verify_sampled(
         draft_probs_BGV = torch.zeros_like(p_BTV[:, :-1]).scatter_(2, drafts_BG[..., None], 1.0)
     p_of_draft_BG = p_BTV[:, :-1].gather(2, drafts_BG[..., None])[..., 0]
     q_of_draft_BG = draft_probs_BGV.gather(2, drafts_BG[..., None])[..., 0]
-    chance_BG = torch.rand(drafts_BG.shape, device=p_BTV.device, generator=generator)
+    chance_BG = torch.rand(drafts_BG.shape, dtype=p_BTV.dtype, device=p_BTV.device, generator=generator)
     stands_BG = chance_BG * q_of_draft_BG < p_of_draft_BG
     position_B, num_accepted_B = _first_rejection(stands_BG, num_drafts_B)
     p_BV = _at(p_BTV, position_B)

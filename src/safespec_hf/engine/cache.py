@@ -167,9 +167,11 @@ class CachedModel:
     def keep_drafts(self, row: int, num_drafts: int, path: Sequence[int]) -> None:
         """Of a row's last `num_drafts` tokens, a tree, keeps those of a path."""
         moves = self.columns.keep_path(row, num_drafts, path)
-        for layer in () if moves is None else self.cache.layers:
-            for state in (layer.keys, layer.values):
-                state[:, :, moves[1]] = state[:, :, moves[0]]
+        if moves is not None:
+            kept, first = moves
+            for layer in self.cache.layers:
+                for state in (layer.keys, layer.values):
+                    state[:, :, first] = state[:, :, kept]
         self._tree_start = None
 
     def keep(self, lengths: Sequence[int]) -> None:

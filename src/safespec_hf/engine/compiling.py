@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedRequestError
-from .cache import cache_argument
+from .sharing import Shared, ThreadSwitch
+from .traits import cache_argument
 
 MAX_COMPILATIONS = 64
 """Of one call's models together: with and without a mask, for one token and for several, for each model."""
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+_FOUND: dict[str, int] = {}
+_PATCHES = Shared()
+_COMPILES = ThreadSwitch()
 
 
 def check_compiler(device: torch.device) -> None:
@@ -40,30 +45,51 @@ def find_compiler() -> str | None:
 
 @contextmanager
 def compiled_forwards(models: Sequence[nn.Module], is_wanted: bool = True) -> Iterator[None]:
-    """Runs the forwards of models compiled, but for those that begin a cache: a prompt takes long enough by itself.
+    """Runs the forwards of models compiled, in this thread.
 
-    Compilations are kept for the next time. A change of shapes needs no new one.
+    Those that begin a cache are not: a prompt takes long enough by itself. Compilations are kept for the next time. A
+    change of shapes needs no new one.
 
     Args:
         models (`Sequence[torch.nn.Module]`): Target and draft.
         is_wanted (`bool`, defaults to `True`): `False` leaves them as they are.
     """
-    wanted: Sequence[Any] = models if is_wanted else []
-    before = [model._compiled_call_impl for model in wanted]
-    limits: dict[str, Any] = {"recompile_limit": MAX_COMPILATIONS, "accumulated_recompile_limit": MAX_COMPILATIONS}
-    with torch._dynamo.config.patch(**limits) if is_wanted else nullcontext():
-        try:
-            for model in wanted:
-                # where `Module.__call__` looks first, and where `Module.compile` puts what it has compiled
-                model._compiled_call_impl = functools.partial(_call, model, cache_argument(model))
+    if not is_wanted:
+        with _COMPILES.turned(False):
             yield
-        finally:
-            for model, call in zip(wanted, before, strict=True):
-                model._compiled_call_impl = call
+        return
+    things: dict[Hashable, Any] = {id(model): functools.partial(_put_on, model) for model in models}
+    with _PATCHES.held(things), nullcontext() if _COMPILES.is_on else _raised_limits(), _COMPILES.turned(True):
+        yield
 
 
-def _call(model: Any, cache_name: str, *args: Any, **kwargs: Any) -> Any:
+def _put_on(model: Any) -> Callable[[], None]:
+    before = model._compiled_call_impl
+    # where `Module.__call__` looks first, and where `Module.compile` puts what it has compiled
+    model._compiled_call_impl = functools.partial(_call, model, cache_argument(model), before or model._call_impl)
+    return functools.partial(setattr, model, "_compiled_call_impl", before)
+
+
+@contextmanager
+def _raised_limits() -> Iterator[None]:
+    """Raises torch's limits, which are each thread's own or all threads', by the version of torch."""
+    config: Any = torch._dynamo.config
+    # another thread's call may have raised them already: what to go back to is what there was before any call
+    _FOUND.update({name: getattr(config, name) for name in _LIMITS if getattr(config, name) != MAX_COMPILATIONS})
+    found = dict(_FOUND)
+    try:
+        for name in _LIMITS:
+            setattr(config, name, MAX_COMPILATIONS)
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(config, name, value)
+
+
+def _call(model: Any, cache_name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get(cache_name)
+    if not _COMPILES.is_on:
+        return plain(*args, **kwargs)
     if cache is None or cache.get_seq_length() == 0:
         return model._call_impl(*args, **kwargs)
     return _compiled()(model, *args, **kwargs)

@@ -51,7 +51,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _watch_buffers() -> Callable[[], object]:
-    return register_module_buffer_registration_hook(_ordinary).remove
+    return register_module_buffer_registration_hook(_ordinary).remove  # type: ignore[arg-type]  # it may return one
 
 
 def _ordinary(module: nn.Module, name: str, buffer: Tensor | None) -> Tensor | None:

@@ -11,8 +11,9 @@ does [`release_packed`].
 from __future__ import annotations
 
 import functools
+import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ class _Copy(NamedTuple):
 
 # By the place of the original: torch.compile can't trace a tensor of oneDNN's layout, so compiled code looks here
 _COPIES: dict[tuple[object, ...], _Copy] = {}
+# One for each layer: compiled code remembers which one it saw
+_FORWARDS: weakref.WeakKeyDictionary[nn.Module, PackedLinear] = weakref.WeakKeyDictionary()
 _PATCHES = Shared()
 _PACKS = ThreadSwitch()
 
@@ -63,19 +66,33 @@ _PACKS = ThreadSwitch()
 class PackedLinear:
     """The forward of a linear layer: with packed weights in the threads that want it, elsewhere the layer's own.
 
+    It holds weights for the time of calls only, so that it keeps none in memory.
+
     Args:
         layer (`torch.nn.Linear`): On a CPU.
     """
 
-    def __init__(self, layer: Any):
-        self.layer = layer
-        self.weight, self.bias = layer.weight, layer.bias
+    def __init__(self, layer: nn.Linear):
+        self.layer = weakref.ref(layer)
+        self.weight: Any = None
+        self.bias: Tensor | None = None
         self.packed: Tensor | None = None
+
+    def put_on(self) -> Callable[[], None]:
+        """Becomes the layer's forward; returns what undoes it."""
+        # in the instance's own dictionary, where `Module.__call__` looks first
+        vars(self.layer())["forward"] = self
+        return self._take_off
+
+    def _take_off(self) -> None:
+        vars(self.layer()).pop("forward", None)
+        self.weight = self.bias = self.packed = None
 
     def update(self) -> None:
         """Takes the weights that the layer has now."""
-        self.weight, self.bias = self.layer.weight, self.layer.bias
-        self.packed = _find_copy(self.weight)
+        layer: Any = self.layer()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.packed = _find_copy(layer.weight)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's outputs."""
@@ -83,9 +100,18 @@ class PackedLinear:
             if torch.is_grad_enabled():
                 return nn.functional.linear(inputs, self.weight, self.bias)
             return torch.ops.safespec_hf.multiply(inputs, self.weight, self.bias)
-        if self.packed is None or not _PACKS.is_on or torch.is_autocast_enabled("cpu"):
-            return nn.Linear.forward(self.layer, inputs)
-        return multiply(inputs, self.packed, self.bias)
+        packed = self.packed
+        if packed is None or not _PACKS.is_on or torch.is_autocast_enabled("cpu"):
+            return nn.Linear.forward(self.layer(), inputs)  # type: ignore[arg-type]  # who calls has it
+        return multiply(inputs, packed, self.bias)
+
+    def __reduce__(self) -> Any:
+        # a copy of the model that is made while a call runs gets the layer's own forward, of its own layer
+        return _own_forward, (self.layer(),)
+
+
+def _own_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return types.MethodType(nn.Linear.forward, layer)
 
 
 _LIBRARY = torch.library.Library("safespec_hf", "DEF")
@@ -125,11 +151,11 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
     if is_wanted is False or is_too_large or torch.is_autocast_enabled("cpu"):
         layers = []
     with (
-        _PATCHES.held({id(layer): functools.partial(_put_on, layer) for layer in layers}),
+        _PATCHES.held({id(layer): _forward_of(layer).put_on for layer in layers}),
         _PACKS.turned(bool(layers)),
     ):
         for layer in layers:
-            layer.__dict__["forward"].update()
+            _forward_of(layer).update()
         yield
 
 
@@ -150,10 +176,9 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def _put_on(layer: Any) -> Any:
-    # in the instance's own dictionary, where `Module.__call__` looks first
-    layer.__dict__["forward"] = PackedLinear(layer)
-    return functools.partial(layer.__dict__.pop, "forward", None)
+def _forward_of(layer: nn.Linear) -> PackedLinear:
+    known = _FORWARDS.get(layer)
+    return _FORWARDS.setdefault(layer, PackedLinear(layer)) if known is None else known
 
 
 def _is_plain_linear(layer: Any) -> bool:

@@ -96,7 +96,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
     num = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if num is None:
         return None
-    embedded = model.get_input_embeddings()
+    embedded = _input_embeddings(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             has_table = module is not embedded and num <= module.num_embeddings < num + MAX_OFFSET
@@ -106,6 +106,13 @@ def max_positions(model: PreTrainedModel) -> int | None:
         if has_table:
             return int(num)
     return None
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # a draft head has none of its own
+        return None
 
 
 def check_cache_layers(model: PreTrainedModel) -> None:

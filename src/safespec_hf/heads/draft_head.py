@@ -210,6 +210,11 @@ class DraftHead(StrictModel):
                 f"A draft head shares its target's embeddings and LM head, which must be matrices of {self.width} "
                 f"columns, but {type(target).__name__} has {inputs} and {outputs}."
             )
+        if any(matrix.device.type == "meta" for matrix in matrices):
+            raise UnsupportedRequestError(
+                f"A draft head shares its target's embeddings and LM head, but those of this {type(target).__name__} "
+                "are offloaded. Give both a device in `device_map`, or draft with a model or by prompt lookup."
+            )
         # in a tuple, or it would count as a weight of this model and be moved and saved with it
         self._embedding = (matrices[0],)
         own, rows = self.fuse.weight, self.token_ids.to(matrices[1].device)
