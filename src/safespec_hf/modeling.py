@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SafeSpecConfig
+from .decoding.assistant import as_draft
 from .decoding.attachment import Attachment
 from .decoding.call import GuardedCall
 from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
@@ -79,7 +80,7 @@ def attach_safety_head(
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
-            "model, attach the head to `model.get_base_model()`."
+            "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
         )
     check_attachable(model, tokenizer, policy, hub_kwargs if isinstance(head, SafetyHead) else {})
     check_model(model)
@@ -193,9 +194,15 @@ class GuardedModel(_Model):
         if args:
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs, configs)
-        assistant = kwargs.pop("assistant_model", None)
+        assistant = as_draft(kwargs.pop("assistant_model", None))
         num_tokens = num_assistant_tokens(kwargs, configs, assistant)
-        call = GuardedCall(policy, assistant, kwargs.get("streamer"), num_tokens)
+        call = GuardedCall(
+            policy,
+            assistant,
+            kwargs.get("streamer"),
+            num_tokens,
+            assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
+        )
         output = super().generate(inputs, generation_config, custom_generate=call, **kwargs)
         if not call.has_run:
             raise UnsupportedRequestError(

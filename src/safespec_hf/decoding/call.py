@@ -40,6 +40,7 @@ class GuardedCall:
     streamer: BaseStreamer | None = None
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class GuardedCall:
             config=generation_config,
             processors=logits_processor,
             model_kwargs=model_kwargs,
-            num_tokens=len(tokenizer),
+            tokenizers=(tokenizer, self.assistant_tokenizer),
             is_streamed=self.streamer is not None,
         )
         input_ids = input_ids.to(device)
@@ -89,7 +90,7 @@ class GuardedCall:
             tokenizer,
             config=generation_config,
             criteria=stopping_criteria,
-            num_rows=len(rows),
+            rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
         )

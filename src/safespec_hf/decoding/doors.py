@@ -112,7 +112,6 @@ def check_keywords(kwargs: Mapping[str, Any], configs: Sequence[GenerationConfig
     """
     for name, why in (
         ("custom_generate", "is a decoding strategy of its own"),
-        ("assistant_tokenizer", "means a draft model with another tokenizer; use one that shares the target's"),
         ("synced_gpus", "needs all processes to run the same number of forwards"),
         ("inputs_embeds", "hides the prompt's tokens; pass `input_ids`"),
     ):

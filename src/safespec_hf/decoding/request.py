@@ -29,13 +29,14 @@ from ..config import SafeSpecConfig
 from ..drafting.candidates import SafeSpecCandidateGenerator
 from ..drafting.draft_length import DraftCosts
 from ..engine.compiling import check_compiler
-from ..engine.traits import CACHE_NAME, check_user_cache, input_device, max_positions, takes_trees
+from ..engine.traits import input_device, max_positions, takes_trees
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
+from .assistant import check_assistant
 from .monitor import RiskMonitor
 from .plan import Plan
-from .support import check_assistant, check_model_kwargs, check_positions
+from .support import check_positions, check_prompt, max_context
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
@@ -51,13 +52,13 @@ def check_request(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     model_kwargs: Mapping[str, Any],
-    num_tokens: int,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None],
     is_streamed: bool,
 ) -> Tensor:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
-        num_tokens (`int`): That the tokenizer knows.
+        tokenizers (`tuple`): The target's, and the draft model's if it was given.
 
     Returns:
         `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
@@ -67,7 +68,7 @@ def check_request(
     """
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
-    check_model_kwargs(model_kwargs, prompt_ids)
+    check_prompt(model, prompt_ids, model_kwargs)
     check_processors(processors, num_rows)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
@@ -78,12 +79,8 @@ def check_request(
             "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
             f"{'none' if assistant is None else 'a draft head'}."
         )
-    if assistant is not None:
-        check_assistant(model, assistant, num_tokens)
+    check_assistant(model, assistant, *tokenizers)
     mask: Tensor | None = model_kwargs.get("attention_mask")
-    cache: Any = model_kwargs.get(CACHE_NAME)
-    if getattr(cache, "_is_user_defined", False):
-        check_user_cache(cache, prompt_ids, mask)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and config._pad_token_tensor is None:
@@ -219,7 +216,7 @@ def make_plan(
     *,
     config: GenerationConfig,
     criteria: StoppingCriteriaList,
-    num_rows: int,
+    rows: list[Row],
     num_assistant_tokens: int | None,
     is_monitored: bool,
 ) -> Plan:
@@ -238,9 +235,9 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31,
+        max_context=max_context(model, rows),
         max_positions=max_positions(model) or 2**31,
-        seeds=recovery_seeds(policy.seed, do_sample, num_rows),
+        seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+import functools
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from ..engine.traits import CACHE_NAME, check_cache_layers
+from ..answer.rows import Row
+from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
-from ..heads.draft_head import DraftHead
+from .proof import check_signature, check_sizes, prove
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -22,45 +25,65 @@ KNOWN_MODEL_KWARGS = {
     "output_attentions",
     "output_hidden_states",
 }
+CACHE_NAMES = ("cache", "past_key_values")
+KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
+WINDOW_MAKERS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+CHANGING_ROPES = ("dynamic", "longrope")
+"""Rotary positions whose frequencies depend on the length so far."""
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raises unless the model can be guarded at all.
+def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
+    """Raises unless the model can be guarded at all, or can draft.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Target or draft.
+        has_states (`bool`, defaults to `True`): Whether its hidden states are read as well, as a target's are.
 
     Raises:
-        UnsupportedRequestError: For encoder-decoders, recurrent models and models without explicit positions.
+        UnsupportedRequestError: For encoder-decoders, recurrent models, models without a cache or explicit positions,
+            and whatever else does not give what a plain forward gives; see [`prove`].
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedRequestError(
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
         )
+    check_sizes(model)
     check_cache_layers(model)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
-        )
+    check_signature(model)
+    check_windows(model)
+    prove(model, has_states)
 
 
-def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel, vocabulary: int) -> None:
-    """Raises unless the draft model speaks the target's vocabulary. A draft head is bound to the target.
+def check_windows(model: PreTrainedModel) -> None:
+    """Raises if a sliding window is made by dropping cached states only: here they are kept, and masks hide them.
 
-    Vocabulary sizes may differ by padding, that is above the number of tokens the tokenizer knows.
+    A few tokens can't show that, so it is the model's own code that says which masks it makes.
 
     Raises:
-        UnsupportedRequestError: Names both sizes.
-        HeadMismatchError: If a draft head was distilled from another target.
+        UnsupportedRequestError: If its config has a window for which it makes no mask.
     """
-    if isinstance(assistant, DraftHead):
-        assistant.bind(model)
+    if not any(DynamicCache(config=model.config).is_sliding):
         return
-    check_model(assistant)
-    target_size = model.config.get_text_config().vocab_size
-    draft_size = assistant.config.get_text_config().vocab_size
-    if target_size != draft_size and min(target_size, draft_size) < vocabulary:
+    homes = [vars(sys.modules[type(module).__module__]) for module in model.modules()]
+    if not any(maker in home for home in homes for maker in WINDOW_MAKERS):
         raise UnsupportedRequestError(
-            f"The draft model's vocabulary has {draft_size} entries and the target's {target_size}, with {vocabulary} "
-            "tokens in the tokenizer. Use a draft model with the same tokenizer."
+            f"{type(model).__name__} can't be guarded: its config has a sliding window, but its attention has no mask "
+            "for it, and sees the whole text unless old states are dropped, which can't be rolled back."
         )
+
+
+def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Raises unless a prompt can be read as guarded decoding reads it: tokens, a mask, and positions that follow.
+
+    Raises:
+        UnsupportedRequestError: Names what would be dropped.
+    """
+    check_model_kwargs(model_kwargs, prompt_ids)
+    cache: Any = model_kwargs.get(CACHE_NAME)
+    if getattr(cache, "_is_user_defined", False):
+        check_user_cache(cache, prompt_ids, model_kwargs.get("attention_mask"))
+    check_prepared_inputs(model, prompt_ids, model_kwargs)
+    check_adapters(model)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
@@ -70,7 +93,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
         UnsupportedRequestError: Names them.
     """
     unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_MODEL_KWARGS
+        name for name, value in model_kwargs.items() if name not in KNOWN_MODEL_KWARGS and not is_empty(value)
     )
     if unknown:
         raise UnsupportedRequestError(
@@ -91,6 +114,21 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
         )
 
 
+def is_empty(value: object) -> bool:
+    """Whether an argument says nothing: transformers adds some of them, for images that a text does not have.
+
+    Example:
+
+        >>> is_empty({"image": None, "video": []}), is_empty([False])
+        (True, False)
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, (list, tuple)) and all(map(is_empty, value)))
+
+
 def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
     """Raises unless the prompt's positions are the ones that follow from its mask."""
     if position_ids is None:
@@ -105,3 +143,126 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
         raise UnsupportedRequestError(
             "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
         )
+
+
+class FilledCache(DynamicCache):
+    """Stands for a cache that holds `num_tokens`, to ask what a model would do with one."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+
+def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Raises if a model would read something else than tokens, mask and positions, for the prompt or the token after.
+
+    What it would read is what its `prepare_inputs_for_generation` says, which a soft prompt replaces, for one.
+
+    Raises:
+        UnsupportedRequestError: Names what would be read.
+    """
+    cache, num_tokens = model_kwargs.get(CACHE_NAME), prompt_ids.shape[1]
+    num_cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+    prompt = dict(model_kwargs)
+    inputs = model.prepare_inputs_for_generation(
+        prompt_ids,
+        next_sequence_length=num_tokens - num_cached if num_cached else None,
+        is_first_iteration=True,
+        **prompt,
+    )
+    # a forward without a cache makes one
+    _check_inputs(model, inputs, prompt_ids[:, num_cached:], prompt, [None, cache] if num_cached == 0 else [cache])
+    filled = FilledCache(num_tokens)
+    after = prompt | {CACHE_NAME: filled}
+    for name, step in (("attention_mask", 0), ("position_ids", 1)):
+        if (values := prompt.get(name)) is not None:
+            after[name] = torch.cat([values, values[..., -1:] + step], dim=-1)
+    inputs = model.prepare_inputs_for_generation(
+        torch.cat([prompt_ids, prompt_ids[:, -1:]], dim=1), next_sequence_length=1, **after
+    )
+    _check_inputs(model, inputs, prompt_ids[:, -1:], after, [filled])
+
+
+def _check_inputs(
+    model: Any, inputs: Mapping[str, Any], ids: Tensor, model_kwargs: Mapping[str, Any], caches: list[Any]
+) -> None:
+    changed = [
+        name
+        for name, value in inputs.items()
+        if name not in KNOWN_INPUTS and value is not False and not is_empty(value)
+    ]
+    given = {"input_ids": ids, "attention_mask": model_kwargs.get("attention_mask")}
+    if (positions := model_kwargs.get("position_ids")) is not None:
+        given["position_ids"] = positions[..., -ids.shape[1] :]
+    for name, expected in given.items():
+        found = inputs.get(name)
+        is_same = found is expected or (found is not None and expected is not None and _is_equal(found, expected))
+        if not is_same and (found is not None or name == "input_ids"):
+            changed.append(name)
+    found_caches = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
+    if not all(any(found is cache for cache in caches) for found in found_caches or [None]):
+        changed.append(CACHE_NAME)
+    if changed:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} does not read the tokens as they are: its `prepare_inputs_for_generation` "
+            f"changes {sorted(changed)}, as soft prompts (prompt tuning, p-tuning, prefix tuning) do, and guarded "
+            "decoding would drop that. Use an adapter of weights, such as LoRA, or generate without `safespec`."
+        )
+
+
+def _is_equal(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == expected.shape and bool((found == expected).all())
+
+
+def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
+    """Tokens that a context may hold: all the positions there are, or those before rotary ones change.
+
+    Where frequencies depend on the length, what was cached before they change was made with others. There a plain
+    `generate` reads the whole text again, for some models, and the last token of a block would change the others.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        rows (`Sequence[Row]`): The batch, empty answers.
+
+    Raises:
+        UnsupportedRequestError: If answers could cross that length. Names it.
+    """
+    text = model.config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None) or 2**31
+    ropes = getattr(text, "rope_parameters", None) or {}
+    lengths = [len(row.prompt) for row in rows]
+    longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind not in CHANGING_ROPES:
+            continue
+        change = most if kind == "dynamic" else rope.get("original_max_position_embeddings") or most
+        if kind == "longrope" and min(lengths) > change:
+            continue
+        if longest > change:
+            raise UnsupportedRequestError(
+                f"The {kind!r} positions of {type(model).__name__} change after {change} tokens, and this call could "
+                f"reach {longest}. Keep prompt and `max_new_tokens` within {change} tokens"
+                f"{', or all prompts above' if kind == 'longrope' else ''}, or generate without `safespec`."
+            )
+        most = min(most, change)
+    return most
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Raises if PEFT gives each row of the batch an adapter of its own: rows end, and candidates multiply them.
+
+    Raises:
+        UnsupportedRequestError: Names the argument.
+    """
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    keywords = [hook.keywords for hook in hooks if isinstance(hook, functools.partial)]
+    for name in ("adapter_names", "alora_offsets"):
+        if any(given.get(name) is not None for given in keywords):
+            raise UnsupportedRequestError(
+                f"`{name}` gives rows of a batch adapters of their own, but guarded decoding has rows of its own. "
+                "Call `set_adapter`, and generate with one adapter at a time."
+            )

@@ -17,7 +17,7 @@ from ..engine.cache import BlockOutput, CachedModel
 from ..engine.token_tree import chain_parents
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts, DraftLength
-from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary
+from .drafters import HeadDrafter, LookupDrafter, ModelDrafter, Proposal, fit_vocabulary, known_ids
 
 Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
 NUM_OTHERS = 3
@@ -211,7 +211,7 @@ def sample_segments(
     ids_KL = row.visible_ids().expand(num_segments, -1)
     segments: list[list[int]] = [[] for _ in range(num_segments)]
     is_open = [True] * num_segments
-    output = _repeat(sampler.forward([row.context(sampler.lengths[0])], 1), num_segments)
+    output = _repeat(sampler.forward([known_ids(sampler.model, row.context(sampler.lengths[0]))], 1), num_segments)
     sampler = sampler.fork(0, num_segments)
     for step in range(max_tokens if judge is None else max_tokens + 1):
         if step > 0:

@@ -146,7 +146,7 @@ class ModelDrafter:
 
     def _begin(self, rows: Sequence[Row]) -> BlockOutput:
         blocks = [row.context(length) for row, length in zip(rows, self.cached.lengths, strict=True)]
-        return self.cached.forward(blocks, 1)
+        return self.cached.forward([known_ids(self.cached.model, block) for block in blocks], 1)
 
     def _go_on(self, token_B: Tensor, before: BlockOutput) -> BlockOutput:
         return self.cached.forward(token_B[:, None], 1)
@@ -348,6 +348,12 @@ class StateWindow:
         for first, piece_TF in found:
             states_TF[first - start : first - start + piece_TF.shape[0]] = piece_TF
         return states_TF
+
+
+def known_ids(model: PreTrainedModel, tokens: list[int]) -> list[int]:
+    """Tokens as a draft can read them: one that was added to the target only reads as the draft's last one."""
+    last = model.config.get_text_config().vocab_size - 1
+    return tokens if max(tokens) <= last else [min(token, last) for token in tokens]
 
 
 def fit_vocabulary(logits_BV: Tensor, size: int | None) -> Tensor:

@@ -1,0 +1,226 @@
+"""Shows on a few tokens that a model does what guarded decoding counts on, before it is trusted with an answer.
+
+A model's name says little: some take a cache and leave it empty, others see padding, or return fewer hidden states
+than they have layers. So two rows that begin alike are read with a cache: padded, rolled back, and continued. One
+plain forward of the longer row says what must come out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.tap import read_tap
+from ..errors import UnsupportedRequestError
+
+NUM_TOKENS, NUM_WRONG = 6, 2
+EXACT, ROUGH = 0.01, 0.25
+"""Largest error, relative to the values: in float32, TF32 included, of every position; in coarser formats, where a
+token may be routed to other experts, of the best one."""
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What the code of a model raises that is given something it does not know."""
+_proven: set[tuple[type, str, bool]] = set()
+
+
+def prove(model: PreTrainedModel, has_states: bool = True) -> None:
+    """Raises unless a model's cached, padded and rolled back forwards give what a plain one gives.
+
+    Costs three forwards of a few tokens, once for each class and config in a process. The model is left as it was:
+    its modes, buffers and gradients, and the random numbers to come. Weights that are not there, on the `meta` device
+    or offloaded, prove nothing, and are not asked.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Target or draft.
+        has_states (`bool`, defaults to `True`): Whether its hidden states are read as well, as a target's are.
+
+    Raises:
+        UnsupportedRequestError: Says what came out wrong, or how the model failed.
+    """
+    config = model.config.to_json_string(use_diff=False)
+    key = _class_of(model), f"{config} {model.config._attn_implementation} {model.dtype}", has_states
+    if key in _proven or any(weight.is_meta for weight in model.parameters()):
+        return
+    with _untouched(model):
+        _compare(model, has_states)
+    _proven.add(key)
+
+
+def _class_of(model: PreTrainedModel) -> type:
+    """The class that the model's code is of: one that only adds a method to `generate` is not another model."""
+    return next(cls for cls in type(model).__mro__ if not {"__init__", "forward"}.isdisjoint(vars(cls)))
+
+
+@contextmanager
+def _untouched(model: PreTrainedModel) -> Iterator[None]:
+    """Runs forwards in evaluation mode, and leaves nothing of them in the model or its random numbers."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "mps", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    try:
+        with torch.random.fork_rng(list(devices), device_type=kind), torch.inference_mode(False), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, attributes, buffers in before:
+            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
+                for name in now.keys() - then.keys():
+                    del now[name]
+                now.update(then)
+
+
+def _compare(model: PreTrainedModel, has_states: bool) -> None:
+    name = type(model).__name__
+    tokens = _tokens(model)
+    text = model.config.get_text_config(decoder=True)
+    layers = list(range(text.num_hidden_layers + 1)) if has_states else []
+    plain = functools.partial(_read_plain, model, tokens[:NUM_TOKENS], layers)
+    with _named(name, "as it is now, it fails even without a cache. If it lacks its device, attach after moving it"):
+        logits_TV, states_TF = plain()
+    with _named(name, "it fails with a cache, padding and explicit positions"):
+        parts = _read_cached(model, tokens, layers)
+    for what, rows, logits_BTV, states_BTF in parts:
+        for row, positions in rows.items():
+            pairs = [("logits", logits_BTV, logits_TV), ("hidden states", states_BTF, states_TF)]
+            for kind, found_BTX, expected_TX in pairs:
+                if found_BTX is None or expected_TX is None:
+                    continue
+                error, limit = _error(found_BTX[row, -len(positions) :], expected_TX[positions], model)
+                if error > limit and error > 3 * _own_noise(plain, kind, positions, model):
+                    raise UnsupportedRequestError(
+                        f"{name} can't be guarded: its {kind} {what} differ from those of the tokens alone, by "
+                        f"{error:.0%} where {limit:.0%} would be rounding. It can't go on from a cache at given "
+                        "positions."
+                    )
+
+
+def _tokens(model: PreTrainedModel) -> list[int]:
+    """Token ids from all over the vocabulary: its ends are where special tokens lie."""
+    size, num = model.config.get_text_config(decoder=True).vocab_size, NUM_TOKENS + NUM_WRONG
+    return [size * (2 * index + 1) // (2 * num) for index in range(num)]
+
+
+def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Logits and hidden states of a row that is read in one forward, without a cache."""
+    ids = torch.tensor([tokens], device=model.device)
+    places = torch.arange(len(tokens), device=model.device)[None]  # `generate` counts from 0, whatever a model does
+    outputs = model(
+        input_ids=ids, position_ids=places, use_cache=False, output_hidden_states=bool(layers), return_dict=True
+    )
+    _check_shape("logits", outputs.logits, len(tokens), None)
+    if not layers:
+        return outputs.logits[0], None
+    size = model.config.get_text_config(decoder=True).hidden_size
+    if outputs.hidden_states is None or len(outputs.hidden_states) != len(layers):
+        num = 0 if outputs.hidden_states is None else len(outputs.hidden_states)
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} can't be guarded: it returns {num} hidden states, but a head counts on "
+            f"{len(layers)}, one before and one after each of `num_hidden_layers={len(layers) - 1}`."
+        )
+    for states in outputs.hidden_states:
+        _check_shape("hidden states", states, len(tokens), size)
+    return outputs.logits[0], read_tap(outputs, layers, len(tokens))[0]
+
+
+def _check_shape(kind: str, values: Tensor, num_tokens: int, size: int | None) -> None:
+    shape = tuple(values.shape)
+    if len(shape) != 3 or shape[:2] != (1, num_tokens) or size not in (None, shape[-1]):
+        raise UnsupportedRequestError(
+            f"The model can't be guarded: its {kind} have the shape {shape}, but must be of "
+            f"(1, {num_tokens}, {'vocabulary' if size is None else size}) for {num_tokens} tokens."
+        )
+
+
+Part = tuple[str, dict[int, list[int]], Tensor, Tensor | None]
+
+
+def _read_cached(model: PreTrainedModel, tokens: Sequence[int], layers: Sequence[int]) -> list[Part]:
+    """The same as guarded decoding reads it: what was read, positions of each row, logits and hidden states.
+
+    Both rows take wrong drafts that are rolled back. In the longer row they were the last ones, which crops the cache;
+    in the shorter one that leaves a hole.
+    """
+    right, wrong = list(tokens[:NUM_TOKENS]), list(tokens[NUM_TOKENS:])
+    cached = CachedModel(model, 2, layers)
+    first = cached.forward([right[:4] + wrong[:1], right[:2] + wrong], 5)
+    if cached.cache.get_seq_length() != 5:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} can't be guarded: it was given a cache and 5 tokens, and left "
+            f"{cached.cache.get_seq_length()} in it."
+        )
+    cached.keep([4, 2])
+    second = cached.forward([right[4:6], right[2:3]], 2)
+    # the wrong tokens come last in their row, so what was read before them can be compared from the right end
+    prompt = [part[:, :-1] if part is not None else None for part in first]
+    padded = [part[:, :-2] if part is not None else None for part in first]
+    assert prompt[0] is not None
+    assert padded[0] is not None
+    return [
+        ("in a batch", {0: [0, 1, 2, 3]}, prompt[0], prompt[1]),
+        ("in a batch with left padding", {1: [0, 1]}, padded[0], padded[1]),
+        ("after a rollback", {0: [4, 5], 1: [2]}, second.logits_BTV, second.hidden_BTF),
+    ]
+
+
+def _error(found_TX: Tensor, expected_TX: Tensor, model: PreTrainedModel) -> tuple[float, float]:
+    """The error of the worst position, or in coarse formats of the best one, and how large it may be."""
+    found_TX, expected_TX = found_TX.float().cpu(), expected_TX.float().cpu()
+    spread_T = (expected_TX - expected_TX.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    errors_T = ((found_TX - expected_TX).norm(dim=-1) / spread_T.clamp(min=1e-6)).nan_to_num(0.0, posinf=0.0)
+    is_exact = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
+    return (float(errors_T.max()), EXACT) if is_exact else (float(errors_T.min()), ROUGH)
+
+
+def _own_noise(plain: Any, kind: str, positions: list[int], model: PreTrainedModel) -> float:
+    """How far two plain forwards differ: some models draw random numbers."""
+    first, second = (values[kind == "hidden states"][positions] for values in (plain(), plain()))
+    return _error(first, second, model)[0]
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Says that it was the model that failed, and at what."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, UnsupportedRequestError):
+        raise
+    except FAILURES as error:
+        raise UnsupportedRequestError(
+            f"{name} can't be guarded: {what} ({type(error).__name__}: {str(error)[:200].strip()})."
+        ) from error
+
+
+def check_sizes(model: PreTrainedModel) -> None:
+    """Raises unless a model's config says how many hidden states there are, and how large.
+
+    Raises:
+        UnsupportedRequestError: Names what is missing.
+    """
+    texts = model.config.get_text_config(), model.config.get_text_config(decoder=True)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if any(getattr(text, name, None) is None for text in texts):
+            raise UnsupportedRequestError(f"{type(model).__name__} can't be guarded: its config has no {name!r}.")
+
+
+def check_signature(model: PreTrainedModel) -> None:
+    """Raises unless a model's forward names a cache and positions.
+
+    Raises:
+        UnsupportedRequestError: Names what is missing.
+    """
+    names = inspect.signature(model.forward).parameters
+    if "position_ids" not in names:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
+        )
+    if names.keys().isdisjoint(("cache", "past_key_values")):
+        raise UnsupportedRequestError(
+            f"{type(model).__name__}.forward takes no `{CACHE_NAME}`, without which nothing can be rolled back."
+        )
