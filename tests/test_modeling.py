@@ -407,6 +407,14 @@ def risks(model, **arguments):
     return output.risks.nan_to_num(-1)
 
 
+def test_attaching_before_the_first_forward_reads_the_same_states(target, never, tokenizer):
+    attach_safety_head(target, never, tokenizer=tokenizer)
+    states = target(PROMPT, output_hidden_states=True).hidden_states
+    expected = build_model()(PROMPT, output_hidden_states=True).hidden_states
+    assert len(states) == len(expected) == 3
+    assert all(torch.equal(*pair) for pair in zip(states, expected, strict=True))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_risks_are_the_same_in_training_mode(tokenizer, when):
     model = build_model(attention_dropout=0.5)

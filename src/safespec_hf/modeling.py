@@ -196,8 +196,13 @@ class GuardedModel(_Model):
         check_keywords(kwargs, configs)
         assistant = as_draft(kwargs.pop("assistant_model", None))
         num_tokens = num_assistant_tokens(kwargs, configs, assistant)
-        assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
-        call = GuardedCall(policy, assistant, kwargs.get("streamer"), num_tokens, assistant_tokenizer)
+        call = GuardedCall(
+            policy,
+            assistant,
+            kwargs.get("streamer"),
+            num_tokens,
+            assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
+        )
         output = super().generate(inputs, generation_config, custom_generate=call, **kwargs)
         if not call.has_run:
             raise UnsupportedRequestError(

@@ -41,8 +41,8 @@ class GuardedCall:
     assistant: PreTrainedModel | None = None
     streamer: BaseStreamer | None = None
     num_assistant_tokens: int | None = None
-    assistant_tokenizer: PreTrainedTokenizerBase | None = None
     is_monitored: bool = True  # False only to measure what safety costs
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()

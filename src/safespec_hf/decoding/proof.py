@@ -61,7 +61,9 @@ def _class_of(model: PreTrainedModel) -> type:
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
     """Runs forwards in evaluation mode, and leaves nothing of them in the model or its random numbers."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    # hooks, too: transformers puts some on in the first forward, and a mark beside them that says so
+    stores = [store for module in model.modules() for store in (vars(module), *vars(module).values())]
+    before = [(store, dict(store)) for store in stores if isinstance(store, dict)]
     devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "mps", "meta")}
     kind = next((device.type for device in devices), "cuda")
     try:
@@ -69,11 +71,10 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module, attributes, buffers in before:
-            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                for name in now.keys() - then.keys():
-                    del now[name]
-                now.update(then)
+        for now, then in before:
+            for name in now.keys() - then.keys():
+                del now[name]
+            now.update(then)
 
 
 def _compare(model: PreTrainedModel, has_states: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
-from ..engine.cache import CACHE_NAME, check_cache_layers, check_user_cache
+from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
 from .proof import check_signature, check_sizes, prove
 
