@@ -60,8 +60,12 @@ def _class_of(model: PreTrainedModel) -> type:
 
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Runs forwards in evaluation mode, and leaves nothing of them in the model or its random numbers."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """Runs forwards in evaluation mode, and takes back what they change in modules and in the random numbers to come.
+
+    What a first forward sets up for all later ones, such as the hooks that capture hidden states, stays: its parts are
+    private attributes and new ones, and one without the other would be set up twice.
+    """
+    before = [(module, _public(module), dict(module._buffers)) for module in model.modules()]
     devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "mps", "meta")}
     kind = next((device.type for device in devices), "cuda")
     try:
@@ -70,10 +74,12 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         for module, attributes, buffers in before:
-            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                for name in now.keys() - then.keys():
-                    del now[name]
-                now.update(then)
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+
+def _public(module: torch.nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
 
 
 def _compare(model: PreTrainedModel, has_states: bool) -> None:
