@@ -151,6 +151,14 @@ def test_the_proof_leaves_nothing_behind(target):
     assert random.getstate() == python_before
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "gpt_neox"])
+def test_a_proven_model_reads_what_it_would_have_read(name):
+    proven, fresh = build_architecture(name), build_architecture(name)
+    check_model(proven)
+    ours, theirs = (model(PROMPT, output_hidden_states=True).hidden_states for model in (proven, fresh))
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
 def test_a_proven_model_can_still_be_trained(target, mode):
     with mode():
