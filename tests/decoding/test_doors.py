@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from dataclasses import replace
 
 import peft
 import pytest
@@ -189,7 +190,8 @@ def test_without_a_head_the_argument_raises_and_a_config_is_ignored_as_documente
 
 
 DRAFTS = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
-CONSTANT = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False, risk_threshold=1.0)
+# a round that only scores the last token would count as one without drafts
+CONSTANT = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False, risk_threshold=1.0, score_last_token=False)
 
 
 def num_drafted(model, policy=CONSTANT, own=None, assistants=None, **arguments):
@@ -204,7 +206,7 @@ def num_drafted(model, policy=CONSTANT, own=None, assistants=None, **arguments):
 
 def test_how_many_drafts_were_asked_for_goes_in_a_documented_order(flagging):
     given = {"generation_config": GenerationConfig(num_assistant_tokens=4, **DRAFTS)}
-    fixed = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False, risk_threshold=1.0, num_draft_tokens=1)
+    fixed = replace(CONSTANT, num_draft_tokens=1)
     everything = {"own": 5, "assistants": 9}
     assert num_drafted(flagging, fixed, num_assistant_tokens=2, **everything) == 1
     assert num_drafted(flagging, num_assistant_tokens=2, **everything) == 2

@@ -76,17 +76,15 @@ class GuardedCall:
             is_streamed=self.streamer is not None,
         )
         input_ids = input_ids.to(input_device(model))
-        boundaries = find_boundaries(tokenizer)
         rows = make_rows(
             input_ids,
             is_real,
             max_length=generation_config.max_length,
             policy=self.policy,
-            newline_ids=boundaries.newline_ids,
-            pieces=boundaries.pieces,
+            **find_boundaries(tokenizer)._asdict(),
             processors=logits_processor,
         )
-        candidates = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
+        drafter = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
         plan = make_plan(
             model,
             self.policy,
@@ -98,7 +96,7 @@ class GuardedCall:
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
         )
-        decoder = Decoder(model, rows, candidates, plan, self.streamer)
+        decoder = Decoder(model, rows, drafter, plan, self.streamer)
         cache: Any = model_kwargs.get(CACHE_NAME)
         if getattr(cache, "_is_user_defined", False):
             decoder.target.take_cache(cache)
