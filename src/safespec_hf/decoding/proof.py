@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.tap import read_tap
+from ..engine.traits import max_positions
 from ..errors import UnsupportedRequestError
 
 NUM_TOKENS, NUM_WRONG = 6, 2
@@ -35,7 +36,7 @@ def prove(model: PreTrainedModel, has_states: bool = True) -> None:
 
     Costs three forwards of a few tokens, once for each class and config in a process. The model is left as it was:
     its modes, buffers and gradients, and the random numbers to come. Weights that are not there, on the `meta` device
-    or offloaded, prove nothing, and are not asked.
+    or offloaded, prove nothing, and are not asked; nor is a model that has positions for fewer tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Target or draft.
@@ -48,6 +49,8 @@ def prove(model: PreTrainedModel, has_states: bool = True) -> None:
     key = _class_of(model), f"{config} {model.config._attn_implementation} {model.dtype}", has_states
     if key in _proven or any(weight.is_meta for weight in model.parameters()):
         return
+    if (max_positions(model) or NUM_TOKENS + NUM_WRONG) < NUM_TOKENS + NUM_WRONG:
+        return  # it has no room for the proof
     with _untouched(model):
         _compare(model, has_states)
     _proven.add(key)
