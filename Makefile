@@ -29,7 +29,7 @@ demo: env
 	$(BIN)/python examples/demo.py
 
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 doctest: env
 	$(BIN)/python -m pytest -q --doctest-modules src
