@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from hub_server import TOKEN, serve
-from huggingface_hub import HfApi, ModelCard, close_session, constants
+from hub_server import TOKEN
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import load_file, save_file
 from tiny import build_head, build_model
@@ -28,19 +28,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the loopback speaks LFS only
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        close_session()
+    with serve_instead(monkeypatch, tmp_path) as hub:
         yield hub
-        close_session()
 
 
 def read(folder):
