@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hub_server import TOKEN
+from hub_server import TOKEN, serve_instead
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import load_file, save_file
