@@ -24,7 +24,7 @@ from .sharing import Shared, ThreadSwitch
 
 MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
-_WIDTH = 1024  # of the rows in which weights are read for a fingerprint
+_WIDTH, _NUM_ROWS = 1024, 256  # weights are read for a fingerprint in rows, of which so many stay in a core's cache
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -225,13 +225,20 @@ def fingerprint(weight: Tensor) -> int:
     num = bits.numel() // 4 * 4  # as 64-bit numbers they are read as fast as memory can
     words = bits[:num].view(torch.int64)
     num_rows, num_rest = divmod(words.numel(), _WIDTH)
-    # The multiplier of a number is that of its row times that of its column: whatever is swapped, the sum changes.
+    rows = words[: num_rows * _WIDTH].view(num_rows, _WIDTH)
+    # A number counts as often as the multipliers of its row and its column say, together: whatever is swapped, the sum
+    # changes. Sums over rows and columns need no product of 64-bit numbers, which is slow, for every one of them.
     # Odd multipliers lose no bit, and sums are taken modulo 2**64.
     column_W, row_R = _multipliers(_WIDTH), _multipliers(num_rows + 2)
-    sums = torch.mv(words[: num_rows * _WIDTH].view(num_rows, _WIDTH), column_W).mul_(row_R[:num_rows])
+    total = torch.zeros((), dtype=torch.int64)
+    for start in range(0, num_rows, _NUM_ROWS):
+        part = rows[start : start + _NUM_ROWS]
+        total += torch.dot(part.sum(dim=1), row_R[start : min(start + _NUM_ROWS, num_rows)])
+        # the multipliers together are even where both are odd: those of columns are made even, so that none is lost
+        total += torch.dot(part.sum(dim=0), column_W - 1)
     rest = torch.dot(words[num_rows * _WIDTH :], column_W[:num_rest]) * row_R[num_rows]
     end = torch.dot(bits[num:].to(torch.int64), column_W[: bits.numel() - num]) * row_R[num_rows + 1]
-    return int(sums.sum() + rest + end)
+    return int(total + rest + end)
 
 
 @functools.lru_cache(maxsize=256)

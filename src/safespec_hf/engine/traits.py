@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecod
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
 WHOLE_CONTEXT = {"full_attention", "global"}
 """What configs call a layer that attends to all tokens before."""
+_HAS_TABLE: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 MAX_OFFSET = 8
 """Rows that a table of positions may have beyond those that can be used; OPT's has 2."""
 
@@ -96,6 +98,14 @@ def max_positions(model: PreTrainedModel) -> int | None:
     num = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if num is None:
         return None
+    known = _HAS_TABLE.get(model)
+    if known is None or known[0] != num:
+        # once: it takes as long as reading a token, and every call asks
+        known = _HAS_TABLE[model] = num, _has_table(model, num)
+    return int(num) if known[1] else None
+
+
+def _has_table(model: nn.Module, num: int) -> bool:
     embedded = _input_embeddings(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -104,13 +114,14 @@ def max_positions(model: PreTrainedModel) -> int | None:
             tables = [*module._buffers.values(), *vars(module).values()]
             has_table = any(isinstance(table, Tensor) and table.dim() > 1 and num in table.shape for table in tables)
         if has_table:
-            return int(num)
-    return None
+            return True
+    return False
 
 
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def _input_embeddings(model: Any) -> nn.Module | None:
     try:
-        return model.get_input_embeddings()
+        found: nn.Module | None = model.get_input_embeddings()
+        return found
     except NotImplementedError:  # a draft head has none of its own
         return None
 
