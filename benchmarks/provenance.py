@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from safespec_hf.engine.speeds import machine
 from safespec_hf.heads.card import to_json
 from safespec_hf.training.data import base_names
 
@@ -27,7 +28,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "num_threads": torch.get_num_threads()},
+        "machine": {"cpus": os.cpu_count(), **machine()},
     }
 
 

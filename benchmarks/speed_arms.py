@@ -127,7 +127,7 @@ def run_arm(model: Any, arm: Arm, inputs: Mapping[str, Tensor], **common: Any) -
         output = model.generate(**inputs, **arguments)
         synchronize(model.device)
         seconds = time.perf_counter() - start
-    tokens = output.sequences[0, num_prompt:].tolist()
+    tokens = without_padding(model, output.sequences[:, num_prompt:].tolist())
     if isinstance(output, SafeSpecOutput):
         run = our_run(output, seconds, forwards)
         run.draft_forward_seconds = sum(forward.seconds for forward in drafting)
@@ -137,6 +137,14 @@ def run_arm(model: Any, arm: Arm, inputs: Mapping[str, Tensor], **common: Any) -
     num_accepted = len(tokens) - len(forwards) if num_drafted else 0
     blocks = dict(Counter(forward.num_tokens for forward in forwards[1:]))
     return Run(seconds, len(tokens), len(forwards), num_drafted, num_accepted, blocks), tokens
+
+
+def without_padding(model: Any, rows: Sequence[list[int]]) -> list[int]:
+    """All tokens of a batch, one row after the other; rows that end early are padded by what may be an end token."""
+    ends = model.generation_config.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    firsts = [next((index + 1 for index, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [token for row, end in zip(rows, firsts, strict=True) for token in row[:end]]
 
 
 def our_run(output: SafeSpecOutput, seconds: float, forwards: Sequence[Forward]) -> Run:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
+Costs = Literal["measured", "weights"]
 CandidateSource = Literal["auto", "draft", "target"]
 
 DEFAULT_REFLECTION = (
@@ -112,11 +113,17 @@ class SafeSpecConfig:
         adaptive_drafts (`bool`, defaults to `True`):
             Draft as many of them as pay, by how often drafts like these were accepted in this answer, and none while
             speculation loses. `False` always drafts that many.
+        costs (`"measured"` or `"weights"`, defaults to `"measured"`):
+            What adaptive drafts go by. `"measured"` times forwards of target and draft once on a machine, which takes
+            less than a second and is kept on disk (in `SAFESPEC_CACHE`, by default `~/.cache/safespec-hf`); and within
+            an answer it stops drafting while rounds take longer than plain steps would. `"weights"` counts the weights
+            that forwards read, and looks at no clock: then a sampled call with a seed draws the same text on every
+            machine. Models of less than 8 million weights are never timed.
         lookup_drafts (`bool`, defaults to `True`):
             With a draft model, also draft what followed the same tokens earlier, where that promises more.
         pack_weights (`bool`, *optional*):
-            On a CPU in float32 or bfloat16, keep a copy of the weights of target and draft in the layout that its
-            kernels read fastest: forwards are up to twice as fast, for as much memory again. Default: if the weights
+            On a CPU, keep copies of the weights of target and draft in the layouts that its kernels read fastest:
+            forwards over several tokens are up to four times as fast, for as much memory again. Default: if the copies
             take at most 1 GiB.
         compile (`bool`, defaults to `False`):
             Run target and draft through `torch.compile`. Rounds get faster once they are compiled, which takes minutes
@@ -163,6 +170,7 @@ class SafeSpecConfig:
     risk_threshold: float | None = None
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
+    costs: Costs = "measured"
     lookup_drafts: bool = True
     pack_weights: bool | None = None
     compile: bool = False
@@ -185,6 +193,7 @@ class SafeSpecConfig:
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
+        _check("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
         _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
         _check("min_segment_tokens", self.min_segment_tokens, self.min_segment_tokens >= 1, ">= 1")
         _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")

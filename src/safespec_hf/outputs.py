@@ -69,6 +69,8 @@ class SafeSpecStatistics:
         target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
         draft_seconds (`float`): Host time in drafting.
         head_seconds (`float`): Host time in pooling and in the safety head.
+        measuring_seconds (`float`): Spent on measuring what forwards take here: once on a machine, 0 afterwards.
+        num_watch_pauses (`int`): How often speculation was stopped because it took longer than plain steps would have.
     """
 
     num_rounds: int = 0
@@ -84,6 +86,8 @@ class SafeSpecStatistics:
     target_seconds: float = 0.0
     draft_seconds: float = 0.0
     head_seconds: float = 0.0
+    measuring_seconds: float = 0.0
+    num_watch_pauses: int = 0
 
     @property
     def acceptance_rate(self) -> float:

@@ -5,7 +5,15 @@ import random
 
 import pytest
 
-from safespec_hf.drafting.draft_length import Chance, DraftCosts, DraftLength, confidence_kind, match_kind, other_kind
+from safespec_hf.drafting.draft_length import (
+    Chance,
+    DraftCosts,
+    DraftLength,
+    Pace,
+    confidence_kind,
+    match_kind,
+    other_kind,
+)
 
 SURE, UNSURE = confidence_kind(0.99), confidence_kind(0.05)
 
@@ -13,8 +21,15 @@ SURE, UNSURE = confidence_kind(0.99), confidence_kind(0.05)
 def learned(num_accepted, kinds, costs=None, rounds=100):
     length = DraftLength(costs or DraftCosts(draft=0.1, verify=0.01))
     for _ in range(rounds):
-        length.record(kinds, range(num_accepted))
+        learn(length, kinds, range(num_accepted))
     return length
+
+
+def learn(length, kinds, path):
+    length.note(kinds)
+    length.record(kinds, path)
+    costs = length.pace.costs
+    length.pace.record(1 + len(path), costs.block(1 + len(kinds)) + len(kinds) * costs.draft)
 
 
 def test_a_chance_goes_from_its_guess_to_what_happens():
@@ -59,7 +74,7 @@ def test_an_unsure_draft_ends_what_is_verified():
 def test_half_of_the_drafts_accepted_pay_if_a_draft_is_cheap(cost, is_worth_it):
     length = DraftLength(DraftCosts(draft=cost, verify=0.01))
     for index in range(200):
-        length.record([UNSURE], range(index % 2))
+        learn(length, [UNSURE], range(index % 2))
     assert length.starts() is is_worth_it
 
 
@@ -68,7 +83,7 @@ def test_a_hopeless_draft_is_given_up_within_few_rounds_and_tried_again_ever_mor
     for index in range(256):
         if length.starts():
             tried.append(index)
-            length.record([confidence_kind(0.5)], [])
+            learn(length, [confidence_kind(0.5)], [])
     assert len(tried) <= 16
     assert length.num_paused == 256 - len(tried)
     assert tried[-1] - tried[-2] > 60
@@ -79,7 +94,7 @@ def test_a_draft_that_becomes_good_is_found_again():
     started = [length.starts() for _ in range(200)]
     assert any(started[100:])
     for _ in range(40):
-        length.record([SURE], [0])
+        learn(length, [SURE], [0])
     assert all(length.starts() for _ in range(20))
 
 
@@ -91,7 +106,7 @@ def test_what_was_looked_up_gains_more_the_longer_it_matched():
 def test_constant_length_finds_every_draft_worth_it():
     length = DraftLength(DraftCosts(draft=9.0, verify=9.0), is_adaptive=False)
     assert length.starts()
-    assert length.drafts_more(0.0)
+    assert length.drafts_more(0.0, 1)
     assert (length.plan(7), length.num_worthwhile([UNSURE] * 7)) == (7, 7)
 
 
@@ -126,6 +141,8 @@ def test_whatever_was_learned_decisions_stay_within_their_bounds(seed):
     length = DraftLength(DraftCosts(draft=choose.choice([0, 0.02, 0.3, 2]), verify=choose.choice([1e-6, 0.03, 1])))
     for _ in range(choose.choice([0, 3, 300])):
         parents, path = random_tree(choose)
+        length.note([choose.randrange(10) for _ in parents])
+        length.pace.record(1 + len(path), choose.choice([0.5, 1.5, 4]))
         length.record([choose.randrange(28) for _ in parents], path, parents)
     assert all(0 <= length.chance(kind) <= 1 for kind in range(28))
     kinds = [choose.randrange(28) for _ in range(choose.randint(0, 20))]
@@ -137,3 +154,46 @@ def test_whatever_was_learned_decisions_stay_within_their_bounds(seed):
     assert gains[0] == length.gain([]) == 0
     assert gains == sorted(gains)
     assert any(length.starts() for _ in range(130))
+
+
+class StepCosts(DraftCosts):
+    """A block of two tokens costs half as much again, and more tokens cost nothing more."""
+
+    def block(self, num_tokens):
+        return 1.0 if num_tokens == 1 else 1.9
+
+
+def test_drafts_that_pay_only_together_are_made_together():
+    length = learned(6, [SURE] * 6, StepCosts(draft=0.02))
+    assert length.starts()
+    assert length.num_worthwhile([SURE] * 6) == 6
+    assert learned(1, [SURE, UNSURE], StepCosts(draft=0.02)).num_worthwhile([UNSURE]) == 0
+
+
+def test_all_rows_of_a_batch_pay_for_the_widest():
+    length = learned(4, [SURE] * 4, DraftCosts(draft=0.0, verify=0.3))
+    for _ in range(50):
+        length.record([UNSURE], [])
+    sure, unsure = [SURE] * 4, [UNSURE] * 4
+    assert length.num_worthwhile(sure) == length.num_worthwhile(sure, sure, sure, unsure) == 4
+    assert length.num_worthwhile(sure, unsure, unsure, unsure) == 0
+
+
+def test_a_draft_that_is_sometimes_sure_is_asked_and_verified_only_then():
+    length = DraftLength(DraftCosts(draft=0.05, verify=0.5))
+    for index in range(400):
+        kind = SURE if index % 4 == 0 else UNSURE
+        length.note([kind])
+        length.record([kind], [0] if kind == SURE else [])
+    assert length.starts()
+    assert (length.num_worthwhile([SURE]), length.num_worthwhile([UNSURE])) == (1, 0)
+
+
+def test_what_a_token_costs_is_never_more_than_a_plain_step():
+    pace = Pace(DraftCosts())
+    for _ in range(100):
+        pace.record(1.0, 3.0)
+    assert pace.token_cost == 1
+    for _ in range(100):
+        pace.record(4.0, 2.0)
+    assert pace.token_cost == pytest.approx(0.5, abs=0.01)

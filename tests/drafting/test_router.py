@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import build_draft_head, build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, make_row
 
-from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf import Provenance, SafeSpecConfig, attach_safety_head
 from safespec_hf.decoding import safety_mode
 from safespec_hf.decoding.sampling import sample_segments
 from safespec_hf.drafting.draft_length import DraftCosts
@@ -28,18 +28,39 @@ def test_a_longer_match_is_preferred_to_a_draft_model_that_is_never_right(target
 def test_what_a_model_leaves_open_is_looked_up():
     made = Proposal([[7, 8], [], []], kinds=[[9, 9], [], []], parents=[[-1, -1], [], []])
     found = Proposal([[1], [2, 3, 4], []], kinds=[[10], [11, 12, 13], []])
-    proposal, from_model = fill_gaps(made, found)
+    proposal = fill_gaps(made, found)
     assert proposal.drafts == [[7, 8], [2, 3, 4], []]
     assert proposal.kinds == [[9, 9], [11, 12, 13], []]
     assert proposal.parents == [[-1, -1], [-1, 0, 1], []]
-    assert from_model == [True, False, False]
 
 
 def test_a_token_that_was_looked_up_beside_sampled_ones_is_certain():
     probs = torch.full((2, 1, 5), 0.2) * torch.tensor([[[1.0]], [[0.0]]])
-    proposal, _ = fill_gaps(Proposal([[3], []], probs), Proposal([[], [2, 4]]))
+    proposal = fill_gaps(Proposal([[3], []], probs), Proposal([[], [2, 4]]))
     assert proposal.probs_BGV[0].tolist() == [[0.0] * 5, pytest.approx([0.2] * 5)]
     assert proposal.probs_BGV[1].argmax(-1).tolist() == [2, 4]
+
+
+@torch.no_grad()
+def test_what_was_looked_up_grows_in_the_tree_of_a_draft_head(target):
+    router = DraftRouter(
+        build_draft_head(target).bind(target),
+        max_matching_ngram_size=3,
+        costs=DraftCosts(draft=0.01),
+        takes_trees=True,
+    )
+    row = make_row([11, 12, 13, 14, 15, 11, 12])
+    row.append(13, Provenance.TARGET)
+    router.observe(0, 0, torch.zeros(7, router.model.head.config.num_features))
+    for _ in range(4):  # it is less sure of itself than it was
+        router.lookup.length.record([12], [])
+    proposal = router.draft([row], [3])
+    tokens, kinds = proposal.drafts[0], proposal.kinds[0]
+    assert any(10 <= kind < 18 for kind in kinds)
+    assert any(kind < 10 for kind in kinds)
+    assert {14, 15} <= set(tokens)
+    router.record([[0]])
+    assert router._pace.token_cost < 1
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from safespec_hf import SafeSpecConfig, attach_safety_head, detach_safety_head
 from safespec_hf.engine import packing as packing_module
-from safespec_hf.engine.packing import fingerprint, multiply, pack, packed_weights, release_packed
+from safespec_hf.engine.packing import fingerprint, packed_weights, release_packed
+from safespec_hf.engine.products import LAYOUTS, PLAIN, usual_layouts
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
-DTYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if pack(torch.ones(2, 2, dtype=dtype)) is not None]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="no oneDNN here")
+DTYPES = [dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if usual_layouts(dtype)[0] != PLAIN]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="no packed products here")
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -26,20 +27,6 @@ def model(request):
 
 def packed_layers(model):
     return [layer for layer in model.modules() if "forward" in layer.__dict__]
-
-
-@pytest.mark.parametrize("num_inputs", [1, 5, 33])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_are_those_of_the_matrix(num_inputs, has_bias, dtype):
-    torch.manual_seed(0)
-    weight, inputs = torch.randn(48, 40).to(dtype), torch.randn(2, num_inputs, 40).to(dtype)
-    bias = torch.randn(48).to(dtype) if has_bias else None
-    # both round a float32 sum of 40 terms once: at most one step of bfloat16 apart; float32 sums about 1e-6
-    atol, rtol = (0, 2**-7) if dtype == torch.bfloat16 else (1e-5, 1e-5)
-    torch.testing.assert_close(
-        multiply(inputs, pack(weight), bias), F.linear(inputs, weight, bias), atol=atol, rtol=rtol
-    )
 
 
 def test_every_linear_layer_is_packed_while_it_is_wanted_and_none_afterwards(model):
@@ -87,7 +74,8 @@ def test_changed_weights_are_packed_anew(model, change):
 def test_unchanged_weights_are_packed_once(model, monkeypatch):
     with packed_weights([model]):
         pass
-    monkeypatch.setattr(packing_module, "pack", lambda _: pytest.fail("packed again"))
+    never = {name: layout._replace(pack=lambda _: pytest.fail("packed again")) for name, layout in LAYOUTS.items()}
+    monkeypatch.setattr(packing_module, "LAYOUTS", never)
     with packed_weights([model]):
         assert packed_layers(model)
 
@@ -111,7 +99,7 @@ def test_what_is_not_a_plain_linear_layer_is_left_alone(model):
     model.lm_head = Adapter(32, 40, dtype=model.dtype)
     hooked = model.model.layers[0].mlp.up_proj
     hooked.forward = hooked.forward  # as an offloading hook does
-    with packed_weights([model, build_model().half()]):
+    with packed_weights([model, build_model().double()]):
         assert len(packed_layers(model)) == 2 * 7
         assert hooked.forward.__func__ is nn.Linear.forward
 
@@ -123,11 +111,14 @@ def test_more_than_nobody_has_to_be_asked_for_is_packed_on_request_only(model, m
         assert bool(packed_layers(model)) is is_packed
 
 
+def counting(multiply, calls):
+    return lambda *args: (calls.append(1), multiply(*args))[1]
+
+
 def test_guarded_decoding_runs_packed_unless_told_otherwise(model, tokenizer, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        packing_module, "multiply", lambda *args, **kwargs: (calls.append(1), multiply(*args, **kwargs))[1]
-    )
+    counted = {name: layout._replace(multiply=counting(layout.multiply, calls)) for name, layout in LAYOUTS.items()}
+    monkeypatch.setattr(packing_module, "LAYOUTS", counted)
     attach_safety_head(model, build_head(model), tokenizer=tokenizer)
     for wanted in (False, None):
         assert not calls
@@ -175,15 +166,15 @@ def packed_once(model):
     with packed_weights([model], True):
         pass
     assert num_copies(model) == 2 * 7 + 1
-    copies = list(packing_module._COPIES.values())
-    return [weakref.ref(copy.matrix) for copy in copies]
+    copies = [copy for copies in packing_module._COPIES.values() for copy in copies.matrices.values()]
+    return [weakref.ref(getattr(copy, "matrix", copy)) for copy in copies]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: model.double(),
-        lambda model: model.half(),
+        lambda model: model.float().half(),
         lambda model: model.to("meta"),
         lambda model: model.to_empty(device="cpu"),
         lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),

@@ -11,6 +11,7 @@ from tiny import build_head, build_model, perturb
 from torch import nn
 
 from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf.engine import packing
 from safespec_hf.engine.inference import inference_mode
 from safespec_hf.engine.packing import packed_weights
 from safespec_hf.engine.sharing import Shared, ThreadSwitch
@@ -104,7 +105,7 @@ def test_a_training_forward_beside_a_guarded_call_has_its_gradients(model):
 
 
 def test_packed_weights_are_for_the_thread_that_wants_them(model, monkeypatch):
-    monkeypatch.setattr("safespec_hf.engine.packing.multiply", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(packing, "_choose", lambda *_: pytest.fail("packed"))
     with packed_weights([model], True):
         aside(lambda: model(PROMPT))
         with packed_weights([model], False):

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from ..answer.rows import Row
 from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
 from ..engine.cache import CACHE_NAME
@@ -25,12 +26,14 @@ from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .attachment import Attachment
 from .loop import Decoder
-from .request import check_request, make_drafting, make_plan, make_rows
+from .plan import Plan, check_context
+from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    _spent: float = field(default=0.0, init=False)  # on measuring, before this call
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
@@ -63,28 +67,14 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
-        is_real = check_request(
+        rows = self._check(
             model,
-            self.assistant,
-            self.policy,
             input_ids,
+            tokenizer,
             config=generation_config,
             processors=logits_processor,
             model_kwargs=model_kwargs,
-            tokenizer=tokenizer,
-            assistant_tokenizer=self.assistant_tokenizer,
-            is_streamed=self.streamer is not None,
         )
-        input_ids = input_ids.to(input_device(model))
-        rows = make_rows(
-            input_ids,
-            is_real,
-            max_length=generation_config.max_length,
-            policy=self.policy,
-            **find_boundaries(tokenizer)._asdict(),
-            processors=logits_processor,
-        )
-        drafter = make_drafting(model, self.assistant, generation_config, self.policy, len(rows))
         plan = make_plan(
             model,
             self.policy,
@@ -96,22 +86,65 @@ class GuardedCall:
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
         )
-        decoder = Decoder(model, rows, drafter, plan, self.streamer)
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if getattr(cache, "_is_user_defined", False):
-            decoder.target.take_cache(cache)
+        check_context(rows, plan)
         with self._fast_forwards(model, head):
+            decoder = self._make_decoder(model, rows, plan, generation_config)
+            cache: Any = model_kwargs.get(CACHE_NAME)
+            if getattr(cache, "_is_user_defined", False):
+                decoder.target.take_cache(cache)
             decoder.run()
+        input_ids = input_ids.to(input_device(model))
         pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
         output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
         return output if is_whole else output.sequences
 
+    def _check(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        model_kwargs: dict[str, Any],
+    ) -> list[Row]:
+        """Raises unless the request can be kept; gives an empty answer for each prompt."""
+        is_real = check_request(
+            model,
+            self.assistant,
+            self.policy,
+            input_ids,
+            config=config,
+            processors=processors,
+            model_kwargs=model_kwargs,
+            tokenizer=tokenizer,
+            assistant_tokenizer=self.assistant_tokenizer,
+            is_streamed=self.streamer is not None,
+        )
+        return make_rows(
+            input_ids.to(input_device(model)),
+            is_real,
+            max_length=config.max_length,
+            policy=self.policy,
+            **find_boundaries(tokenizer)._asdict(),
+            processors=processors,
+        )
+
+    def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
+        """Measures what forwards take, where that is not known."""
+        num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
+        drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
+        decoder = Decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
+        decoder.statistics.measuring_seconds = spent() - self._spent
+        return decoder
+
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
+        self._spent = spent()
         models = [model] if self.assistant is None else [model, self.assistant]
         with (
             evaluating([*models, head]),
-            packed_weights(models, self.policy.pack_weights),
+            packed_weights(models, self.policy.pack_weights, self.policy.costs == "measured"),
             compiled_forwards(models, self.policy.compile),
             inference_mode([*models, head]),
         ):

@@ -24,10 +24,11 @@ from ..engine.tap import split_tap
 from ..engine.token_tree import accept_greedy, chain_parents, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .commit import Committer, Flag
-from .plan import Plan, check_context
+from .plan import Plan
 from .safety_mode import SafetyMode
 from .transfer import to_host
 from .verification import Verification, verify_sampled
+from .watch import Watch
 
 
 class Reading(NamedTuple):
@@ -55,6 +56,7 @@ class Decoder:
         drafter ([`DraftRouter`]): Drafts for it.
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
+        watch ([`Watch`], *optional*): Stops speculation while it loses.
     """
 
     def __init__(
@@ -64,8 +66,8 @@ class Decoder:
         drafter: DraftRouter,
         plan: Plan,
         streamer: BaseStreamer | None = None,
+        watch: Watch | None = None,
     ):
-        check_context(rows, plan)
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
         self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
@@ -74,6 +76,7 @@ class Decoder:
         self.drafter = drafter
         self.plan = plan
         self.streamer = streamer
+        self.watch = watch
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.safety_mode: SafetyMode | None = None
@@ -91,6 +94,7 @@ class Decoder:
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""
+        start = time.perf_counter()
         # a cheap draft proposes; what it is worth only decides how fast this goes, never what comes out
         proposal = self._draft()
         # ONE forward of the target reads x and s: its logits say what stands, its hidden states how risky that is
@@ -102,6 +106,7 @@ class Decoder:
         flags = self._commit(proposal, readings)
         self._keep_accepted(proposal, [reading.path for reading in readings], starts, blocks, draft_states_BTF)
         self._roll_back_caches()
+        self._take_note(proposal, readings, time.perf_counter() - start)
         # a flagged row goes through Safety Mode and is back here in the next round; the others notice nothing
         self._recover(flags)
         self.statistics.num_rounds += 1
@@ -122,6 +127,8 @@ class Decoder:
 
     def _draft(self) -> Proposal:
         start, most = time.perf_counter(), self.plan.num_draft_tokens
+        if self.watch is not None and not self.watch.lets_draft():
+            most = 0
         most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
         limits = [
@@ -131,6 +138,13 @@ class Decoder:
         proposal = self.drafter.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
+
+    def _take_note(self, proposal: Proposal, readings: Sequence[Reading], seconds: float) -> None:
+        """Tells the watch what a round took, and what it gave."""
+        # the first one reads the prompts
+        if self.watch is not None and self.statistics.num_rounds > 0:
+            num_tokens = 1 + sum(len(reading.path) for reading in readings) / len(readings)
+            self.watch.record(seconds, num_tokens, len(readings), any(proposal.drafts))
 
     def _keep_accepted(
         self,
@@ -269,6 +283,7 @@ class Decoder:
             self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
+        self.statistics.num_watch_pauses = 0 if self.watch is None else self.watch.num_pauses
         self.statistics.num_draft_forwards = self.drafter.num_forwards
         self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)

@@ -40,17 +40,21 @@ from ..drafting.draft_length import DraftCosts
 from ..drafting.router import DraftRouter
 from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
+from ..engine.speeds import MIN_MEASURED_WEIGHTS
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
 from .assistant import check_assistant
+from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
 from .support import check_positions, check_prompt, max_context
+from .watch import Watch
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
+SOON = 256  # new tokens that a call is measured for: most answers end long before they may get no longer
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 STATEFUL = (
     ClassifierFreeGuidanceLogitsProcessor,
@@ -233,21 +237,32 @@ def make_drafting(
     config: GenerationConfig,
     policy: SafeSpecConfig,
     num_rows: int,
+    num_context: int = SOON,
 ) -> DraftRouter:
-    """Prompt lookup if it is asked for, else the draft model if there is one, beside which a lookup costs nothing."""
+    """Prompt lookup if it is asked for, else the draft model if there is one, beside which a lookup costs nothing.
+
+    `num_context`: tokens that a row will have about.
+    """
     if config.prompt_lookup_num_tokens is not None:
         assistant, ngram_size = None, config.max_matching_ngram_size or 2
     else:
         ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts else 0
+    is_adaptive = policy.adaptive_drafts and (assistant is not None or ngram_size > 0)
     return DraftRouter(
         assistant,
         num_rows=num_rows,
         vocab_size=model.config.get_text_config().vocab_size,
         max_matching_ngram_size=ngram_size,
         do_sample=bool(config.do_sample),
-        costs=draft_costs(model, assistant) if policy.adaptive_drafts else None,
+        costs=draft_costs(model, assistant, policy, num_rows, num_context) if is_adaptive else None,
         takes_trees=takes_trees(model),
     )
+
+
+def make_watch(drafter: DraftRouter) -> Watch | None:
+    """Where costs were measured, what plain steps take is known."""
+    costs = drafter.costs
+    return Watch(costs.target.at) if isinstance(costs, MeasuredCosts) else None
 
 
 def make_plan(
@@ -291,8 +306,22 @@ def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int
     return torch.randint(2**31, (num_rows,)).tolist()
 
 
-def draft_costs(model: PreTrainedModel, assistant: PreTrainedModel | None) -> DraftCosts:
-    """Costs by the weights that a forward reads, which is what a forward over few tokens spends its time on."""
+def draft_costs(
+    model: PreTrainedModel, assistant: PreTrainedModel | None, policy: SafeSpecConfig, num_rows: int, num_context: int
+) -> DraftCosts:
+    """Costs by the seconds that forwards take, or by the weights that they read.
+
+    A forward over few tokens spends most of its time on reading weights, but not on every machine.
+    """
+    if policy.costs == "measured" and num_read(model) >= MIN_MEASURED_WEIGHTS:
+        return measure_costs(
+            model,
+            assistant,
+            num_rows=num_rows,
+            num_context=num_context,
+            layers=[] if not isinstance(assistant, DraftHead) else list(assistant.config.hidden_layers or []),
+            how={"pack_weights": policy.pack_weights, "compile": policy.compile},
+        )
     return DraftCosts(draft=0.0 if assistant is None else num_read(assistant) / num_read(model))
 
 

@@ -3,7 +3,8 @@
 A draft is worth its cost as long as the chance that it will be accepted, times what a token costs on average, is more
 than it costs to draft it and to verify it. Chances are learned while decoding, one for each kind of evidence that a
 drafter has: how sure a draft model is of a token, or how much of the context a lookup has matched. Everything is
-counted in forwards of the target over one token, and nothing is timed here, so that a call decides as it did before.
+counted in plain steps: forwards of the target that read one token of each row. Nothing is timed here, so that a call
+decides as it did before.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ NUM_OTHER_CONFIDENCES = 10
 """And the last ones are of other guesses beside a draft model's first: twentieths of their probability."""
 FIRST_OTHER = NUM_CONFIDENCES + MAX_MATCH
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without drafts, when drafts have not paid
+FAR = 16  # drafts to look ahead: several may pay together where the first of them does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftCosts:
-    """What drafting costs, in forwards of the target over one token.
+    """What drafting costs, in plain steps: forwards of the target over one token of each row.
 
     Args:
         draft (`float`): A forward of the drafter, >= 0; 0 for a lookup.
@@ -39,6 +41,14 @@ class DraftCosts:
     def __post_init__(self) -> None:
         if not (0 <= self.draft < math.inf and 0 < self.verify < math.inf):
             raise ValueError(f"Costs must be finite, with `draft` >= 0 and `verify` > 0, but they are {self}.")
+
+    def block(self, num_tokens: int) -> float:
+        """A forward of the target over so many tokens of each row, >= 1."""
+        return 1 + self.verify * (num_tokens - 1)
+
+    def of_rows(self, num_rows: int) -> DraftCosts:
+        """The costs where there are so many rows."""
+        return self
 
 
 class Chance:
@@ -59,14 +69,37 @@ class Chance:
         self._trials = self._trials * self._keep + 1
 
 
+class Pace:
+    """What a token has cost lately, whoever drafted it: the drafters of a call share it.
+
+    Args:
+        costs ([`DraftCosts`]): For the rows that there are now.
+    """
+
+    def __init__(self, costs: DraftCosts):
+        self.costs = costs
+        self._tokens, self._cost, self._keep = 6.0, 4.8, 1 - 1 / 16
+
+    @property
+    def token_cost(self) -> float:
+        """In plain steps, at most 1: what a plain step writes costs that."""
+        return min(self._cost / self._tokens, 1.0)
+
+    def record(self, num_tokens: float, cost: float) -> None:
+        """Adds a round: tokens of a row on average, and what the round cost."""
+        self._tokens = self._tokens * self._keep + num_tokens
+        self._cost = self._cost * self._keep + cost
+
+
 class DraftLength:
     """Decides, token by token, whether one more draft pays.
 
     When no first draft pays, speculation pauses, and is tried again after ever longer pauses.
 
     Args:
-        costs ([`DraftCosts`]): Of the drafter at hand.
+        costs ([`DraftCosts`] or [`Pace`]): Of the drafter at hand, or the pace that it shares with others.
         is_adaptive (`bool`, defaults to `True`): `False` finds every draft worth it.
+        is_free (`bool`, defaults to `False`): Drafts take no forwards: they are those of a lookup.
 
     Example:
 
@@ -74,14 +107,16 @@ class DraftLength:
         >>> length.starts()
         True
         >>> for _ in range(20):
+        ...     length.note([9, 9])
         ...     length.record([9, 9], path=[])
         >>> length.starts()
         False
     """
 
-    def __init__(self, costs: DraftCosts, is_adaptive: bool = True):
-        self.costs = costs
+    def __init__(self, costs: DraftCosts | Pace, is_adaptive: bool = True, is_free: bool = False):
+        self.pace = costs if isinstance(costs, Pace) else Pace(costs)
         self.is_adaptive = is_adaptive
+        self.is_free = is_free
         self.num_paused = 0
         self._first = Chance(0.5)
         self._next = Chance(0.6)
@@ -89,12 +124,13 @@ class DraftLength:
         self._chances += [Chance(0.3 + 0.6 * size / MAX_MATCH) for size in range(1, MAX_MATCH + 1)]
         others = [Chance((kind + 0.5) / 2 / NUM_OTHER_CONFIDENCES) for kind in range(NUM_OTHER_CONFIDENCES)]
         self._chances += others
-        self._tokens_per_round = 1.5
+        # how often a draft model is how sure: of the first draft of a round, and of others
+        self._shares = [[0.3] * NUM_CONFIDENCES, [0.3] * NUM_CONFIDENCES]
         self._pause = self._left = FIRST_PAUSE
 
     def starts(self) -> bool:
         """Whether this round drafts at all."""
-        if not self.is_adaptive or self._worth(self._first.value) > self.costs.draft + self.costs.verify:
+        if not self.is_adaptive or self._looks_promising(0, 1.0):
             self._pause = self._left = FIRST_PAUSE
             return True
         if self._left > 0:
@@ -109,49 +145,78 @@ class DraftLength:
         """How likely a draft with this evidence is accepted, given that those before it are."""
         return self._chances[kind].value
 
-    def num_worthwhile(self, kinds: Sequence[int]) -> int:
-        """How many drafts are worth verifying, given the evidence for each of them."""
+    def num_worthwhile(self, *kinds_of_rows: Sequence[int]) -> int:
+        """How many drafts of each row are worth verifying, given the evidence for each of them.
+
+        All rows are read as wide as the widest. What is decided of a draft depends on the evidence for it and for
+        those before, not for those after it: that tells which token it is, and what is kept must not depend on that.
+        """
+        most = max(map(len, kinds_of_rows), default=0)
         if not self.is_adaptive:
-            return len(kinds)
-        reach, num = 1.0, 0
-        for kind in kinds:
-            reach *= self.chance(kind)
-            if not self.verifies(reach):
-                break
-            num += 1
-        return num
+            return most
+        reach = [1.0 for _ in kinds_of_rows]
+        for num in range(most):
+            pairs = zip(reach, kinds_of_rows, strict=True)
+            reach = [before * self.chance(kinds[num]) if num < len(kinds) else 0.0 for before, kinds in pairs]
+            mean = sum(reach) / len(reach)
+            gain = self._worth(mean) - self._step(num)
+            if gain <= 0 and gain + self._ahead(num + 1, mean) <= 0:
+                return num
+        return most
 
-    def verifies(self, reach: float) -> bool:
-        """Whether a draft that is there, and is accepted with this chance, is worth verifying."""
-        return not self.is_adaptive or self._worth(reach) > self.costs.verify
+    def verifies(self, reach: float, num_before: int) -> bool:
+        """Whether a draft that is accepted with this chance is worth verifying beside so many others."""
+        return not self.is_adaptive or self._worth(reach) > self._step(num_before)
 
-    def drafts_more(self, reach: float) -> bool:
-        """Whether another draft is worth making after one that is accepted with this chance."""
-        return not self.is_adaptive or self._worth(reach * self._next.value) > self.costs.draft + self.costs.verify
+    def drafts_more(self, reach: float, num_before: int) -> bool:
+        """Whether to make another draft after so many, >= 1, of which the last is accepted with this chance."""
+        return not self.is_adaptive or self._looks_promising(num_before, reach)
 
     def plan(self, most: int) -> int:
         """How many drafts are worth making if no evidence can be looked at on the way, from 1 to `most` >= 1."""
         if not self.is_adaptive:
             return most
         num, reach = 1, self._first.value
-        while num < most and self.drafts_more(reach):
+        while num < most and self._ahead(num, reach) > 0:
             num, reach = num + 1, reach * self._next.value
         return num
 
     def gain(self, kinds: Sequence[int] | None = None, most: int = 0) -> float:
-        """What a round saves, in forwards of the target: with these drafts, or with `most` that are yet to be made."""
+        """What a round saves, in plain steps: with these drafts, or with at most `most` that are yet to be made."""
         if kinds is None:
-            chances = [self._first.value, *[self._next.value] * (most - 1)][:most]
-        else:
-            chances = [self.chance(kind) for kind in kinds]
-        reach, gain, cost = 1.0, 0.0, self.costs.verify + (self.costs.draft if kinds is None else 0.0)
-        for chance in chances:
-            reach *= chance
-            gain += max(self._worth(reach) - cost, 0.0)
-        return gain
+            return max([0.0, *self._gains(0, 1.0, most)])
+        reach, gain, best = 1.0, 0.0, 0.0
+        for num, kind in enumerate(kinds):
+            reach *= self.chance(kind)
+            gain += self._worth(reach) - self._step(num)
+            best = max(best, gain)
+        return best
+
+    def best_size(self, reach: Sequence[float]) -> int:
+        """Of drafts with these chances, falling, how many are worth verifying in a forward of one row.
+
+        For greedy decoding: it looks at all of them, see `num_worthwhile`.
+        """
+        gain, best, num_best = 0.0, 0.0, 0
+        for num, chance in enumerate(reach):
+            gain += self._worth(chance) - self._step(num)
+            if gain > best:
+                best, num_best = gain, num + 1
+        return num_best
+
+    def gain_of_one(self, reach: float, num_before: int) -> float:
+        """What another draft, after one that is accepted with this chance, is likely to gain beside so many others."""
+        return self._worth(reach * self._next.value) - self._step(num_before)
+
+    def note(self, kinds: Sequence[int], is_first: bool = True) -> None:
+        """Learns how sure a draft model was of drafts that follow one another, whether they are verified or not."""
+        for index, kind in enumerate(kinds, start=not is_first):
+            shares = self._shares[min(index, 1)]
+            shares[:] = [share * 0.98 for share in shares]
+            shares[kind] += 1.0
 
     def record(self, kinds: Sequence[int], path: Sequence[int], parents: Sequence[int] | None = None) -> None:
-        """Learns from a round of one row.
+        """Learns from a round of one row; what another drafter drafted is left to that.
 
         Args:
             kinds (`Sequence[int]`): The evidence of each draft that was verified.
@@ -159,6 +224,8 @@ class DraftLength:
             parents (`Sequence[int]`, *optional*): Of a tree of drafts. Default: a chain.
         """
         for draft, kind in enumerate(kinds):
+            if self.is_free is not (NUM_CONFIDENCES <= kind < FIRST_OTHER):
+                continue
             parent = draft - 1 if parents is None else parents[draft]
             # what continues a rejected draft continues another text: nothing is learned from it
             if parent >= 0 and parent not in path:
@@ -166,13 +233,38 @@ class DraftLength:
             self._chances[kind].record(draft in path)
             if kind < FIRST_OTHER:
                 (self._next if parent >= 0 else self._first).record(draft in path)
-        self._tokens_per_round += (1 + len(path) - self._tokens_per_round) / 16
+
+    def _looks_promising(self, num: int, reach: float) -> bool:
+        """Whether drafts after `num` ones gain something on average, if they are dropped where they look bad."""
+        if max(self._gains(num, reach, FAR), default=0.0) > 0:
+            return True
+        if self.is_free:
+            return False
+        shares = self._shares[min(num, 1)]
+        gains = [self._worth(reach * self.chance(kind)) - self._step(num) for kind in range(NUM_CONFIDENCES)]
+        expected = sum(share * max(gain, 0.0) for share, gain in zip(shares, gains, strict=True)) / sum(shares)
+        return expected > self.pace.costs.draft
+
+    def _ahead(self, num: int, reach: float) -> float:
+        """What drafts after `num` ones are likely to gain at best; negative if none does."""
+        return max(self._gains(num, reach, FAR))
+
+    def _gains(self, num: int, reach: float, most: int) -> list[float]:
+        """What one, two, ... drafts after `num` ones are likely to gain, if nothing is known of them."""
+        gains, gain = [], 0.0
+        for index in range(num, num + most):
+            reach *= (self._next if index else self._first).value
+            gain += self._worth(reach) - self._step(index) - (0.0 if self.is_free else self.pace.costs.draft)
+            gains.append(gain)
+        return gains
+
+    def _step(self, num_before: int) -> float:
+        """What verifying a draft costs beside so many others."""
+        return self.pace.costs.block(num_before + 2) - self.pace.costs.block(num_before + 1)
 
     def _worth(self, chance: float) -> float:
         """What a token saved with this chance would have cost."""
-        num_drafts = max(self._tokens_per_round - 1, 0.0)
-        cost = 1 + num_drafts * (self.costs.draft + self.costs.verify)
-        return chance * cost / self._tokens_per_round
+        return chance * self.pace.token_cost
 
 
 def confidence_kind(probability: float) -> int:

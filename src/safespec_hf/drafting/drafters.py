@@ -34,6 +34,13 @@ class Proposal(NamedTuple):
     parents: list[list[int]] | None = None
 
 
+class Found(NamedTuple):
+    """What a lookup drafted, and what knows the chances of that."""
+
+    proposal: Proposal
+    length: DraftLength
+
+
 class Drafter(Protocol):
     """A way of drafting for a batch of rows. `length` learns how much of it pays."""
 
@@ -49,17 +56,17 @@ class Drafter(Protocol):
         """Keeps only these rows."""
 
 
-def fill_gaps(made: Proposal, found: Proposal) -> tuple[Proposal, list[bool]]:
-    """For each row what a model made, or else what a lookup found; and which rows are the model's.
+def fill_gaps(made: Proposal, found: Proposal) -> Proposal:
+    """For each row what a model made, or else what a lookup found.
 
     Example:
 
-        >>> fill_gaps(Proposal([[7], []]), Proposal([[8], [9]]))[1]
-        [True, False]
+        >>> fill_gaps(Proposal([[7], []]), Proposal([[8], [9]])).drafts
+        [[7], [9]]
     """
     from_model = [bool(drafts) for drafts in made.drafts]
     if not any(from_model) or not any(found.drafts):
-        return (made if any(from_model) else found), from_model
+        return made if any(from_model) else found
     drafts = _choose(from_model, made.drafts, found.drafts)
     nothing: list[list[int]] = [[] for _ in drafts]
     kinds = _choose(from_model, made.kinds or nothing, found.kinds or nothing)
@@ -73,7 +80,7 @@ def fill_gaps(made: Proposal, found: Proposal) -> tuple[Proposal, list[bool]]:
             if not from_model[row] and tokens:
                 # a token that was looked up is certain
                 probs_BGV[row, most - len(tokens) + torch.arange(len(tokens)), torch.tensor(tokens)] = 1.0
-    return Proposal(drafts, probs_BGV, kinds, parents), from_model
+    return Proposal(drafts, probs_BGV, kinds, parents)
 
 
 def _choose(from_model: list[bool], made: list[list[int]], found: list[list[int]]) -> list[list[int]]:

@@ -5,6 +5,7 @@ Shapes: B rows, T positions of a block, F features of the target's tapped states
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
+from ..engine.token_tree import is_chain
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftLength
-from .drafters import Proposal
-from .model import ModelDrafter
+from .drafters import Found, Proposal
+from .model import MAX_TREE, ModelDrafter
 from .state_window import StateWindow
+from .tree import DraftTree
 
 
 class HeadDrafter(ModelDrafter):
@@ -51,12 +54,57 @@ class HeadDrafter(ModelDrafter):
         """None: without the target it has no states to read."""
         return None
 
-    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        proposal = super().draft(rows, num_tokens)
+    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int], found: Found | None = None) -> Proposal:
+        is_tree = self.num_others > 0 and len(rows) == 1 and bool(rows[0].tokens) and not rows[0].processors
+        # an accelerator would have to wait for the host at every step
+        is_tree = is_tree and self.head.fuse.weight.device.type == "cpu"
+        proposal = self._draft_tree(rows, num_tokens, found) if is_tree else super().draft(rows, num_tokens)
         for window, row, length in zip(self._windows, rows, self.cached.lengths, strict=True):
             # a later rollback goes back to what is final at the furthest
             window.forget_before(min(len(row.prompt) + row.num_final, length) - 1)
         return proposal
+
+    def _draft_tree(self, rows: Sequence[Row], num_tokens: Sequence[int], found: Found | None) -> Proposal:
+        """A tree for the only row: where several guesses are likely, each of them is continued."""
+        (block,), (most,) = self._divide(rows, num_tokens)
+        if most <= 0:
+            return Proposal([[]])
+        tree = DraftTree(self.length, most, MAX_TREE)
+        if found is not None and found.proposal.kinds is not None:
+            tree.add_found(found.proposal.drafts[0], found.proposal.kinds[0], found.length)
+        with self._fresh_after_errors(rows):
+            output = self._begin([block])
+            self._starts = list(self.cached.lengths)
+            assert output.hidden_BTF is not None
+            states = {-1: output.hidden_BTF[0, -1]}
+            self._add(tree, [-1], output)
+            read: list[int] = []
+            while chosen := tree.to_continue():
+                read += chosen
+                # all that was read so far again: the head is small, and a tree has to be the last of its cache
+                parents = [tree.nodes[index].parent for index in read]
+                output = self.cached.forward(
+                    [[tree.nodes[index].token for index in read]],
+                    len(chosen),
+                    states_BTF=torch.stack([states[parent] for parent in parents])[None],
+                    parents=[[read.index(parent) if parent >= 0 else -1 for parent in parents]],
+                )
+                self._end()
+                assert output.hidden_BTF is not None
+                states |= zip(chosen, output.hidden_BTF[0, -len(chosen) :], strict=True)
+                self._add(tree, chosen, output)
+            self._end()
+        drafts, kinds, parents = tree.best()
+        return Proposal([drafts], kinds=[kinds], parents=None if is_chain(parents) else [parents])
+
+    def _add(self, tree: DraftTree, parents: Sequence[int], output: BlockOutput) -> None:
+        logits_CV = output.logits_BTV[0].float()
+        values_CS, places_CS = logits_CV.topk(min(1 + self.num_others, logits_CV.shape[1]), dim=-1)
+        chances_CS = (values_CS - logits_CV.logsumexp(dim=-1, keepdim=True)).exp()
+        guesses = zip(parents, self.head.token_ids[places_CS].tolist(), chances_CS.tolist(), strict=True)
+        for parent, tokens, chances in guesses:
+            if not any(map(math.isnan, chances)):
+                tree.add(parent, tokens, chances)
 
     def _unread(self, index: int, row: Row) -> list[int]:
         return super()._unread(index, row) if self._windows[index].end >= row.num_context - 1 else []

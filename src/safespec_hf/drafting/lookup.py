@@ -28,12 +28,11 @@ class LookupDrafter:
         drafts, kinds = [], []
         for row, ngrams, most in zip(rows, self._ngrams, num_tokens, strict=True):
             tokens, size = ngrams.continuation(row.prompt, row.tokens, most)
+            drafts.append(tokens)
             # tokens that go on with a match match ever more
-            evidence = [match_kind(size + index) for index in range(len(tokens))]
-            num = self.length.num_worthwhile(evidence)
-            drafts.append(tokens[:num])
-            kinds.append(evidence[:num])
-        return Proposal(drafts, kinds=kinds)
+            kinds.append([match_kind(size + index) for index in range(len(tokens))])
+        num = self.length.num_worthwhile(*kinds)
+        return Proposal([tokens[:num] for tokens in drafts], kinds=[row[:num] for row in kinds])
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""

@@ -9,7 +9,8 @@ Shapes: B rows, G drafts at most, S guesses for a token, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
 from ..engine.token_tree import chain_parents, is_chain
 from .draft_length import DraftLength, confidence_kind, other_kind
-from .drafters import Proposal, fit_vocabulary
+from .drafters import Found, Proposal, fit_vocabulary
 
 MAX_TREE = 32
 """Drafts of a row at most, other guesses included, where they are a tree."""
@@ -88,20 +89,29 @@ class ModelDrafter:
         is_long = row.num_context + num_tokens - 1 > self.num_positions
         return None if is_long or not self._unread(index, row) else self.cached
 
-    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
-        """At most `num_tokens[row]` drafts for each row, and other guesses beside them."""
+    def draft(self, rows: Sequence[Row], num_tokens: Sequence[int], found: Found | None = None) -> Proposal:
+        """At most `num_tokens[row]` drafts for each row, and other guesses beside them.
+
+        Args:
+            found ([`Found`], *optional*): What a lookup has for the rows, to be taken in where it fits in.
+        """
         blocks, nums = self._divide(rows, num_tokens)
         if max(nums) <= 0:
             return Proposal([[] for _ in rows])
-        try:
+        with self._fresh_after_errors(rows):
             guesses = self._write(rows, blocks, max(nums))
+        # a tree's mask grows with the block, and the first one holds the whole prompt
+        has_others = self.num_others > 0 and all(row.tokens for row in rows)
+        return self._propose(guesses, nums, has_others)
+
+    @contextmanager
+    def _fresh_after_errors(self, rows: Sequence[Row]) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             # whatever broke it off, the cache may hold half of a forward
             self.cached = CachedModel(self.cached.model, len(rows), usage=self.cached.usage)
             raise
-        # a tree's mask grows with the block, and the first one holds the whole prompt
-        has_others = self.num_others > 0 and all(row.tokens for row in rows)
-        return self._propose(guesses, nums, has_others)
 
     def _divide(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """What each row has to read first, nothing if it sits this round out, and how many drafts it gets."""
@@ -151,7 +161,9 @@ class ModelDrafter:
                     before * self.length.chance(confidence_kind(first))
                     for before, first in zip(reach, firsts, strict=True)
                 ]
-            if number + 1 == most or (reads_early and not self.length.drafts_more(max(reach))):
+            if number + 1 == most or (
+                reads_early and not self.length.drafts_more(sum(reach) / len(reach), number + 1)
+            ):
                 break
             output = self._go_on(guesses[-1].tokens_BS[:, 0], output)
         self._end()
@@ -207,7 +219,10 @@ class ModelDrafter:
         kinds = [[confidence_kind(chance) for chance in chances] for chances in _firsts(chances_BGS, nums)]
         # What is dropped may depend on how sure the draft is, and on the tokens before, but never on the token
         # itself: what is left would no longer be distributed as its probabilities say.
-        kept = [self.length.num_worthwhile(row) for row in kinds]
+        num = self.length.num_worthwhile(*kinds)
+        kept = [min(num, len(row)) for row in kinds]
+        for row in kinds:
+            self.length.note(row)
         drafts = _firsts(tokens_BGS, kept)
         probs = [guess.probs_BV for guess in guesses if guess.probs_BV is not None]
         probs_BGV = _align_right(torch.stack(probs, 1), drafts) if probs and any(drafts) else None
@@ -215,8 +230,9 @@ class ModelDrafter:
             return Proposal(drafts, probs_BGV)
         kinds = [row[:num] for row, num in zip(kinds, kept, strict=True)]
         parents = [chain_parents(num) for num in kept]
-        for row in range(len(drafts)) if has_others else ():
-            self._add_others(tokens_BGS[row], chances_BGS[row][: nums[row]], drafts[row], kinds[row], parents[row])
+        for index in range(len(drafts)) if has_others else ():
+            chances_GS = chances_BGS[index][: nums[index]]
+            self._add_others(tokens_BGS[index], chances_GS, drafts[index], kinds[index], parents[index], max(kept))
         return Proposal(drafts, probs_BGV, kinds, None if all(map(is_chain, parents)) else parents)
 
     def _add_others(
@@ -226,13 +242,19 @@ class ModelDrafter:
         drafts: list[int],
         kinds: list[int],
         parents: list[int],
+        num_free: int,
     ) -> None:
-        """Adds the other guesses that are worth verifying, as leaves beside the chain."""
+        """Adds the other guesses that are worth verifying, as leaves beside the chain.
+
+        Rows are read as wide as the widest: in the others so many drafts cost nothing more.
+        """
         reach, chain = 1.0, list(kinds)
         for place, (tokens, chances) in enumerate(zip(tokens_GS, chances_GS, strict=False)):
             for token, chance in zip(tokens[1:], chances[1:], strict=True):
                 kind = other_kind(chance)
-                if len(drafts) < MAX_TREE and self.length.verifies(reach * self.length.chance(kind)):
+                is_free = len(drafts) < num_free
+                mean = reach * self.length.chance(kind) / len(self.cached.lengths)
+                if len(drafts) < MAX_TREE and (is_free or self.length.verifies(mean, len(drafts))):
                     drafts.append(token)
                     kinds.append(kind)
                     parents.append(place - 1)

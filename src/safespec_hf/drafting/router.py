@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from ..answer.rows import Row
 from ..engine.cache import CachedModel
 from ..heads.draft_head import DraftHead
-from .draft_length import DraftCosts, DraftLength
-from .drafters import Drafter, Proposal, fill_gaps
+from .draft_length import DraftCosts, DraftLength, Pace
+from .drafters import Drafter, Found, Proposal, fill_gaps
 from .head import HeadDrafter
 from .lookup import LookupDrafter
 from .model import ModelDrafter
@@ -46,8 +46,9 @@ class DraftRouter:
     ):
         self.vocab_size = vocab_size
         self.num_plain_rounds = 0
-        costs, is_adaptive = costs or DraftCosts(), costs is not None
-        length = DraftLength(costs, is_adaptive)
+        self.costs, is_adaptive = costs or DraftCosts(), costs is not None
+        self._pace = Pace(self.costs)
+        length = DraftLength(self._pace, is_adaptive)
         # to be lossless, sampling takes its drafts one after the other
         num_others = NUM_OTHERS if takes_trees and is_adaptive and not do_sample else 0
         self.model: ModelDrafter | None = None
@@ -57,11 +58,11 @@ class DraftRouter:
             self.model = ModelDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
         self.lookup: LookupDrafter | None = None
         if max_matching_ngram_size:
-            lookup_length = DraftLength(DraftCosts(verify=costs.verify), is_adaptive)
+            lookup_length = DraftLength(self._pace, is_adaptive, is_free=True)
             self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
         self._drafters: list[Drafter] = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
-        self._from_model: list[bool] = []
         self._last: Proposal = Proposal([])
+        self._num_steps = 0  # forwards of the draft model for it
 
     @property
     def layers(self) -> list[int]:
@@ -91,11 +92,15 @@ class DraftRouter:
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
         """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
         nothing: Proposal = Proposal([[] for _ in rows])
+        self._pace.costs, num_forwards = self.costs.of_rows(len(rows)), self.num_forwards
         found = nothing if self.lookup is None else self.lookup.draft(rows, num_tokens)
         uses_model = self.model is not None and max(num_tokens) > 0 and self._prefers_model(found, max(num_tokens))
-        made = self.model.draft(rows, num_tokens) if uses_model and self.model is not None else nothing
-        proposal, self._from_model = fill_gaps(made, found)
-        self._last = proposal
+        made = nothing
+        if uses_model and self.model is not None:
+            shown = None if self.lookup is None else Found(found, self.lookup.length)
+            made = self.model.draft(rows, num_tokens, shown)
+        proposal = fill_gaps(made, found)
+        self._last, self._num_steps = proposal, self.num_forwards - num_forwards
         self.num_plain_rounds += bool(self._drafters) and not any(proposal.drafts)
         return proposal
 
@@ -109,11 +114,13 @@ class DraftRouter:
 
     def record(self, paths: Sequence[Sequence[int]]) -> None:
         """Learns which of each row's drafts the target accepted."""
+        costs = self._pace.costs
+        widest = max(map(len, self._last.drafts), default=0)
+        num_tokens = 1 + sum(map(len, paths)) / max(len(paths), 1)
+        self._pace.record(num_tokens, costs.block(1 + widest) + self._num_steps * costs.draft)
         no_trees: list[Sequence[int] | None] = [None for _ in paths]
-        rows = zip(self._from_model, self._last.kinds or [], self._last.parents or no_trees, paths, strict=False)
-        for from_model, kinds, parents, path in rows:
-            drafter = self.model if from_model else self.lookup
-            if drafter is not None and kinds:
+        for kinds, parents, path in zip(self._last.kinds or [], self._last.parents or no_trees, paths, strict=False):
+            for drafter in self._drafters:
                 drafter.length.record(kinds, path, parents)
         for row, path in enumerate(paths):
             num_first = sum(draft == index for index, draft in enumerate(path))

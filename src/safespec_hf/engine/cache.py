@@ -213,6 +213,14 @@ class CachedModel:
                 states.append(state)
             _set_layer(self.cache, index, *states)
 
+    def pretend(self, length: int) -> None:
+        """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
+        self.columns = Columns.filled(len(self.lengths), length)
+        for index, layer in enumerate(self.cache.layers):
+            room = (0, 0, length - layer.get_seq_length(), 0)
+            states = [torch.nn.functional.pad(torch.zeros_like(state), room) for state in (layer.keys, layer.values)]
+            _set_layer(self.cache, index, *states)
+
     def take_cache(self, cache: DynamicCache) -> None:
         """Goes on with a cache of one row that the caller filled."""
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, cache.get_seq_length()), True

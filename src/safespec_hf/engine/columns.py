@@ -101,10 +101,10 @@ class Columns:
         causal_TL = np.tril(np.ones((width, self.num), dtype=bool), self.num - width)
         mask_BTL = causal_TL & self.used_BL[:, None]
         for row, tree in enumerate(parents):
-            first = width - len(tree)
+            first, last = width - len(tree), self.lengths[row] - len(tree) - 1
             for draft in range(len(tree)):
                 path = path_to(draft, tree)
-                positions_BT[row, first + draft] = positions_BT[row, first - 1] + len(path)
+                positions_BT[row, first + draft] = last + len(path)
                 mask_BTL[row, first + draft, self.num - len(tree) :] = False
                 mask_BTL[row, first + draft, self.num - len(tree) + np.array(path)] = True
         # a column of padding sees itself: with nothing to see it would become nan, and spread

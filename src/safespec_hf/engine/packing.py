@@ -1,8 +1,7 @@
-"""Weights on a CPU, copied into the layout that its kernels read fastest. The products stay the same.
+"""Weights on a CPU, copied into the layouts that its kernels read fastest. The products stay the same.
 
-A forward over few tokens is little but reading weights, and oneDNN reads a matrix that lies in blocks up to twice as
-fast as one that lies in rows. torch.compile does the same when it freezes a model; here it takes no compilation, and a
-tenth of a second for 100 million weights.
+torch.compile does the same when it freezes a model; here it takes no compilation, and some tenths of a second for 100
+million weights. Layouts are chosen by [`products`][safespec_hf.engine.products].
 
 A copy lives as long as the memory that it was made from: moving, recasting or loading weights lets go of it, and so
 does [`release_packed`].
@@ -11,52 +10,50 @@ does [`release_packed`].
 from __future__ import annotations
 
 import functools
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .products import DTYPES, LAYOUTS, PLAIN, WIDTHS, fastest_layouts, usual_layouts, width_index
 from .sharing import Shared, ThreadSwitch
+from .speeds import MIN_MEASURED_WEIGHTS, describe, remembered
 
 MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
 _WIDTH, _NUM_ROWS = 1024, 256  # weights are read for a fingerprint in rows, of which so many stay in a core's cache
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """A packed copy of a matrix, for [`multiply`]; `None` where there is no such thing."""
-    if weight.device.type != "cpu" or not _is_supported(weight.dtype):
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+class _Copies(NamedTuple):
+    """Of one weight: by the name of the layout, `None` where it can't be kept in it."""
 
-
-def multiply(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` with a packed matrix. Has no gradient. Sums may be taken in another order.
-
-    Example:
-
-        >>> import torch
-        >>> weight = torch.eye(2, dtype=torch.bfloat16)
-        >>> packed = pack(weight)
-        >>> inputs = torch.ones(1, 2, dtype=torch.bfloat16)
-        >>> (inputs if packed is None else multiply(inputs, packed, None)).tolist()
-        [[1.0, 1.0]]
-    """
-    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
-
-
-class _Copy(NamedTuple):
-    matrix: Tensor
+    matrices: dict[str, Any]
     fingerprint: int
-    end: weakref.finalize[[Any, None], Any]
+    end: weakref.finalize[[Any], Any]
+
+    def products(self, layouts: Sequence[str]) -> list[Product | None]:
+        """For each of [`WIDTHS`] what multiplies, or `None` where that is the layer itself."""
+        found = [(name, self.matrices.get(name)) for name in layouts]
+        return [None if copy is None else Product(LAYOUTS[name].multiply, copy) for name, copy in found]
 
 
-# By the place of the original: torch.compile can't trace a tensor of oneDNN's layout, so compiled code looks here
-_COPIES: dict[tuple[object, ...], _Copy] = {}
+class Product(NamedTuple):
+    """A product with a copy of a weight."""
+
+    multiply: Callable[[Tensor, Any, Tensor | None], Tensor]
+    matrix: Any
+
+
+_COPIES: dict[tuple[object, ...], _Copies] = {}
+"""By the place of the original."""
+_PRODUCTS: dict[tuple[object, ...], list[Product | None]] = {}
+"""Those in use, by the same places: torch.compile can't trace tensors of such layouts, so compiled code looks here."""
 # One for each layer: compiled code remembers which one it saw
 _FORWARDS: weakref.WeakKeyDictionary[nn.Module, PackedLinear] = weakref.WeakKeyDictionary()
 _PATCHES = Shared()
@@ -76,7 +73,7 @@ class PackedLinear:
         self.layer = weakref.ref(layer)
         self.weight: Any = None
         self.bias: Tensor | None = None
-        self.packed: Tensor | None = None
+        self.products: list[Product | None] = []
 
     def put_on(self) -> Callable[[], None]:
         """Becomes the layer's forward; returns what undoes it."""
@@ -86,13 +83,14 @@ class PackedLinear:
 
     def _take_off(self) -> None:
         vars(self.layer()).pop("forward", None)
-        self.weight = self.bias = self.packed = None
+        self.weight = self.bias = None
+        self.products = []
 
-    def update(self) -> None:
-        """Takes the weights that the layer has now."""
+    def update(self, products: list[Product | None]) -> None:
+        """Takes the weights that the layer has now, and their products for [`WIDTHS`]."""
         layer: Any = self.layer()
         self.weight, self.bias = layer.weight, layer.bias
-        self.packed = _find_copy(layer.weight)
+        self.products = _PRODUCTS[_place(layer.weight)] = products
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's outputs."""
@@ -100,14 +98,18 @@ class PackedLinear:
             if torch.is_grad_enabled():
                 return nn.functional.linear(inputs, self.weight, self.bias)
             return torch.ops.safespec_hf.multiply(inputs, self.weight, self.bias)
-        packed = self.packed
-        if packed is None or not _PACKS.is_on or torch.is_autocast_enabled("cpu"):
+        product = _choose(self.products, inputs) if _PACKS.is_on else None
+        if product is None or torch.is_autocast_enabled("cpu"):
             return nn.Linear.forward(self.layer(), inputs)  # type: ignore[arg-type]  # who calls has it
-        return multiply(inputs, packed, self.bias)
+        return product.multiply(inputs, product.matrix, self.bias)
 
     def __reduce__(self) -> Any:
         # a copy of the model that is made while a call runs gets the layer's own forward, of its own layer
         return _own_forward, (self.layer(),)
+
+
+def _choose(products: Sequence[Product | None], inputs: Tensor) -> Product | None:
+    return products[width_index(inputs.numel() // inputs.shape[-1])] if products else None
 
 
 def _own_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -119,10 +121,10 @@ _LIBRARY.define("multiply(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def _multiply_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    known = _COPIES.get(_place(weight))
-    if known is None:  # somebody else's compiled forward, which was traced while a call was running
+    product = _choose(_PRODUCTS.get(_place(weight), ()), inputs)
+    if product is None:  # such as in somebody else's compiled forward, which was traced while a call was running
         return nn.functional.linear(inputs, weight, bias)
-    return multiply(inputs, known.matrix, bias)
+    return product.multiply(inputs, product.matrix, bias)
 
 
 def _shape_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,7 +136,9 @@ torch.library.register_fake("safespec_hf::multiply", _shape_compiled, lib=_LIBRA
 
 
 @contextmanager
-def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -> Iterator[None]:
+def packed_weights(
+    models: Sequence[nn.Module], is_wanted: bool | None = None, is_measured: bool = True
+) -> Iterator[None]:
     """Runs the linear layers of models with packed weights, in this thread.
 
     Copies are kept for the next time, as long as the weights are the same. Under autocast, which casts weights as it
@@ -142,21 +146,61 @@ def packed_weights(models: Sequence[nn.Module], is_wanted: bool | None = None) -
 
     Args:
         models (`Sequence[torch.nn.Module]`):
-            What is on a CPU in float32 or bfloat16 is packed, the rest is left alone.
-        is_wanted (`bool`, *optional*): `None` packs if the weights take at most 1 GiB.
+            What is on a CPU in float32, bfloat16 or float16 is packed if that is faster, the rest is left alone.
+        is_wanted (`bool`, *optional*): `None` packs if the copies take at most 1 GiB.
+        is_measured (`bool`, defaults to `True`):
+            Whether to choose layouts by measurement, once on a machine, instead of by the kind of its CPU.
     """
-    layers: list[Any] = [layer for model in models for layer in model.modules() if _is_plain_linear(layer)]
-    num_bytes = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    is_too_large = is_wanted is None and num_bytes > MAX_AUTO_BYTES
-    if is_wanted is False or is_too_large or torch.is_autocast_enabled("cpu"):
-        layers = []
+    plans: list[tuple[Any, tuple[str, ...]]] = []
+    if is_wanted is not False and not torch.is_autocast_enabled("cpu"):
+        plans = _plan(models, math.inf if is_wanted else MAX_AUTO_BYTES, is_measured)
     with (
-        _PATCHES.held({id(layer): _forward_of(layer).put_on for layer in layers}),
-        _PACKS.turned(bool(layers)),
+        _PATCHES.held({id(layer): _forward_of(layer).put_on for layer, _ in plans}),
+        _PACKS.turned(bool(plans)),
     ):
-        for layer in layers:
-            _forward_of(layer).update()
+        copies = _find_copies([(layer.weight, layouts) for layer, layouts in plans])
+        for (layer, layouts), found in zip(plans, copies, strict=True):
+            _forward_of(layer).update(found.products(layouts))
         yield
+
+
+def _plan(models: Sequence[nn.Module], most_bytes: float, is_measured: bool) -> list[tuple[Any, tuple[str, ...]]]:
+    """Layers to pack, and the layouts of each for [`WIDTHS`]."""
+    layers: list[list[Any]] = [[each for each in model.modules() if _is_plain_linear(each)] for model in models]
+    least = sum(2 * layer.weight.numel() for some in layers for layer in some)
+    if least > most_bytes:
+        return []
+    plans = []
+    for model, some in zip(models, layers, strict=True):
+        for dtype in {layer.weight.dtype for layer in some}:
+            own = [layer for layer in some if layer.weight.dtype == dtype]
+            is_large = sum(layer.weight.numel() for layer in own) >= MIN_MEASURED_WEIGHTS
+            layouts = _layouts(model, own, dtype) if is_measured and is_large else usual_layouts(dtype)
+            plans += [(layer, layouts) for layer in own]
+    if _num_bytes(plans) > most_bytes:
+        # rather one copy than none: that for a few tokens, which most forwards are over
+        plans = [(layer, (layouts[1],) * len(layouts)) for layer, layouts in plans]
+    plans = [(layer, layouts) for layer, layouts in plans if set(layouts) != {PLAIN}]
+    return plans if _num_bytes(plans) <= most_bytes else []
+
+
+def _layouts(model: nn.Module, layers: Sequence[Any], dtype: torch.dtype) -> tuple[str, ...]:
+    return remembered(
+        "layouts",
+        {"model": describe(model), "dtype": str(dtype)},
+        lambda: fastest_layouts(layer.weight for layer in layers),
+        _read_layouts,
+    )
+
+
+def _read_layouts(names: Sequence[str]) -> tuple[str, ...]:
+    if len(names) != len(WIDTHS) or not set(names) <= {PLAIN, *LAYOUTS}:
+        raise ValueError(f"Not names of layouts: {names}.")
+    return tuple(names)
+
+
+def _num_bytes(plans: Sequence[tuple[Any, tuple[str, ...]]]) -> int:
+    return sum(LAYOUTS[name].num_bytes(layer.weight) for layer, names in plans for name in {*names} - {PLAIN})
 
 
 def release_packed(model: nn.Module) -> None:
@@ -166,9 +210,9 @@ def release_packed(model: nn.Module) -> None:
         model (`torch.nn.Module`): The model.
     """
     for layer in model.modules():
-        known = _COPIES.pop(_place(layer.weight), None) if isinstance(layer, nn.Linear) else None
+        known = _COPIES.get(_place(layer.weight)) if isinstance(layer, nn.Linear) else None
         if known is not None:
-            known.end.detach()
+            known.end()
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -188,25 +232,50 @@ def _is_plain_linear(layer: Any) -> bool:
     forward, weights = layer.__dict__.get("forward"), [layer.weight, *([] if layer.bias is None else [layer.bias])]
     is_free = forward is None or isinstance(forward, PackedLinear)  # of another thread's call
     is_fit = all(is_plain(weight) and weight.dtype == layer.weight.dtype for weight in weights)
-    return is_free and is_fit and layer.weight.device.type == "cpu" and _is_supported(layer.weight.dtype)
+    return is_free and is_fit and layer.weight.device.type == "cpu" and layer.weight.dtype in DTYPES
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
-def _find_copy(weight: Tensor) -> Tensor:
+def _find_copies(weights: Sequence[tuple[Tensor, Sequence[str]]]) -> list[_Copies]:
+    """Those that are there, and those that are not yet: packed side by side, as each takes one core."""
+    found = [_copies_of(weight) for weight, _ in weights]
+    # tied weights are there once
+    missing = {
+        (id(copies), name): (copies, weight, name)
+        for copies, (weight, layouts) in zip(found, weights, strict=True)
+        for name in {*layouts} - {PLAIN} - copies.matrices.keys()
+    }
+    if missing:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for (copies, _, name), matrix in zip(missing.values(), pool.map(_pack, missing.values()), strict=True):
+                copies.matrices[name] = matrix
+    return found
+
+
+def _pack(missing: tuple[_Copies, Tensor, str]) -> Any:
+    _, weight, name = missing
+    return LAYOUTS[name].pack(weight)
+
+
+def _copies_of(weight: Tensor) -> _Copies:
     place, now = _place(weight), fingerprint(weight)
     known = _COPIES.get(place)
-    if known is not None and known.fingerprint == now:
-        return known.matrix
-    if known is not None:
-        known.end.detach()
-    matrix, end = pack(weight), weakref.finalize(weight.untyped_storage(), _COPIES.pop, place, None)
-    end.atexit = False
-    assert matrix is not None
-    _COPIES[place] = _Copy(matrix, now, end)
-    return matrix
+    if known is not None and known.fingerprint != now:
+        known.end()
+        known = None
+    if known is None:
+        end = weakref.finalize(weight.untyped_storage(), _forget, place)
+        end.atexit = False
+        known = _COPIES[place] = _Copies({}, now, end)
+    return known
+
+
+def _forget(place: tuple[object, ...]) -> None:
+    _COPIES.pop(place, None)
+    _PRODUCTS.pop(place, None)
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -245,10 +314,3 @@ def fingerprint(weight: Tensor) -> int:
 def _multipliers(num: int) -> Tensor:
     generator = torch.Generator().manual_seed(num)
     return torch.randint(-(2**62), 2**62, (num,), generator=generator, dtype=torch.int64).mul_(2).add_(1)
-
-
-@functools.cache
-def _is_supported(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

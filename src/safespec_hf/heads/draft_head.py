@@ -245,7 +245,8 @@ class DraftHead(StrictModel):
                 own `hidden_states`. Zeros for a context's first token.
             cache ([`~transformers.Cache`], *optional*): Of the context before the block. Default: a new one.
             position_ids (`torch.LongTensor` of shape `(B or 1, T)`, *optional*): Default: go on after the cache.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a column holds no token of a row.
+            attention_mask (`torch.Tensor` of shape `(B, L)` or `(B, 1, T, L)`, *optional*):
+                0 where a column holds no token of a row; or which columns each token of the block sees.
             use_cache (`bool`, defaults to `True`): `False` reads the cache, but does not add the block to it.
             logits_to_keep (`int`, defaults to 0): Logits of this many of the last positions; 0 is all.
             return_dict (`bool`, defaults to `True`): There is no other form.
@@ -349,6 +350,8 @@ def _attend(query_BTHC: Tensor, key_BKLC: Tensor, value_BKLC: Tensor, attention_
 def _build_mask(attention_mask: Tensor | None, num_new: int, length: int, device: torch.device) -> Tensor | None:
     if attention_mask is None and num_new in (1, length):
         return None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
     past = length - num_new
     causal_TL = torch.ones(num_new, length, dtype=torch.bool, device=device).tril(past)
     if attention_mask is None:

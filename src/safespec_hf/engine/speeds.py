@@ -1,0 +1,193 @@
+"""How long things take on this machine: measured once, and remembered on disk.
+
+Something that is measured and then decided by must be decided the same way the next time. So what was measured holds
+for as long as machine and model are the same, in this process and in later ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+
+FORMAT = 1
+"""Of the files; those of another one are measured anew."""
+MIN_MEASURED_WEIGHTS = 2**23
+"""A model of fewer is not timed: whatever is decided, it saves next to nothing."""
+CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""What takes instructions away from a process."""
+Value = TypeVar("Value")
+_known: dict[tuple[str, str], Any] = {}
+_spent = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSeconds:
+    """Seconds of a forward, by the tokens in it.
+
+    Args:
+        points (`tuple[tuple[int, float], ...]`): Numbers of tokens, rising, at least one, and their seconds.
+
+    Raises:
+        ValueError: If there are none, or one of them is not positive.
+
+    Example:
+
+        >>> BlockSeconds(((1, 0.04), (5, 0.08))).at(2), BlockSeconds(((1, 0.04), (5, 0.08))).at(9)
+        (0.05, 0.12)
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        is_sound = all(num >= 1 and 0 < seconds < math.inf for num, seconds in self.points)
+        if not self.points or not is_sound:
+            raise ValueError(f"Seconds of blocks must be positive, and at least one, but they are {self.points}.")
+
+    def at(self, num_tokens: int) -> float:
+        """Seconds for so many tokens, >= 1. More tokens never take less time."""
+        points, most = [], 0.0
+        for num, seconds in sorted(self.points):
+            most = max(most, seconds)
+            points.append((num, most))
+        if len(points) == 1 or num_tokens <= points[0][0]:
+            return points[0][1]
+        after = next((index for index, (num, _) in enumerate(points) if num >= num_tokens), len(points) - 1)
+        (low, less), (high, more) = points[after - 1], points[after]
+        return round(less + (more - less) * (num_tokens - low) / (high - low), 9)
+
+
+def measure_blocks(run: Callable[[int], object], widths: Sequence[int], budget: float) -> BlockSeconds:
+    """Times blocks of several widths in turns, so that all of them meet a machine that gets slower or faster.
+
+    Args:
+        run (`Callable`): A forward over so many tokens, that has ended when it returns.
+        widths (`Sequence[int]`): Which ones; the first two are measured in any case.
+        budget (`float`): Seconds that this may take, about.
+    """
+    run(widths[0])  # what is made once is made here
+    best: dict[int, float] = {}
+    start, num_passes = time.perf_counter(), 0
+    while num_passes < 3:
+        for number, width in enumerate(widths):
+            if number >= 2 and width not in best and time.perf_counter() - start > budget / 2:
+                continue
+            begin = time.perf_counter()
+            run(width)
+            best[width] = min(best.get(width, math.inf), time.perf_counter() - begin)
+        num_passes += 1
+        widths = [width for width in widths if width in best]
+        if (time.perf_counter() - start) * (num_passes + 1) / num_passes > budget:
+            break
+    return BlockSeconds(tuple(sorted(best.items())))
+
+
+def remembered(kind: str, about: Mapping[str, Any], measure: Callable[[], Any], read: Callable[[Any], Value]) -> Value:
+    """What was measured on a machine like this one before, or else is measured now.
+
+    Args:
+        kind (`str`): What is measured.
+        about (`Mapping[str, Any]`): What it depends on, besides the machine; ready for JSON.
+        measure (`Callable`): Measures it; the result is ready for JSON.
+        read (`Callable`):
+            Makes of a result what is returned. Raises `TypeError`, `ValueError` or `LookupError` for one that is none:
+            then it is measured anew.
+    """
+    about = json.loads(json.dumps({"kind": kind, "format": FORMAT, "machine": machine(), **about}))
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    path = folder() / f"{name}.json"
+    key = str(path.parent), name
+    if key not in _known:
+        try:
+            _known[key] = read(json.loads(path.read_text())["result"])
+        except (OSError, TypeError, ValueError, LookupError):
+            start = time.perf_counter()
+            result = measure()
+            _spent.seconds = spent() + time.perf_counter() - start
+            _known[key] = read(json.loads(json.dumps(result)))
+            _write(path, {"about": about, "result": result})
+    known: Value = _known[key]
+    return known
+
+
+def spent() -> float:
+    """Seconds that this thread has spent on measuring so far."""
+    seconds: float = getattr(_spent, "seconds", 0.0)
+    return seconds
+
+
+def forget() -> None:
+    """Forgets what this process has read or measured; files stay."""
+    _known.clear()
+
+
+def folder() -> Path:
+    """Where files are kept: `speeds` in `SAFESPEC_CACHE`, which is `~/.cache/safespec-hf` by default."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "safespec-hf"
+    return Path(os.environ.get("SAFESPEC_CACHE") or default).expanduser() / "speeds"
+
+
+def _write(path: Path, value: object) -> None:
+    """Writes a file whole or not at all; where nothing can be written, this process remembers by itself."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            json.dump(value, file)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def machine() -> dict[str, Any]:
+    """What the speed of a process depends on, besides what it runs."""
+    return {
+        "cpu": _cpu(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "variables": {name: os.environ[name] for name in CPU_VARIABLES if name in os.environ},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@functools.cache
+def _cpu() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    wanted = ("model name", "cpu family", "model", "flags", "Features", "CPU part")
+    found = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    return [platform.machine(), *(value.strip() for name, value in found.items() if name.strip() in wanted)]
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What the speed of a model's forwards depends on: its shapes, formats and devices, but not its weights."""
+    config: Any = getattr(model, "config", None)  # a layer on its own has none
+    fields = {} if config is None else config.to_dict()
+    fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "name_or_path"}
+    kinds = {f"{weight.device} {weight.dtype} {type(weight).__name__}" for weight in model.parameters()}
+    devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+    shapes = [[name, list(weight.shape)] for name, weight in model.named_parameters()]
+    text = json.dumps([fields, shapes], sort_keys=True, default=str)
+    return {
+        "class": type(model).__name__,
+        "config": hashlib.sha256(text.encode()).hexdigest()[:32],
+        "attention": "" if config is None else str(config._attn_implementation),
+        "weights": sorted(kinds),
+        "devices": sorted({torch.cuda.get_device_name(device) for device in devices}),
+    }
