@@ -118,7 +118,8 @@ class SafeSpecConfig:
             less than a second and is kept on disk (in `SAFESPEC_CACHE`, by default `~/.cache/safespec-hf`); and within
             an answer it stops drafting while rounds take longer than plain steps would. `"weights"` counts the weights
             that forwards read, and looks at no clock: then a sampled call with a seed draws the same text on every
-            machine. Models of less than 8 million weights are never timed.
+            machine. Models of less than 8 million weights, and those of which other processes hold parts, are never
+            timed.
         lookup_drafts (`bool`, defaults to `True`):
             With a draft model, also draft what followed the same tokens earlier, where that promises more.
         pack_weights (`bool`, *optional*):

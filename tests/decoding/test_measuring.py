@@ -17,8 +17,7 @@ PROMPT = torch.tensor([[12, 18, 24, 13]])
 @pytest.fixture(autouse=True)
 def _all_are_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("SAFESPEC_CACHE", str(tmp_path))
-    for module in (request, packing):
-        monkeypatch.setattr(module, "MIN_MEASURED_WEIGHTS", 0)
+    monkeypatch.setattr(speeds, "MIN_TIMED_WEIGHTS", 0)
     speeds.forget()
 
 
@@ -83,6 +82,21 @@ def test_who_wants_nothing_measured_gets_that(target, draft, never, tokenizer, p
     attach_safety_head(target, never, tokenizer=tokenizer)
     output = answer(target, assistant_model=draft, safespec=policy)
     assert output.statistics.measuring_seconds == output.statistics.num_watch_pauses == 0
+
+
+class Part(torch.nn.Parameter):
+    """As tensor parallelism and FSDP leave behind."""
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "is_part", "is_timed"), [(1, True, True), (2, False, True), (2, True, False)]
+)
+def test_processes_that_share_a_model_go_by_no_clock(target, monkeypatch, num_processes, is_part, is_timed):
+    monkeypatch.setattr(speeds.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(speeds.dist, "get_world_size", lambda: num_processes)
+    if is_part:
+        target.lm_head.weight = Part(target.lm_head.weight.data)
+    assert speeds.is_timed(target, 10**9) is is_timed
 
 
 def test_without_anything_to_draft_there_is_nothing_to_decide(target, tokenizer):

@@ -197,3 +197,14 @@ def test_what_a_token_costs_is_never_more_than_a_plain_step():
     for _ in range(100):
         pace.record(4.0, 2.0)
     assert pace.token_cost == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_draft_that_is_never_sure_enough_to_be_verified_is_given_up():
+    # nothing of it is ever accepted or rejected, as it is dropped each time
+    length, num_tried = DraftLength(DraftCosts(draft=0.15, verify=0.2)), 0
+    for _ in range(256):
+        if length.starts():
+            num_tried += 1
+            length.note([UNSURE])
+            assert length.num_worthwhile([UNSURE]) == 0
+    assert num_tried < 25

@@ -80,6 +80,20 @@ def test_unchanged_weights_are_packed_once(model, monkeypatch):
         assert packed_layers(model)
 
 
+@torch.no_grad()
+def test_weights_that_do_not_fit_into_what_was_chosen_for_their_kind_are_packed_otherwise(monkeypatch):
+    model = build_model()
+    model.lm_head.weight.copy_(model.lm_head.weight.bfloat16())  # fits into 16 bits; the others don't
+    monkeypatch.setattr(packing_module, "usual_layouts", lambda _: ("halves",) * 4)
+    inputs = torch.randn(1, 32)
+    with packed_weights([model], True):
+        for layer in (model.lm_head, model.model.layers[0].mlp.up_proj):
+            assert None not in layer.forward.products
+            torch.testing.assert_close(layer(inputs), F.linear(inputs, layer.weight), atol=1e-5, rtol=1e-5)
+    names = [set(copies.matrices) for copies in packing_module._COPIES.values()]
+    assert {"halves", "blocks"} in names
+
+
 def test_a_copy_of_the_model_has_its_own_weights(model):
     with packed_weights([model]):
         pass

@@ -40,7 +40,7 @@ from ..drafting.draft_length import DraftCosts
 from ..drafting.router import DraftRouter
 from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
-from ..engine.speeds import MIN_MEASURED_WEIGHTS
+from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
@@ -313,7 +313,7 @@ def draft_costs(
 
     A forward over few tokens spends most of its time on reading weights, but not on every machine.
     """
-    if policy.costs == "measured" and num_read(model) >= MIN_MEASURED_WEIGHTS:
+    if policy.costs == "measured" and is_timed(model, num_read(model)):
         return measure_costs(
             model,
             assistant,

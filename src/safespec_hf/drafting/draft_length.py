@@ -125,7 +125,7 @@ class DraftLength:
         others = [Chance((kind + 0.5) / 2 / NUM_OTHER_CONFIDENCES) for kind in range(NUM_OTHER_CONFIDENCES)]
         self._chances += others
         # how often a draft model is how sure: of the first draft of a round, and of others
-        self._shares = [[0.3] * NUM_CONFIDENCES, [0.3] * NUM_CONFIDENCES]
+        self._shares = [[0.2] * NUM_CONFIDENCES, [0.2] * NUM_CONFIDENCES]
         self._pause = self._left = FIRST_PAUSE
 
     def starts(self) -> bool:
@@ -236,14 +236,15 @@ class DraftLength:
 
     def _looks_promising(self, num: int, reach: float) -> bool:
         """Whether drafts after `num` ones gain something on average, if they are dropped where they look bad."""
-        if max(self._gains(num, reach, FAR), default=0.0) > 0:
-            return True
         if self.is_free:
-            return False
-        shares = self._shares[min(num, 1)]
-        gains = [self._worth(reach * self.chance(kind)) - self._step(num) for kind in range(NUM_CONFIDENCES)]
-        expected = sum(share * max(gain, 0.0) for share, gain in zip(shares, gains, strict=True)) / sum(shares)
-        return expected > self.pace.costs.draft
+            return self._ahead(num, reach) > 0
+        shares, expected = self._shares[min(num, 1)], 0.0
+        for kind, share in enumerate(shares):
+            after = reach * self.chance(kind)
+            gain = self._worth(after) - self._step(num)
+            # some that don't pay by themselves do with those after them
+            expected += share * max(gain, gain + self._ahead(num + 1, after), 0.0)
+        return expected > self.pace.costs.draft * sum(shares)
 
     def _ahead(self, num: int, reach: float) -> float:
         """What drafts after `num` ones are likely to gain at best; negative if none does."""

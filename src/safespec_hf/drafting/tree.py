@@ -44,13 +44,13 @@ class DraftTree:
     Example:
 
         >>> from safespec_hf.drafting.draft_length import DraftCosts
-        >>> tree = DraftTree(DraftLength(DraftCosts(draft=0.05, verify=0.03)), max_depth=3, max_size=8)
-        >>> tree.add(-1, tokens=[7, 8], probabilities=[0.6, 0.3])
+        >>> tree = DraftTree(DraftLength(DraftCosts(draft=0.05, verify=0.05)), max_depth=3, max_size=8)
+        >>> tree.add(-1, tokens=[7, 8], probabilities=[0.6, 0.05])
         >>> tree.to_continue()
         [0]
         >>> tree.add(0, tokens=[9, 4], probabilities=[0.9, 0.05])
         >>> tree.best()
-        ([7, 9, 8], [6, 9, 24], [-1, 0, -1])
+        ([7, 9, 8], [6, 9, 19], [-1, 0, -1])
     """
 
     def __init__(self, length: DraftLength, max_depth: int, max_size: int):

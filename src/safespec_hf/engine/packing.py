@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from .products import DTYPES, LAYOUTS, PLAIN, WIDTHS, fastest_layouts, usual_layouts, width_index
 from .sharing import Shared, ThreadSwitch
-from .speeds import MIN_MEASURED_WEIGHTS, describe, remembered
+from .speeds import describe, is_timed, remembered
 
 MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
+SPARE = "blocks"
+"""For float32 weights that do not fit into the layout that was chosen."""
 _WIDTH, _NUM_ROWS = 1024, 256  # weights are read for a fingerprint in rows, of which so many stay in a core's cache
 
 
@@ -39,8 +41,10 @@ class _Copies(NamedTuple):
 
     def products(self, layouts: Sequence[str]) -> list[Product | None]:
         """For each of [`WIDTHS`] what multiplies, or `None` where that is the layer itself."""
-        found = [(name, self.matrices.get(name)) for name in layouts]
-        return [None if copy is None else Product(LAYOUTS[name].multiply, copy) for name, copy in found]
+        found = {
+            name: Product(LAYOUTS[name].multiply, copy) for name, copy in self.matrices.items() if copy is not None
+        }
+        return [None if name == PLAIN else found.get(name, found.get(SPARE)) for name in layouts]
 
 
 class Product(NamedTuple):
@@ -174,8 +178,8 @@ def _plan(models: Sequence[nn.Module], most_bytes: float, is_measured: bool) -> 
     for model, some in zip(models, layers, strict=True):
         for dtype in {layer.weight.dtype for layer in some}:
             own = [layer for layer in some if layer.weight.dtype == dtype]
-            is_large = sum(layer.weight.numel() for layer in own) >= MIN_MEASURED_WEIGHTS
-            layouts = _layouts(model, own, dtype) if is_measured and is_large else usual_layouts(dtype)
+            is_worth_it = is_measured and is_timed(model, sum(layer.weight.numel() for layer in own))
+            layouts = _layouts(model, own, dtype) if is_worth_it else usual_layouts(dtype)
             plans += [(layer, layouts) for layer in own]
     if _num_bytes(plans) > most_bytes:
         # rather one copy than none: that for a few tokens, which most forwards are over
@@ -242,17 +246,28 @@ def _place(weight: Tensor) -> tuple[object, ...]:
 def _find_copies(weights: Sequence[tuple[Tensor, Sequence[str]]]) -> list[_Copies]:
     """Those that are there, and those that are not yet: packed side by side, as each takes one core."""
     found = [_copies_of(weight) for weight, _ in weights]
-    # tied weights are there once
-    missing = {
-        (id(copies), name): (copies, weight, name)
-        for copies, (weight, layouts) in zip(found, weights, strict=True)
-        for name in {*layouts} - {PLAIN} - copies.matrices.keys()
-    }
-    if missing:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for (copies, _, name), matrix in zip(missing.values(), pool.map(_pack, missing.values()), strict=True):
-                copies.matrices[name] = matrix
+    pairs = list(zip(found, weights, strict=True))
+    _fill([(copies, weight, name) for copies, (weight, layouts) in pairs for name in {*layouts} - {PLAIN}])
+    # layouts are chosen for models of a kind, and those of another one may hold numbers that do not fit in
+    _fill(
+        [
+            (copies, weight, SPARE)
+            for copies, (weight, layouts) in pairs
+            if weight.dtype == torch.float32 and any(copies.matrices.get(name, weight) is None for name in layouts)
+        ]
+    )
     return found
+
+
+def _fill(wanted: Sequence[tuple[_Copies, Tensor, str]]) -> None:
+    # tied weights are there once
+    missing = {(id(copies), name): (copies, weight, name) for copies, weight, name in wanted}
+    missing = {key: each for key, each in missing.items() if key[1] not in each[0].matrices}
+    if not missing:
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for (copies, _, name), matrix in zip(missing.values(), pool.map(_pack, missing.values()), strict=True):
+            copies.matrices[name] = matrix
 
 
 def _pack(missing: tuple[_Copies, Tensor, str]) -> Any:

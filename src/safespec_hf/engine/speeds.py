@@ -19,20 +19,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
 
 FORMAT = 1
 """Of the files; those of another one are measured anew."""
-MIN_MEASURED_WEIGHTS = 2**23
+MIN_TIMED_WEIGHTS = 2**23
 """A model of fewer is not timed: whatever is decided, it saves next to nothing."""
 CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """What takes instructions away from a process."""
 Value = TypeVar("Value")
 _known: dict[tuple[str, str], Any] = {}
 _spent = threading.local()
+_described: WeakKeyDictionary[nn.Module, tuple[object, dict[str, Any]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +178,28 @@ def _cpu() -> list[str]:
     return [platform.machine(), *(value.strip() for name, value in found.items() if name.strip() in wanted)]
 
 
+def is_timed(model: nn.Module, num_weights: int) -> bool:
+    """Whether forwards of a model with so many weights are worth timing, and may be.
+
+    Where other processes hold parts of it, all must run the same forwards, with the same roundings, and so must not go
+    by clocks of their own.
+    """
+    has_others = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    is_shared_out = has_others and any(type(weight) not in (Tensor, nn.Parameter) for weight in model.parameters())
+    return num_weights >= MIN_TIMED_WEIGHTS and not is_shared_out
+
+
 def describe(model: nn.Module) -> dict[str, Any]:
     """What the speed of a model's forwards depends on: its shapes, formats and devices, but not its weights."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    now = attention, tuple((id(weight), weight.dtype, weight.device) for weight in model.parameters())
+    known = _described.get(model)
+    if known is None or known[0] != now:  # every call asks, and it takes a tenth of a short forward to find out
+        known = _described[model] = now, _describe(model)
+    return known[1]
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)  # a layer on its own has none
     fields = {} if config is None else config.to_dict()
     fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "name_or_path"}
