@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from safespec_hf import SafeSpecConfig, SafetyHeadConfig
+from safespec_hf import SafeSpecConfig, SafetyHeadConfig, UnsupportedRequestError
 
 ILLEGAL_POLICY = [
     ("risk_threshold", 0.0),
@@ -27,6 +27,7 @@ ILLEGAL_POLICY = [
     ("recovery_temperature", math.inf),
     ("recovery_temperature", math.nan),
     ("candidate_source", "nobody"),
+    ("costs", "guessed"),
     ("seed", -1),
     ("seed", 2**64),
     ("flagged_token_penalty", -0.1),
@@ -44,6 +45,10 @@ ILLEGAL_HEAD = [
     ("ewma_decay", 0.0),
     ("ewma_decay", 1.0),
     ("span", "prompt"),
+    ("operating_points", {"strict": {}}),
+    ("operating_points", {"strict": {"risk_threshold": 1.5}}),
+    ("operating_points", {"strict": {"risk_threshold": True}}),
+    ("operating_points", {"strict": 0.5}),
     ("unsafe_label", 2),
     ("risk_threshold", 0.0),
     ("risk_threshold", 1.5),
@@ -210,3 +215,26 @@ def test_a_head_config_survives_a_json_round_trip(tmp_path):
     config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1, 2], pooling="ewma", target={"model_id": "org/name"})
     config.save_pretrained(tmp_path)
     assert SafetyHeadConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+POINTS = {"strict": {"risk_threshold": 0.2, "alpha": 0.05}, "permissive": {"risk_threshold": 0.9}}
+
+
+def test_an_operating_point_is_a_threshold_by_name(tmp_path):
+    SafetyHeadConfig(hidden_size=8, hidden_layers=[1], risk_threshold=0.5, operating_points=POINTS).save_pretrained(
+        tmp_path
+    )
+    config = SafetyHeadConfig.from_pretrained(tmp_path)
+    assert [config.threshold_at(name) for name in (None, "strict", "permissive")] == [0.5, 0.2, 0.9]
+
+
+@pytest.mark.parametrize("points", [POINTS, None])
+def test_an_operating_point_that_a_head_does_not_have_is_refused_by_name(points):
+    config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], operating_points=points)
+    with pytest.raises(UnsupportedRequestError, match=r"no operating point 'odd': it has (strict, permissive|none)"):
+        config.threshold_at("odd")
+
+
+def test_a_policy_has_a_threshold_or_an_operating_point():
+    with pytest.raises(ValueError, match="`operating_point` must be None where there is a `risk_threshold`"):
+        SafeSpecConfig(risk_threshold=0.3, operating_point="strict")

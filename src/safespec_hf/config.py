@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 
+from .errors import UnsupportedRequestError
+
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
 Costs = Literal["measured", "weights"]
@@ -42,6 +44,10 @@ class SafetyHeadConfig(PreTrainedConfig):
             Where pooling starts: at the segment's first token or at the answer's. Inserted text is never in it.
         unsafe_label (`int`, defaults to 1): 1 if the head's logit speaks for P(unsafe), 0 if for P(safe).
         risk_threshold (`float`, defaults to 0.5): A token is unsafe iff its risk is >= this, in (0, 1].
+        operating_points (`dict`, *optional*):
+            Other thresholds by name, chosen by `SafeSpecConfig(operating_point=)`: each a `dict` with `risk_threshold`
+            in (0, 1] and what was measured there. `safespec calibrate` sets `"strict"`, `"balanced"` and
+            `"permissive"`.
         target (`dict`, *optional*): [`target_binding`] of the target it was trained on.
 
     Raises:
@@ -67,6 +73,7 @@ class SafetyHeadConfig(PreTrainedConfig):
     span: str = "segment"
     unsafe_label: int = 1
     risk_threshold: float = 0.5
+    operating_points: dict[str, Any] | None = None
     target: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -92,6 +99,25 @@ class SafetyHeadConfig(PreTrainedConfig):
         _check("span", self.span, self.span in get_args(Span), f"one of {get_args(Span)}")
         _check("unsafe_label", self.unsafe_label, self.unsafe_label in (0, 1), "0 or 1")
         _check("risk_threshold", self.risk_threshold, 0 < self.risk_threshold <= 1, "in (0, 1]")
+        points = self.operating_points or {}
+        is_sound = all(_is_threshold(_get(point, "risk_threshold")) for point in points.values())
+        _check("operating_points", points, is_sound, "dicts with a `risk_threshold` in (0, 1], by name")
+
+    def threshold_at(self, operating_point: str | None = None) -> float:
+        """The threshold of an operating point; the head's own without one.
+
+        Raises:
+            UnsupportedRequestError: If there is no such point. Names those that there are.
+        """
+        if operating_point is None:
+            return self.risk_threshold
+        points = self.operating_points or {}
+        if operating_point not in points:
+            raise UnsupportedRequestError(
+                f"The head has no operating point {operating_point!r}: it has {', '.join(points) or 'none'}. "
+                "`safespec calibrate` sets them, or pass `risk_threshold=`."
+            )
+        return float(points[operating_point]["risk_threshold"])
 
     @property
     def num_features(self) -> int:
@@ -107,6 +133,9 @@ class SafeSpecConfig:
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
             is unsafe: next to nothing is flagged.
+        operating_point (`str`, *optional*):
+            One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
+            instead of a `risk_threshold`.
         num_draft_tokens (`int`, *optional*):
             Draft tokens per round at most, >= 1. Default: `prompt_lookup_num_tokens` or `num_assistant_tokens` if
             `generate` got it as an argument or in a generation config, the draft model's own included, else 8.
@@ -169,6 +198,7 @@ class SafeSpecConfig:
     """
 
     risk_threshold: float | None = None
+    operating_point: str | None = None
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
     costs: Costs = "measured"
@@ -193,6 +223,8 @@ class SafeSpecConfig:
         _check_types(self, _field_types(SafeSpecConfig))
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
+        is_one = threshold is None or self.operating_point is None
+        _check("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
         _check("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
         _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
@@ -238,6 +270,14 @@ class SafeSpecConfig:
                 f"A `SafeSpecConfig` has no field {', '.join(unknown)}. Its fields are {', '.join(known)}."
             )
         return cls(**values)
+
+
+def _get(point: object, name: str) -> object:
+    return point.get(name) if isinstance(point, Mapping) else None
+
+
+def _is_threshold(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _check(name: str, value: object, is_legal: bool, legal: str) -> None:

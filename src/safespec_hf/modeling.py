@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 
 from .config import SafeSpecConfig
 from .decoding.assistant import as_draft
-from .decoding.attachment import Attachment
+from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
 from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
 from .decoding.support import check_model
@@ -89,6 +89,7 @@ def attach_safety_head(
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model.config.name_or_path or "")
     check_target(head, model, tokenizer, ignore_mismatches)
     check_usable(head, model)
+    find_threshold(policy or SafeSpecConfig(), head)  # that there is none is told now
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)

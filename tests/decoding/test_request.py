@@ -345,3 +345,21 @@ def test_a_lookup_of_nothing_is_refused(guarded, name):
 def test_compiling_cannot_be_asked_for_and_disabled(guarded):
     with pytest.raises(UnsupportedRequestError, match="disable_compile"):
         guarded.generate(PROMPT, **SHORT, disable_compile=True, safespec=SafeSpecConfig(compile=True))
+
+
+def test_an_operating_point_decides_what_is_flagged_and_an_unknown_one_is_refused_at_once(target, noisy, tokenizer):
+    noisy.config.operating_points = {"strict": {"risk_threshold": 1e-6}, "permissive": {"risk_threshold": 1.0}}
+    policies = {
+        name: SafeSpecConfig(operating_point=name, max_recoveries=0) for name in ("strict", "permissive", "odd")
+    }
+    attach_safety_head(target, noisy, tokenizer=tokenizer, policy=policies["strict"])
+    assert target.safety.risk_threshold == 1e-6
+    outputs = [
+        target.generate(PROMPT, **SHORT, safespec=policy, return_dict_in_generate=True)
+        for policy in (True, policies["permissive"])
+    ]
+    assert [output.finish_reasons for output in outputs] == [["safety_refusal"], ["length"]]
+    with pytest.raises(UnsupportedRequestError, match="no operating point 'odd'"):
+        target.generate(PROMPT, **SHORT, safespec=policies["odd"])
+    with pytest.raises(UnsupportedRequestError, match="no operating point 'odd'"):
+        attach_safety_head(target, noisy, tokenizer=tokenizer, policy=policies["odd"])

@@ -1,18 +1,24 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from samples import make_examples
 
 from safespec_hf import SafeSpecError
 from safespec_hf.training.calibrate import (
+    OPERATING_POINTS,
+    alarms_per_1000_tokens,
+    calibrate_head,
     conformal_threshold,
     fit_temperature,
     fold_temperature,
     num_answers_needed,
     thresholds_by_source,
 )
+from safespec_hf.training.metrics import ScoredAnswers
 
 NUM_RESAMPLES, NUM_NEW = 2000, 50
 
@@ -84,3 +90,59 @@ def test_a_folded_temperature_divides_the_logits(target, num_mlp_layers):
     before = head(inputs).detach()
     fold_temperature(head, 2.5)
     torch.testing.assert_close(head(inputs).detach(), before / 2.5)
+
+
+def scored(num, label=0, length=20, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    examples = [dataclasses.replace(example, label=label) for example in make_examples(num)]
+    return ScoredAnswers(examples, [torch.rand(length, generator=draw) * (0.6 + 0.3 * label) for _ in examples])
+
+
+def test_each_operating_point_flags_at_most_as_many_as_it_says(target):
+    head, benign = tiny.build_head(target), scored(400)
+    record = calibrate_head(
+        head,
+        benign,
+        ScoredAnswers([*benign.examples, *scored(50, 1).examples], [*benign.risks, *scored(50, 1).risks]),
+        alpha=0.1,
+    )
+    points = head.config.operating_points
+    assert list(points) == list(OPERATING_POINTS)
+    assert points == record["operating_points"]
+    scale = [
+        torch.sigmoid(torch.logit(risks_T.double(), eps=1e-9) / record["temperature"]) for risks_T in benign.risks
+    ]
+    for name, alpha in OPERATING_POINTS.items():
+        assert (ScoredAnswers(benign.examples, scale).highest() >= points[name]["risk_threshold"]).mean() <= alpha
+    assert points["strict"]["recall"] >= points["balanced"]["recall"] >= points["permissive"]["recall"]
+    assert head.config.threshold_at("strict") < head.config.threshold_at("permissive")
+
+
+@pytest.mark.parametrize(("num", "names"), [(10, None), (60, ["strict", "balanced"]), (199, list(OPERATING_POINTS))])
+def test_an_operating_point_needs_answers_enough(target, num, names):
+    head = tiny.build_head(target)
+    calibrate_head(head, scored(num), None, alpha=0.2)
+    assert (head.config.operating_points and list(head.config.operating_points)) == names
+
+
+def test_a_benign_answer_of_risk_one_costs_only_the_points_that_would_have_to_flag_it(target):
+    head, benign = tiny.build_head(target), scored(250)
+    for risks_T in benign.risks[:4]:
+        risks_T[3] = 1.0
+    calibrate_head(head, benign, None, alpha=0.1)
+    assert list(head.config.operating_points) == ["strict", "balanced"]
+
+
+def test_lengths_and_alarms_of_long_answers_are_recorded(target):
+    head = tiny.build_head(target)
+    record = calibrate_head(head, scored(60, length=1500), None, alpha=0.1)
+    assert record["lengths"] == {"median": 1500, "p95": 1500, "most": 1500}
+    assert record["operating_points"]["strict"]["false_alarms_per_1000_tokens"] >= 0
+
+
+@pytest.mark.parametrize(("flagged", "expected"), [([], 0.0), ([0], 0.5), ([3, 4, 5], 0.5), ([3, 5, 1999], 1.5)])
+def test_neighbouring_tokens_are_one_alarm(flagged, expected):
+    risks_T = torch.zeros(2000)
+    risks_T[flagged] = 0.9
+    assert alarms_per_1000_tokens([risks_T, torch.ones(5)], 0.5) == expected
+    assert alarms_per_1000_tokens([torch.ones(5)], 0.5) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -181,6 +182,10 @@ def calibrate(
     validation: Validation = None,
     target: Target = None,
     max_response_tokens: MaxTokens = 256,
+    generated_tokens: Annotated[
+        int,
+        typer.Option(metavar="NUM", min=1, help="Longest answer that will be generated: warns of shorter ones here."),
+    ] = 256,
     cache: Cache = DEFAULT_CACHE,
     dtype: Dtype = "float32",
 ) -> None:
@@ -192,7 +197,7 @@ def calibrate(
     """
     from ..heads.hub import refresh_card
     from ..heads.safety_head import SafetyHead
-    from ..training.calibrate import calibrate_head, num_answers_needed
+    from ..training.calibrate import OPERATING_POINTS, calibrate_head, num_answers_needed
     from ..training.data import load_examples
     from ..training.files import check_writable_folder
     from ..training.record import read_record, update_record
@@ -215,6 +220,34 @@ def calibrate(
     update_record(head, calibration=record)
     refresh_card(SafetyHead, head)
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
+    for name, alpha_at in OPERATING_POINTS.items():
+        point = record["operating_points"].get(name)
+        needed = f"needs {num_answers_needed(alpha_at)} benign answers"
+        typer.echo(f"{name}: {needed if point is None else describe_point(point)}")
+    if record["lengths"]["p95"] < generated_tokens:
+        typer.echo(
+            f"Warning: 95 % of the benign answers have at most {record['lengths']['p95']} tokens as they were read. "
+            f"Answers of up to {generated_tokens} have more chances to be flagged: the rates above do not hold for "
+            "them. Calibrate on longer answers, and raise --max-response-tokens.",
+            err=True,
+        )
+
+
+def describe_point(point: Mapping[str, Any]) -> str:
+    """An operating point in a line.
+
+    Example:
+
+        >>> describe_point({"risk_threshold": 0.5, "alpha": 0.02, "recall": 0.8, "false_alarms_per_1000_tokens": None})
+        'threshold 0.500000, at most 2 % of benign answers flagged, 80 % of unsafe ones'
+    """
+    share = f"at most {100 * point['alpha']:g} % of benign answers flagged"
+    parts = [f"threshold {point['risk_threshold']:.6f}", share]
+    if point["recall"] is not None:
+        parts.append(f"{100 * point['recall']:.0f} % of unsafe ones")
+    if point["false_alarms_per_1000_tokens"] is not None:
+        parts.append(f"{point['false_alarms_per_1000_tokens']:.2g} false alarms in 1,000 tokens")
+    return ", ".join(parts)
 
 
 def report(

@@ -32,7 +32,7 @@ class Attachment:
     @property
     def risk_threshold(self) -> float:
         """The threshold of `safespec=True`: the policy's, else the head's own."""
-        return self.policy.risk_threshold or self.head.config.risk_threshold
+        return find_threshold(self.policy, self.head)
 
     def choose_tokenizer(
         self, model: PreTrainedModel, given: PreTrainedTokenizerBase | None
@@ -52,3 +52,12 @@ class Attachment:
                 "segments and for the policy's texts. Pass `tokenizer=` to `attach_safety_head` or to `generate`."
             )
         return self.tokenizer
+
+
+def find_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
+    """The threshold that a policy asks for: a number, one of the head's operating points, or the head's own.
+
+    Raises:
+        UnsupportedRequestError: If the head has no such operating point.
+    """
+    return policy.risk_threshold or head.config.threshold_at(policy.operating_point)

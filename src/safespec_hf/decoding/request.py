@@ -46,6 +46,7 @@ from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
 from .assistant import check_assistant
+from .attachment import find_threshold
 from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
@@ -284,7 +285,7 @@ def make_plan(
     return Plan(
         policy=policy,
         monitor=RiskMonitor(head) if is_monitored else None,
-        risk_threshold=policy.risk_threshold or head.config.risk_threshold,
+        risk_threshold=find_threshold(policy, head),
         num_draft_tokens=next((num for num in given if num is not None), DEFAULT_NUM_DRAFT_TOKENS),
         do_sample=do_sample,
         eos_ids=frozenset(ends),

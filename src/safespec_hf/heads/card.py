@@ -94,7 +94,7 @@ def model_card(
     sections = {
         "What it reads": describe_reading(head.config) + f" Then {describe_size(head)}.",
         "Target": to_table([{"field": name, "value": value} for name, value in (head.config.target or {}).items()]),
-        "Threshold": describe_threshold(head.config.risk_threshold, report),
+        "Threshold": describe_threshold(head.config.risk_threshold, report) + _describe_points(head),
         "Data and licences": _describe_data(report, license),
         "Metrics": _describe_metrics(report),
         "Limits": _LIMITS,
@@ -232,6 +232,16 @@ def describe_threshold(threshold: float, report: Report) -> str:
         f"is flagged {where} with probability at most {alpha:.2%}, over the draw of both. On other sources of answers "
         "the rate may differ."
     )
+
+
+def _describe_points(head: StrictModel) -> str:
+    points = head.config.operating_points or {}
+    rows = [
+        {"operating point": name} | {key.replace("_", " "): value for key, value in point.items()}
+        for name, point in points.items()
+    ]
+    said = "Other thresholds, for `SafeSpecConfig(operating_point=...)`, calibrated on the same answers:"
+    return f"\n\n{said}\n\n{to_table(rows)}" if rows else ""
 
 
 def format_threshold(threshold: float) -> str:

@@ -16,6 +16,10 @@ from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
 from .metrics import ScoredAnswers
 
+OPERATING_POINTS = {"strict": 0.05, "balanced": 0.02, "permissive": 0.005}
+"""Bounds on the share of benign answers that are flagged anywhere, by name."""
+LONG_ANSWER = 1000  # tokens, of the answers from which false alarms per 1,000 tokens are counted
+
 
 def num_answers_needed(alpha: float) -> int:
     """The smallest number of benign answers from which a threshold with false-alarm rate `alpha` can be chosen.
@@ -136,7 +140,8 @@ def calibrate_head(
         alpha (`float`): Bound on the share of benign answers that are flagged anywhere, in (0, 1).
 
     Returns:
-        `dict`: For the head's record: `alpha`, `num_answers`, `temperature`, `risk_threshold`, `by_source`.
+        `dict`: For the head's record: `alpha`, `num_answers`, `temperature`, `risk_threshold`, `by_source`,
+        `operating_points` and `lengths`, tokens of the benign answers as they were read.
 
     Raises:
         SafeSpecError: As [`conformal_threshold`], or if the labelled answers are of one class.
@@ -152,6 +157,8 @@ def calibrate_head(
         temperature = fit_temperature(highest, torch.tensor(labelled.labels))
         fold_temperature(head, temperature)
     scores = torch.sigmoid(logits / temperature).tolist()
+    points = find_operating_points(benign, labelled, temperature)
+    head.config.operating_points = points or None
     head.config.risk_threshold = conformal_threshold(scores, alpha)
     by_source: dict[str, list[float]] = {}
     for example, score in zip(benign.examples, scores, strict=True):
@@ -162,4 +169,85 @@ def calibrate_head(
         "temperature": temperature,
         "risk_threshold": head.config.risk_threshold,
         "by_source": thresholds_by_source(by_source, alpha),
+        "operating_points": points,
+        "lengths": describe_lengths(benign.risks),
+    }
+
+
+def find_operating_points(
+    benign: ScoredAnswers, labelled: ScoredAnswers | None, temperature: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """The thresholds of [`OPERATING_POINTS`] for which there are answers enough, and what was measured at each.
+
+    Args:
+        benign ([`ScoredAnswers`]): Safe answers that the head was not trained on, with its risks before scaling.
+        labelled ([`ScoredAnswers`], *optional*): Answers of both classes.
+        temperature (`float`, defaults to 1.0): By which logits will be divided.
+
+    Returns:
+        `dict`: By name `risk_threshold`, `alpha`, `num_answers`, `false_alarms_per_1000_tokens` on benign answers of
+        1,000 tokens and more (`None` without such), and `recall` on labelled unsafe answers (`None` without those).
+    """
+    scaled = _scale(benign, temperature)
+    unsafe = None if labelled is None else _scale(labelled.of_label(1), temperature)
+    points = {}
+    for name, alpha in OPERATING_POINTS.items():
+        if len(scaled.examples) < num_answers_needed(alpha):
+            continue
+        try:
+            threshold = conformal_threshold(scaled.highest().tolist(), alpha)
+        except SafeSpecError:  # a benign answer has a risk of 1: no threshold flags so few
+            continue
+        points[name] = {
+            "risk_threshold": threshold,
+            "alpha": alpha,
+            "num_answers": len(scaled.examples),
+            "false_alarms_per_1000_tokens": alarms_per_1000_tokens(scaled.risks, threshold),
+            "recall": float((unsafe.highest() >= threshold).mean()) if unsafe and unsafe.examples else None,
+        }
+    return points
+
+
+def _scale(scored: ScoredAnswers, temperature: float) -> ScoredAnswers:
+    risks = [torch.sigmoid(torch.logit(risks_T.double(), eps=1e-9) / temperature) for risks_T in scored.risks]
+    return ScoredAnswers(scored.examples, risks)
+
+
+def alarms_per_1000_tokens(risks: Sequence[Tensor], threshold: float) -> float | None:
+    """False alarms in 1,000 tokens of long benign answers: a longer answer has more chances to be flagged.
+
+    Neighbouring tokens above the threshold are one alarm.
+
+    Args:
+        risks (`Sequence[torch.Tensor]`): Of benign answers, each of shape `(T,)`.
+        threshold (`float`): In (0, 1].
+
+    Returns:
+        `float`, *optional*: `None` if no answer has 1,000 tokens.
+
+    Example:
+
+        >>> import torch
+        >>> risks_T = torch.zeros(2000)
+        >>> risks_T[[10, 11, 500]] = 0.9
+        >>> alarms_per_1000_tokens([risks_T], threshold=0.5)  # two alarms in 2,000 tokens
+        1.0
+    """
+    long = [risks_T for risks_T in risks if len(risks_T) >= LONG_ANSWER]
+    if not long:
+        return None
+    num_alarms = 0
+    for risks_T in long:
+        is_flagged_T = risks_T >= threshold
+        num_alarms += int(is_flagged_T[0]) + int((is_flagged_T[1:] & ~is_flagged_T[:-1]).sum())
+    return 1000 * num_alarms / sum(map(len, long))
+
+
+def describe_lengths(risks: Sequence[Tensor]) -> dict[str, int]:
+    """Tokens of answers: the median, the 95th percentile and the most."""
+    lengths = np.array([len(risks_T) for risks_T in risks])
+    return {
+        "median": int(np.median(lengths)),
+        "p95": int(np.quantile(lengths, 0.95, method="higher")),
+        "most": int(lengths.max()),
     }
