@@ -54,6 +54,17 @@ def test_widths_take_turns_and_the_least_time_counts(monkeypatch):
     assert clock.runs == [1] + [1, 4, 2] * 3
 
 
+def test_what_is_made_once_is_not_timed(monkeypatch):
+    clock = Clock(monkeypatch, 0.001)
+
+    def run(width):
+        # the first forward over one token, and over several, are compiled
+        clock.now += 0 if {width > 1} & {seen > 1 for seen in clock.runs} else 60
+        clock.run(width)
+
+    assert measure_blocks(run, [1, 8, 2], 0.5, num_warm=2).at(8) == pytest.approx(0.008)
+
+
 @pytest.mark.parametrize(("seconds", "most"), [(0.001, 0.5), (0.02, 0.75), (1.0, 10.0)])
 def test_measuring_keeps_to_its_budget_or_to_two_forwards(monkeypatch, seconds, most):
     clock = Clock(monkeypatch, seconds)
@@ -89,6 +100,13 @@ def test_a_broken_file_is_measured_anew(cache, text):
 def test_where_nothing_can_be_written_a_process_remembers_by_itself(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAFESPEC_CACHE", str(tmp_path / "file"))
+    assert [measured_times({})[1] for _ in range(3)] == [1, 0, 0]
+
+
+def test_without_a_home_a_process_remembers_by_itself(monkeypatch):
+    monkeypatch.delenv("SAFESPEC_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(speeds.Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
     assert [measured_times({})[1] for _ in range(3)] == [1, 0, 0]
 
 

@@ -22,7 +22,7 @@ from ..heads.draft_head import DraftHead
 WIDTHS = (1, 8, 2, 4, 16)
 """Tokens of a row for which forwards of the target are timed, the most telling first."""
 TARGET_BUDGET, DRAFT_BUDGET = 0.4, 0.05
-"""Seconds for each, about. A model of which two forwards take longer takes those two."""
+"""Seconds for each, about. A model of which three forwards take longer takes those three."""
 SHORTEST_CONTEXT = 256
 MAX_KNOWN = 64
 
@@ -109,10 +109,12 @@ def measure_costs(
 def _measured(
     model: PreTrainedModel, make_run: Any, widths: Sequence[int], budget: float, about: dict[str, Any]
 ) -> BlockSeconds:
+    # of compiled forwards one for a token and one for several are compiled
+    num_warm = 2 if about.get("compile") else 1
     return remembered(
         "blocks",
         {"model": describe(model), "widths": list(widths), **about},
-        lambda: measure_blocks(make_run(), widths, budget).points,
+        lambda: measure_blocks(make_run(), widths, budget, num_warm).points,
         _read_points,
     )
 

@@ -74,15 +74,19 @@ class BlockSeconds:
         return round(less + (more - less) * (num_tokens - low) / (high - low), 9)
 
 
-def measure_blocks(run: Callable[[int], object], widths: Sequence[int], budget: float) -> BlockSeconds:
+def measure_blocks(
+    run: Callable[[int], object], widths: Sequence[int], budget: float, num_warm: int = 1
+) -> BlockSeconds:
     """Times blocks of several widths in turns, so that all of them meet a machine that gets slower or faster.
 
     Args:
         run (`Callable`): A forward over so many tokens, that has ended when it returns.
         widths (`Sequence[int]`): Which ones; the first two are measured in any case.
-        budget (`float`): Seconds that this may take, about.
+        budget (`float`): Seconds that this may take, about, after the warm-up.
+        num_warm (`int`, defaults to 1): So many widths are run once before: what is made once is made there.
     """
-    run(widths[0])  # what is made once is made here
+    for width in widths[:num_warm]:
+        run(width)
     best: dict[int, float] = {}
     start, num_passes = time.perf_counter(), 0
     while num_passes < 3:
@@ -116,7 +120,7 @@ def remembered(kind: str, about: Mapping[str, Any], measure: Callable[[], Any], 
     key = str(path.parent), name
     if key not in _known:
         try:
-            _known[key] = read(json.loads(path.read_text())["result"])
+            _known[key] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
         except (OSError, TypeError, ValueError, LookupError):
             start = time.perf_counter()
             result = measure()
@@ -140,15 +144,19 @@ def forget() -> None:
 
 def folder() -> Path:
     """Where files are kept: `speeds` in `SAFESPEC_CACHE`, which is `~/.cache/safespec-hf` by default."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "safespec-hf"
-    return Path(os.environ.get("SAFESPEC_CACHE") or default).expanduser() / "speeds"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "safespec-hf"
+    path = Path(os.environ.get("SAFESPEC_CACHE") or default) / "speeds"
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull)  # nothing can be written there: each process remembers by itself
 
 
 def _write(path: Path, value: object) -> None:
     """Writes a file whole or not at all; where nothing can be written, this process remembers by itself."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
             json.dump(value, file)
         os.replace(file.name, path)
     except OSError:
