@@ -50,7 +50,8 @@ class BlockSeconds:
 
     Example:
 
-        >>> BlockSeconds(((1, 0.04), (5, 0.08))).at(2), BlockSeconds(((1, 0.04), (5, 0.08))).at(9)
+        >>> seconds = BlockSeconds(((1, 0.04), (5, 0.08)))
+        >>> round(seconds.at(2), 6), round(seconds.at(9), 6)
         (0.05, 0.12)
     """
 
@@ -71,7 +72,7 @@ class BlockSeconds:
             return points[0][1]
         after = next((index for index, (num, _) in enumerate(points) if num >= num_tokens), len(points) - 1)
         (low, less), (high, more) = points[after - 1], points[after]
-        return round(less + (more - less) * (num_tokens - low) / (high - low), 9)
+        return less + (more - less) * (num_tokens - low) / (high - low)
 
 
 def measure_blocks(
