@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from safespec_hf import SafeSpecConfig, SafetyHeadConfig, UnsupportedRequestError
+from safespec_hf import SafeSpecConfig, SafetyHeadConfig
 
 ILLEGAL_POLICY = [
     ("risk_threshold", 0.0),
@@ -231,7 +231,7 @@ def test_an_operating_point_is_a_threshold_by_name(tmp_path):
 @pytest.mark.parametrize("points", [POINTS, None])
 def test_an_operating_point_that_a_head_does_not_have_is_refused_by_name(points):
     config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], operating_points=points)
-    with pytest.raises(UnsupportedRequestError, match=r"no operating point 'odd': it has (strict, permissive|none)"):
+    with pytest.raises(ValueError, match=r"no operating point 'odd': it has (strict, permissive|none)"):
         config.threshold_at("odd")
 
 

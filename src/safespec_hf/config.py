@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 
-from .errors import UnsupportedRequestError
-
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
 Costs = Literal["measured", "weights"]
@@ -107,13 +105,13 @@ class SafetyHeadConfig(PreTrainedConfig):
         """The threshold of an operating point; the head's own without one.
 
         Raises:
-            UnsupportedRequestError: If there is no such point. Names those that there are.
+            ValueError: If there is no such point. Names those that there are.
         """
         if operating_point is None:
             return self.risk_threshold
         points = self.operating_points or {}
         if operating_point not in points:
-            raise UnsupportedRequestError(
+            raise ValueError(
                 f"The head has no operating point {operating_point!r}: it has {', '.join(points) or 'none'}. "
                 "`safespec calibrate` sets them, or pass `risk_threshold=`."
             )

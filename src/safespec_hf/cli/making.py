@@ -222,8 +222,8 @@ def calibrate(
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
     for name, alpha_at in OPERATING_POINTS.items():
         point = record["operating_points"].get(name)
-        needed = f"needs {num_answers_needed(alpha_at)} benign answers"
-        typer.echo(f"{name}: {needed if point is None else describe_point(point)}")
+        too_few = f"needs {num_answers_needed(alpha_at)} benign answers"
+        typer.echo(f"{name}: {too_few if point is None else describe_point(point)}")
     if record["lengths"]["p95"] < generated_tokens:
         typer.echo(
             f"Warning: 95 % of the benign answers have at most {record['lengths']['p95']} tokens as they were read. "

@@ -60,4 +60,7 @@ def find_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
     Raises:
         UnsupportedRequestError: If the head has no such operating point.
     """
-    return policy.risk_threshold or head.config.threshold_at(policy.operating_point)
+    try:
+        return policy.risk_threshold or head.config.threshold_at(policy.operating_point)
+    except ValueError as error:
+        raise UnsupportedRequestError(str(error)) from error
