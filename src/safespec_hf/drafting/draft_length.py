@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 NUM_CONFIDENCES = 10
 """Kinds of evidence of a draft model: tenths of its probability. The kinds after them are lengths of matches."""
@@ -185,24 +187,15 @@ class DraftLength:
         """What a round saves, in plain steps: with these drafts, or with at most `most` that are yet to be made."""
         if kinds is None:
             return max([0.0, *self._gains(0, 1.0, most)])
-        reach, gain, best = 1.0, 0.0, 0.0
-        for num, kind in enumerate(kinds):
-            reach *= self.chance(kind)
-            gain += self._worth(reach) - self._step(num)
-            best = max(best, gain)
-        return best
+        return max(self._totals(list(accumulate(map(self.chance, kinds), mul))))
 
     def best_size(self, reach: Sequence[float]) -> int:
         """Of drafts with these chances, falling, how many are worth verifying in a forward of one row.
 
         For greedy decoding: it looks at all of them, see `num_worthwhile`.
         """
-        gain, best, num_best = 0.0, 0.0, 0
-        for num, chance in enumerate(reach):
-            gain += self._worth(chance) - self._step(num)
-            if gain > best:
-                best, num_best = gain, num + 1
-        return num_best
+        totals = self._totals(reach)
+        return totals.index(max(totals))
 
     def gain_of_one(self, reach: float, num_before: int) -> float:
         """What another draft, after one that is accepted with this chance, is likely to gain beside so many others."""
@@ -233,6 +226,10 @@ class DraftLength:
             self._chances[kind].record(draft in path)
             if kind < FIRST_OTHER:
                 (self._next if parent >= 0 else self._first).record(draft in path)
+
+    def _totals(self, reach: Sequence[float]) -> list[float]:
+        """What no draft, one, two, ... of those with these chances gain."""
+        return [0.0, *accumulate(self._worth(chance) - self._step(num) for num, chance in enumerate(reach))]
 
     def _looks_promising(self, num: int, reach: float) -> bool:
         """Whether drafts after `num` ones gain something on average, if they are dropped where they look bad."""

@@ -77,7 +77,7 @@ class HeadDrafter(ModelDrafter):
             self._starts = list(self.cached.lengths)
             assert output.hidden_BTF is not None
             states = {-1: output.hidden_BTF[0, -1]}
-            self._add(tree, [-1], output)
+            self._add(tree, [-1], rows, output)
             read: list[int] = []
             while chosen := tree.to_continue():
                 read += chosen
@@ -92,17 +92,15 @@ class HeadDrafter(ModelDrafter):
                 self._end()
                 assert output.hidden_BTF is not None
                 states |= zip(chosen, output.hidden_BTF[0, -len(chosen) :], strict=True)
-                self._add(tree, chosen, output)
-            self._end()
+                self._add(tree, chosen, rows, output)
         drafts, kinds, parents = tree.best()
         return Proposal([drafts], kinds=[kinds], parents=None if is_chain(parents) else [parents])
 
-    def _add(self, tree: DraftTree, parents: Sequence[int], output: BlockOutput) -> None:
-        logits_CV = output.logits_BTV[0].float()
-        values_CS, places_CS = logits_CV.topk(min(1 + self.num_others, logits_CV.shape[1]), dim=-1)
-        chances_CS = (values_CS - logits_CV.logsumexp(dim=-1, keepdim=True)).exp()
-        guesses = zip(parents, self.head.token_ids[places_CS].tolist(), chances_CS.tolist(), strict=True)
-        for parent, tokens, chances in guesses:
+    def _add(self, tree: DraftTree, parents: Sequence[int], rows: Sequence[Row], output: BlockOutput) -> None:
+        guesses = self._guess(rows, [], output.logits_BTV[0])
+        for parent, tokens, chances in zip(
+            parents, guesses.tokens_BS.tolist(), guesses.chances_BS.tolist(), strict=True
+        ):
             if not any(map(math.isnan, chances)):
                 tree.add(parent, tokens, chances)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
-from .packing import is_plain
 from .sharing import Shared
+from .traits import is_plain
 
 _RUNNING = Shared()
 _KEEPERS: WeakSet[nn.Module] = WeakSet()

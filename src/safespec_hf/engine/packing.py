@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .products import DTYPES, LAYOUTS, PLAIN, WIDTHS, fastest_layouts, usual_layouts, width_index
 from .sharing import Shared, ThreadSwitch
 from .speeds import describe, is_timed, remembered
+from .traits import is_plain
 
 MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
@@ -217,11 +218,6 @@ def release_packed(model: nn.Module) -> None:
         known = _COPIES.get(_place(layer.weight)) if isinstance(layer, nn.Linear) else None
         if known is not None:
             known.end()
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Whether it is no tensor type of its own, as quantized and distributed weights are."""
-    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _forward_of(layer: nn.Linear) -> PackedLinear:

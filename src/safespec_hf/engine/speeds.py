@@ -23,8 +23,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
+
+from .traits import is_plain
 
 FORMAT = 1
 """Of the files; those of another one are measured anew."""
@@ -143,12 +145,16 @@ def forget() -> None:
     _known.clear()
 
 
-def folder() -> Path:
-    """Where files are kept: `speeds` in `SAFESPEC_CACHE`, which is `~/.cache/safespec-hf` by default."""
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that everything is kept in: the given one, else `SAFESPEC_CACHE`, else `~/.cache/safespec-hf`."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "safespec-hf"
-    path = Path(os.environ.get("SAFESPEC_CACHE") or default) / "speeds"
+    return Path(cache_dir or os.environ.get("SAFESPEC_CACHE") or default).expanduser()
+
+
+def folder() -> Path:
+    """Where files are kept: `speeds` in [`cache_root`]."""
     try:
-        return path.expanduser()
+        return cache_root() / "speeds"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(os.devnull)  # nothing can be written there: each process remembers by itself
 
@@ -194,7 +200,7 @@ def is_timed(model: nn.Module, num_weights: int) -> bool:
     by clocks of their own.
     """
     has_others = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    is_shared_out = has_others and any(type(weight) not in (Tensor, nn.Parameter) for weight in model.parameters())
+    is_shared_out = has_others and not all(map(is_plain, model.parameters()))
     return num_weights >= MIN_TIMED_WEIGHTS and not is_shared_out
 
 

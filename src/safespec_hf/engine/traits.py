@@ -47,6 +47,11 @@ def input_device(model: nn.Module) -> torch.device:
     return next((weight.device for weight in model.parameters() if weight.device.type != "meta"), device)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is no tensor type of its own, as quantized and distributed weights are."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether weights of a model are elsewhere until they are needed."""
     return any(weight.device.type == "meta" for weight in model.parameters())
