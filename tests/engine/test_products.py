@@ -1,7 +1,5 @@
 """Every layout gives the products of the matrix, or is not used for it."""
 
-import time
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -76,27 +74,35 @@ def test_halves_of_odd_matrices(weight):
     torch.testing.assert_close(multiply_halves(inputs, pack_halves(weight), None), F.linear(inputs, weight))
 
 
-def sleepy(seconds):
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds pass only where a product takes some."""
+    now = [0.0]
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def taking(clock, seconds):
     """A layout whose products take so long, by the number of tokens."""
 
     def multiply(inputs, packed, bias):
-        time.sleep(seconds[len(inputs)])
+        clock[0] += seconds[len(inputs)]
         return F.linear(inputs, packed, bias)
 
     return Layout(lambda weight: weight, multiply, lambda weight: weight.numel())
 
 
-def test_each_width_gets_the_layout_that_is_fastest_for_it(monkeypatch):
+def test_each_width_gets_the_layout_that_is_fastest_for_it(monkeypatch, clock):
     narrow, wide = {1: 0.001, 4: 0.01, 16: 0.01, 64: 0.1}, {1: 0.01, 4: 0.001, 16: 0.001, 64: 0.01}
-    monkeypatch.setattr(products, "LAYOUTS", {"narrow": sleepy(narrow), "wide": sleepy(wide)})
-    monkeypatch.setattr(products, "_plain", lambda *_: time.sleep(0.05))
+    monkeypatch.setattr(products, "LAYOUTS", {"narrow": taking(clock, narrow), "wide": taking(clock, wide)})
+    monkeypatch.setattr(products, "_plain", lambda *_: clock.__setitem__(0, clock[0] + 0.05))
     assert fastest_layouts([torch.ones(2, 2)]) == ("narrow", "wide", "wide", "wide")
 
 
-def test_what_saves_next_to_nothing_takes_no_second_copy(monkeypatch):
+def test_what_saves_next_to_nothing_takes_no_second_copy(monkeypatch, clock):
     first, second = dict.fromkeys(WIDTHS, 0.02), {1: 0.0199, 4: 0.024, 16: 0.024, 64: 0.024}
-    monkeypatch.setattr(products, "LAYOUTS", {"first": sleepy(first), "second": sleepy(second)})
-    monkeypatch.setattr(products, "_plain", lambda *_: time.sleep(0.05))
+    monkeypatch.setattr(products, "LAYOUTS", {"first": taking(clock, first), "second": taking(clock, second)})
+    monkeypatch.setattr(products, "_plain", lambda *_: clock.__setitem__(0, clock[0] + 0.05))
     assert set(fastest_layouts([torch.ones(2, 2)])) == {"first"}
 
 
