@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import constructed
+import speed_machine
 import speed_parts
 import speed_plots
 import torch
@@ -60,9 +61,9 @@ REAL_PARTS: dict[str, Callable[[Target, Log], Results]] = {
     "recovery": speed_parts.measure_recovery,
     "hopeless": speed_parts.measure_hopeless,
     "compiled": speed_parts.measure_compiled,
-    "batch": speed_parts.measure_batch,
-    "raw": speed_parts.measure_raw,
-    "measuring": speed_parts.measure_measuring,
+    "batch": speed_machine.measure_batch,
+    "raw": speed_machine.measure_raw,
+    "measuring": speed_machine.measure_measuring,
 }
 PARTS = [*REAL_PARTS, "constructed"]
 
