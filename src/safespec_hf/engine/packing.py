@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ SPARE = "blocks"
 _WIDTH, _NUM_ROWS = 1024, 256  # weights are read for a fingerprint in rows, of which so many stay in a core's cache
 
 
-class _Copies(NamedTuple):
-    """Of one weight: by the name of the layout, `None` where it can't be kept in it."""
+@dataclass(slots=True)
+class _Copies:
+    """Of one weight: by the name of the layout, `None` where it can't be kept in it; and the products in use."""
 
-    matrices: dict[str, Any]
     fingerprint: int
-    end: weakref.finalize[[Any], Any]
+    end: weakref.finalize[[Any, None], Any]
+    matrices: dict[str, Any] = field(default_factory=dict)
+    in_use: list[Product | None] = field(default_factory=list)
 
     def products(self, layouts: Sequence[str]) -> list[Product | None]:
         """For each of [`WIDTHS`] what multiplies, or `None` where that is the layer itself."""
@@ -56,9 +59,7 @@ class Product(NamedTuple):
 
 
 _COPIES: dict[tuple[object, ...], _Copies] = {}
-"""By the place of the original."""
-_PRODUCTS: dict[tuple[object, ...], list[Product | None]] = {}
-"""Those in use, by the same places: torch.compile can't trace tensors of such layouts, so compiled code looks here."""
+"""By the place of the original: torch.compile can't trace tensors of such layouts, so compiled code looks here."""
 # One for each layer: compiled code remembers which one it saw
 _FORWARDS: weakref.WeakKeyDictionary[nn.Module, PackedLinear] = weakref.WeakKeyDictionary()
 _PATCHES = Shared()
@@ -95,7 +96,7 @@ class PackedLinear:
         """Takes the weights that the layer has now, and their products for [`WIDTHS`]."""
         layer: Any = self.layer()
         self.weight, self.bias = layer.weight, layer.bias
-        self.products = _PRODUCTS[_place(layer.weight)] = products
+        self.products = products
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's outputs."""
@@ -126,7 +127,8 @@ _LIBRARY.define("multiply(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def _multiply_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = _choose(_PRODUCTS.get(_place(weight), ()), inputs)
+    known = _COPIES.get(_place(weight))
+    product = None if known is None else _choose(known.in_use, inputs)
     if product is None:  # such as in somebody else's compiled forward, which was traced while a call was running
         return nn.functional.linear(inputs, weight, bias)
     return product.multiply(inputs, product.matrix, bias)
@@ -165,7 +167,8 @@ def packed_weights(
     ):
         copies = _find_copies([(layer.weight, layouts) for layer, layouts in plans])
         for (layer, layouts), found in zip(plans, copies, strict=True):
-            _forward_of(layer).update(found.products(layouts))
+            found.in_use = found.products(layouts)
+            _forward_of(layer).update(found.in_use)
         yield
 
 
@@ -278,15 +281,10 @@ def _copies_of(weight: Tensor) -> _Copies:
         known.end()
         known = None
     if known is None:
-        end = weakref.finalize(weight.untyped_storage(), _forget, place)
+        end = weakref.finalize(weight.untyped_storage(), _COPIES.pop, place, None)
         end.atexit = False
-        known = _COPIES[place] = _Copies({}, now, end)
+        known = _COPIES[place] = _Copies(now, end)
     return known
-
-
-def _forget(place: tuple[object, ...]) -> None:
-    _COPIES.pop(place, None)
-    _PRODUCTS.pop(place, None)
 
 
 def fingerprint(weight: Tensor) -> int:
