@@ -46,7 +46,6 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
-    _spent: float = field(default=0.0, init=False)  # on measuring, before this call
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
@@ -87,8 +86,10 @@ class GuardedCall:
             is_monitored=self.is_monitored,
         )
         check_context(rows, plan)
+        before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config)
+            decoder.statistics.measuring_seconds = spent() - before
             cache: Any = model_kwargs.get(CACHE_NAME)
             if getattr(cache, "_is_user_defined", False):
                 decoder.target.take_cache(cache)
@@ -134,13 +135,10 @@ class GuardedCall:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
         drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
-        decoder = Decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
-        decoder.statistics.measuring_seconds = spent() - self._spent
-        return decoder
+        return Decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
-        self._spent = spent()
         models = [model] if self.assistant is None else [model, self.assistant]
         with (
             evaluating([*models, head]),
