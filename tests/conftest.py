@@ -4,8 +4,10 @@ that a head is published from."""
 import pytest
 import tiny
 import torch
+from hub_server import serve_instead
 from samples import make_examples
 
+from safespec_hf import attach_safety_head
 from safespec_hf.heads.hub import save_head
 
 ROW = {"num_safe": 50, "num_unsafe": 60, "auroc": 0.93, "auroc_non_refusal": 0.9, "recall": 0.7, "false_alarms": 0.02}
@@ -51,6 +53,23 @@ def never(target):
 def noisy(target):
     """A head that flags about a third of all tokens."""
     return tiny.build_noisy_head(target)
+
+
+@pytest.fixture
+def guarded(target, never, tokenizer):
+    return attach_safety_head(target, never, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def flagging(target, noisy, tokenizer):
+    return attach_safety_head(target, noisy, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback in the place of the real one."""
+    with serve_instead(monkeypatch, tmp_path) as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from tiny import VOCAB_SIZE
+from tiny import REFLECTION, REFUSAL, THINK, VOCAB_SIZE
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from safespec_hf import SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf import SafeSpecConfig, SafetyHead, SafetyHeadConfig, attach_safety_head, target_binding
 from safespec_hf.engine.cache import CACHE_NAME
 
 Script = Callable[[list[int]], "int | dict[int, float]"]
@@ -105,3 +105,35 @@ def probe(model: ScriptedModel, threshold: float = 0.5, layers: Sequence[int] = 
     torch.nn.init.ones_(head.mlp[0].weight)
     torch.nn.init.zeros_(head.mlp[0].bias)
     return head.eval()
+
+
+# The answer to [10] counts 11, 12, 13, ... in segments of three. 15, in the second segment, is unsafe. After the
+# reflection, the target goes on with 20 or with 30.
+TURNS = {THINK: {20: 0.5, 30: 0.5}}
+
+
+def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=(10,), **arguments):
+    """One guarded answer; policy fields and arguments of `generate` are told apart by name."""
+    fields = {"max_segment_tokens": 3, "rollback_segments": 0, "reflection": REFLECTION, "refusal": REFUSAL}
+    fields |= {"num_draft_tokens": 5, "adaptive_drafts": False, "lookup_drafts": False}
+    fields |= {name: arguments.pop(name) for name in SafeSpecConfig.__slots__ if name in arguments}
+    model = ScriptedModel(script or count_after(TURNS), risks)
+    attach_safety_head(model, probe(model, **(head or {})), tokenizer=tokenizer)
+    draft = None if draft is None else ScriptedModel(draft)
+    arguments = {"max_new_tokens": 9, "do_sample": False, "assistant_model": draft, **arguments}
+    if "stop_strings" in arguments:
+        arguments["tokenizer"] = tokenizer
+    output = model.generate(
+        torch.tensor([list(prompt)]), safespec=SafeSpecConfig(**fields), return_dict_in_generate=True, **arguments
+    )
+    output.model = model
+    return output
+
+
+def tokens_of(output, row=0, prompt=1):
+    return output.sequences[row, prompt:].tolist()
+
+
+def risks_of(output):
+    # float32 risks of scripted float32 logits: six digits are right
+    return [round(risk, 6) for risk in output.risks[0].tolist()]

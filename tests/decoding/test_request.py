@@ -24,16 +24,6 @@ PROMPT = torch.tensor([[11, 17, 23]])
 SHORT = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.fixture
-def guarded(target, never, tokenizer):
-    return attach_safety_head(target, never, tokenizer=tokenizer)
-
-
-@pytest.fixture
-def flagging(target, noisy, tokenizer):
-    return attach_safety_head(target, noisy, tokenizer=tokenizer)
-
-
 REFUSED = {
     "num_beams": ({"num_beams": 2}, "beam"),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),

@@ -46,11 +46,6 @@ def drafting(source, target):
     ]
 
 
-@pytest.fixture
-def guarded(target, never, tokenizer):
-    return attach_safety_head(target, never, tokenizer=tokenizer)
-
-
 @pytest.mark.parametrize("source", ["none", "draft", "lookup"])
 @pytest.mark.parametrize("word", [23, 27, 33])
 def test_a_criterion_that_ends_all_rows_at_once_gives_what_it_gives_in_plain_generate(

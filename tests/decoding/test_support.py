@@ -36,11 +36,6 @@ def _unproven(monkeypatch):
     monkeypatch.setattr(proof, "_proven", set())
 
 
-@pytest.fixture
-def guarded(target, never, tokenizer):
-    return attach_safety_head(target, never, tokenizer=tokenizer)
-
-
 def attach(model, tokenizer):
     return attach_safety_head(model, build_head(model), tokenizer=tokenizer)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hub_server import TOKEN, serve_instead
+from hub_server import TOKEN
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import load_file, save_file
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 ID = "owner/head"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with serve_instead(monkeypatch, tmp_path) as hub:
-        yield hub
 
 
 def read(folder):
@@ -394,63 +388,3 @@ def test_a_push_that_breaks_off_is_told(hub, head, monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", break_off)
     with pytest.raises(SafeSpecError, match="broke off"):
         push_head(head, ID, token=TOKEN)
-
-
-# Saving
-
-
-def test_a_saved_head_is_whole(folder, head, report):
-    expected = [".eval_results", "README.md", CONFIG, WEIGHTS, "report.json"]
-    assert sorted(file.name for file in folder.iterdir()) == expected
-    assert same_weights(SafetyHead.from_pretrained(folder), head)
-    assert json.loads((folder / "report.json").read_text())["data"] == report["data"]
-
-
-def test_what_was_measured_on_a_former_head_goes(folder, head):
-    save_head(head, folder)
-    assert not (folder / "report.json").exists()
-    assert list((folder / ".eval_results").iterdir()) == []
-    assert "No evaluation is recorded" in (folder / "README.md").read_text()
-
-
-@pytest.mark.parametrize("num_moves", range(5))
-def test_an_interrupted_save_leaves_no_weights(folder, head, report, monkeypatch, num_moves):
-    moves, replace = [], os.replace
-
-    def stop_after(source, place):
-        if len(moves) == num_moves:
-            raise KeyboardInterrupt
-        moves.append(place)
-        replace(source, place)
-
-    head.config.risk_threshold = 0.5
-    monkeypatch.setattr(os, "replace", stop_after)
-    with pytest.raises(KeyboardInterrupt):
-        save_head(head, folder, report)
-    with pytest.raises(HeadFileError, match=WEIGHTS):
-        SafetyHead.from_pretrained(folder)
-
-
-# Showing
-
-
-def test_showing_a_folder_says_what_it_reads_and_how_well_it_does(folder):
-    text = show_head(folder)
-    for said in ("Hidden states 2 of 2", "32 → 16 → 1", "545 parameters", "0.875", "model_id: owner/target", "0.930"):
-        assert said in text
-
-
-def test_showing_a_head_by_id_fetches_its_report(hub, folder):
-    push_head(folder, ID, token=TOKEN)
-    assert show_head(ID).splitlines()[1:] == show_head(folder).splitlines()[1:]
-
-
-def test_showing_a_bare_head_needs_no_report(hub, folder):
-    hub.put(ID, read(folder))
-    assert "no report beside it" in show_head(ID)
-
-
-def test_a_report_that_is_no_json_is_named(folder):
-    (folder / "report.json").write_text("{")
-    with pytest.raises(HeadFileError, match=r"report\.json"):
-        show_head(folder)
