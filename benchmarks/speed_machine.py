@@ -34,7 +34,9 @@ def measure_batch(target: Target, log: Log) -> dict[str, Any]:
     sizes = {}
     for size in BATCH_SIZES:
         starts = range(0, min(options.batch_prompts, len(prompts) - size + 1), size)
-        groups = [prompts[start : start + size] for start in starts] or [prompts[:size]]
+        if not starts:  # fewer prompts than rows
+            continue
+        groups = [prompts[start : start + size] for start in starts]
         bench = target.bench(log, f"batch {size}", options.batch_tokens)
         bench.encode = target.encode_batch
         texts = [json.dumps([prompt.text for prompt in group]) for group in groups]
