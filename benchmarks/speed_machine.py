@@ -47,7 +47,7 @@ def measure_batch(target: Target, log: Log) -> dict[str, Any]:
             "ours_over_plain": bootstrap_median(ratios(records, "ours", "plain"))._asdict(),
             "least": min(ratios(records, "ours", "plain")),
         }
-    return {"settings": bench.settings, "sizes": sizes}
+    return {"settings": target.bench(log, "batch", options.batch_tokens).settings, "sizes": sizes}
 
 
 def measure_raw(target: Target, _: Log) -> dict[str, Any]:
