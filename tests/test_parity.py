@@ -361,7 +361,7 @@ def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
     assert chisquare(counts[20:22].double(), torch.tensor([25.0, 9.0]).double() / 34 * SAMPLES).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma", "mean+ewma+last"])
 @pytest.mark.parametrize("span", ["segment", "answer"])
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
 def test_returned_risks_are_those_of_scoring_the_whole_answer_at_once(target, tokenizer, pooling, span, layers):

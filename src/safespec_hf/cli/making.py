@@ -30,7 +30,7 @@ from .options import (
     parse_path,
 )
 
-READING_HELP = "With --read-layers, pooling and span: last-answer, mean-segment, mean-answer or ewma-answer."
+READING_HELP = "With --read-layers, pooling and span, such as last-answer, mean-segment or mean+ewma-answer."
 Layers = Annotated[Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help=LAYERS_HELP)]
 
 
@@ -113,10 +113,7 @@ def train(
     read_layers: Annotated[
         Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help="Skip the sweep and read these, such as 18,22.")
     ] = None,
-    reading: Annotated[
-        Literal["last-answer", "mean-segment", "mean-answer", "ewma-answer"],
-        typer.Option(metavar="NAME", help=READING_HELP),
-    ] = "mean-answer",
+    reading: Annotated[str, typer.Option(parser=parse_name, metavar="NAME", help=READING_HELP)] = "mean-answer",
     width: Annotated[
         int, typer.Option(metavar="N", min=0, max=65_536, help="Hidden units of each; 0 is a linear probe.")
     ] = 32,
@@ -140,6 +137,7 @@ def train(
     from ..training.report import provenance
     from ..training.train import Dataset, TrainSettings, check_sets, split_by_group, sweep_readings, train_head
 
+    choice = Reading.parse(reading)
     examples = load_labelled(data, benign)
     held_out = load_labelled(validation, None) if validation else None
     if held_out is None:
@@ -153,7 +151,7 @@ def train(
         Dataset(part, extract_features(model, tokenizer, part, cache, settings)) for part in (examples, held_out)
     )
     if read_layers:
-        sweep, chosen, choice = [], read_layers, Reading(*reading.split("-"))
+        sweep, chosen = [], read_layers
     else:
         sweep = sweep_readings(seen, unseen, settings.readings)
         chosen, choice = sweep[0]["hidden_layers"], Reading(*sweep[0]["reading"])

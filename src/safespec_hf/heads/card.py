@@ -191,11 +191,12 @@ def measured_sources(report: Report) -> dict[str, Mapping[str, Any]]:
 def describe_reading(config: SafetyHeadConfig) -> str:
     """Which hidden states are read, and how they are pooled."""
     span = {"segment": "the open segment", "answer": "the answer"}[config.span]
-    pooling = {
+    described = {
         "last": "the token's own hidden state",
         "mean": f"the mean over {span} up to the token",
         "ewma": f"an exponentially weighted mean (decay {config.ewma_decay:g}) over {span} up to the token",
-    }[config.pooling]
+    }
+    pooling = " and ".join(described[way] for way in config.pooling.split("+"))
     layers, total = config.hidden_layers or [], (config.target or {}).get("num_layers", "?")
     numbers = ", ".join(map(str, layers))
     return (
