@@ -17,7 +17,7 @@ from safespec_hf.errors import SafeSpecError
 from safespec_hf.heads import hub
 from safespec_hf.training.features import READINGS
 
-COMMANDS = ["collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
+COMMANDS = ["make-head", "collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,6 +85,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
         ("calibrate", "scipy", "train"),
         ("report", "matplotlib", "train"),
         ("distill-draft", "sklearn", "train"),
+        ("make-head", "matplotlib", "train"),
     ],
 )
 def test_a_missing_package_is_told_with_how_to_install_it(verb, package, extra, monkeypatch, capsys, tmp_path):
