@@ -147,7 +147,7 @@ class SafeSpecConfig:
             What adaptive drafts go by. `"measured"` times forwards of target and draft once on a machine, which takes
             less than a second and is kept on disk (in `SAFESPEC_CACHE`, by default `~/.cache/safespec-hf`); and within
             an answer it stops drafting while rounds take longer than plain steps would. `"weights"` counts the weights
-            that forwards read, and looks at no clock: then a sampled call with a seed draws the same text on every
+            that forwards read, and looks at no clock: then a sampled call with a seed drafts the same on every
             machine. Models of less than 8 million weights, and those of which other processes hold parts, are never
             timed.
         lookup_drafts (`bool`, defaults to `True`):
