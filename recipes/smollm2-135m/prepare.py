@@ -183,13 +183,18 @@ def main() -> None:
     labelled = read(arguments.data / "labelled" / "gptfuzz_train.jsonl")
     write(arguments.out / "labelled.jsonl", choose_labelled(labelled))
     write(arguments.out / "references.jsonl", choose_references(benign))
-    write(arguments.out / "second_round.jsonl", read_second_round(arguments.data / "v2" / "train"))
-    for name, rows in divide(read_second_round(arguments.data / "v2" / "choose")).items():
-        write(arguments.out / f"others_{name}.jsonl", rows)
+    begun = choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl"))
+    held_out = {row["prompt"] for row in begun["validation"]}
+    second = [row for row in read_second_round(arguments.data / "v2" / "train") if row["group"] not in held_out]
+    write(arguments.out / "second_round.jsonl", second)
     benign["borderline_odd"] = read(arguments.data / "v2" / "prompts" / "borderline_odd.jsonl")
+    own = {row["prompt"] for row in benign["borderline_odd"]}
+    others = [row for row in read_second_round(arguments.data / "v2" / "choose") if row["group"] not in own]
+    for name, rows in divide(others).items():
+        write(arguments.out / f"others_{name}.jsonl", rows)
     for name, rows in choose_prompts(benign).items():
         write(arguments.out / f"safe_prompts_{name}.jsonl", rows)
-    for name, rows in choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl")).items():
+    for name, rows in begun.items():
         write(arguments.out / f"begun_prompts_{name}.jsonl", rows)
 
 

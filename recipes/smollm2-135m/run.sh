@@ -23,11 +23,11 @@ VALIDATION="$VALIDATION --validation $WORK/begun_validation.jsonl --validation $
 # shellcheck disable=SC2086  # options are words
 safespec train "$WORK/labelled.jsonl" "$WORK/second_round.jsonl" "$WORK/begun_train.jsonl" "$WORK/swapped.jsonl" \
     --benign "$WORK/safe_train.jsonl" --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" \
-    --layers $LAYERS --read-layers $LAYERS --reading mean+ewma-answer $COMMON
+    --layers $LAYERS --read-layers 16,20,24 --reading mean+ewma-answer $COMMON
 # Long answers have more chances to be flagged: the threshold is from answers of up to 1,024 tokens.
-# shellcheck disable=SC2086
 safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --benign "$WORK/others_calibration.jsonl" \
-    --alpha 0.02 $VALIDATION --cache "$WORK/cache" --max-response-tokens 1024 --dtype bfloat16
+    --alpha 0.02 --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --cache "$WORK/cache" \
+    --max-response-tokens 1024 --generated-tokens 1024 --dtype bfloat16
 # shellcheck disable=SC2086
 safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" "$WORK/others_validation.jsonl" \
     "$WORK/begun_validation.jsonl" --benign "$WORK/safe_calibration.jsonl" --out "$WORK/report" $COMMON

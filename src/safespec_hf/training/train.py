@@ -51,7 +51,7 @@ class TrainSettings:
         min_unsafe_tokens (`int`, defaults to 16):
             Shorter prefixes of unsafe answers, counted from where they turn unsafe, are left out: nothing has happened
             in them yet.
-        source_power (`float`, defaults to 0.5):
+        source_power (`float`, defaults to 0.8):
             Within a class a source of n answers weighs n to this power: 1 is by size, 0 is all sources alike.
         answer_share (`float`, defaults to 0.5):
             Share of the loss that is of whole answers, each scored by its highest logit at any prefix, as decoding
@@ -71,7 +71,7 @@ class TrainSettings:
     max_epochs: int = 20
     patience: int = 4
     min_unsafe_tokens: int = 16
-    source_power: float = 0.5
+    source_power: float = 0.8
     answer_share: float = 0.5
     seed: int = 0
 
