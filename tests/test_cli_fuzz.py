@@ -53,7 +53,8 @@ COMMANDS = {
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
-MODEL = {"--target": NO_MODELS, "--dtype": CHOICES}
+NO_TEMPLATES = ["", "a\0b", "nowhere.jinja", "{empty}", "{blank}", "x" * 300, "plain"]  # the target has another one
+MODEL = {"--target": NO_MODELS, "--dtype": CHOICES, "--chat-template": NO_TEMPLATES}
 CACHED = {**MODEL, "--cache": NO_FOLDERS, "--max-response-tokens": COUNTS}
 OPTIONS = {
     "collect": {
@@ -160,8 +161,9 @@ def world(tmp_path_factory):
     write_lines(root / "benign.jsonl", [{**row, "label": 0} for row in make_rows(60)])
     write_lines(root / "prompts.jsonl", [{"prompt": f"w{10 + index} think", "response": "w11"} for index in range(8)])
     (root / "empty").mkdir()
+    (root / "blank").write_text("\n")
     files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts")}
-    return {**{name: root / name for name in ("target", "head", "empty", "new")}, **files}
+    return {**{name: root / name for name in ("target", "head", "empty", "blank", "new")}, **files}
 
 
 def make_rows(num):

@@ -17,6 +17,7 @@ from .options import (
     MAX_SEED,
     Benign,
     Cache,
+    ChatTemplate,
     Data,
     Dtype,
     Head,
@@ -41,6 +42,7 @@ def collect(
         typer.Option(parser=parse_path, metavar="FILE", help="JSON lines to append to; ids in it are skipped."),
     ],
     target: Target = None,
+    chat_template: ChatTemplate = None,
     label: Annotated[Literal["safe", "unsafe"] | None, typer.Option(help="What answers are by construction.")] = None,
     labeler: Annotated[
         str | None,
@@ -73,7 +75,7 @@ def collect(
     settings = CollectSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
     check_writable_file(out)
     guard = None if labeler is None else load_labeler(labeler)
-    num = collect_answers(*load_target(target, dtype), examples, out, settings=settings, labeler=guard)
+    num = collect_answers(*load_target(target, dtype, chat_template), examples, out, settings=settings, labeler=guard)
     typer.echo(f"{num} new answers in {out}")
 
 
@@ -81,6 +83,7 @@ def features(
     data: Data,
     benign: Benign = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Layers = None,
     max_response_tokens: MaxTokens = 256,
     cache: Cache = DEFAULT_CACHE,
@@ -97,7 +100,7 @@ def features(
 
     examples = load_labelled(data, benign)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     settings = default_settings(model, layers, max_response_tokens=max_response_tokens)
     found = extract_features(model, tokenizer, examples, cache, settings)
     typer.echo(f"{len(found.example)} prefixes of {len(examples)} answers in {cache}")
@@ -109,6 +112,7 @@ def train(
     benign: Benign = None,
     validation: Validation = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Layers = None,
     read_layers: Annotated[
         Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help="Skip the sweep and read these, such as 18,22.")
@@ -147,7 +151,7 @@ def train(
     check_sets(examples, held_out)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     settings = default_settings(model, layers or read_layers, max_response_tokens=max_response_tokens)
     seen, unseen = (
         Dataset(part, extract_features(model, tokenizer, part, cache, settings)) for part in (examples, held_out)
@@ -162,7 +166,8 @@ def train(
     trained = train_head(seen, unseen, chosen, choice, target=binding, ewma_decay=settings.ewma_decay, settings=how)
     trained.head.save_pretrained(out)
     files = [*data, *(benign or []), *(validation or [])]
-    update_record(out, sweep=sweep, validation_auroc=trained.validation_auroc, provenance=provenance(files))
+    made = {"validation_auroc": trained.validation_auroc, "provenance": provenance(files)}
+    update_record(out, sweep=sweep, chat_template=chat_template, **made)
     refresh_card(SafetyHead, out)
     typer.echo(f"layers {chosen}, {choice.name}: validation AUROC {trained.validation_auroc:.4f}. Saved in {out}")
 
@@ -181,6 +186,7 @@ def calibrate(
     ] = 0.02,
     validation: Validation = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     max_response_tokens: MaxTokens = 256,
     generated_tokens: Annotated[
         int,
@@ -211,12 +217,13 @@ def calibrate(
     check_writable_folder(head)
     read_record(head)  # a record that can't be added to is told now
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     scored = score(model, tokenizer, safety_head, examples, cache, max_response_tokens)
     tuning = score(model, tokenizer, safety_head, labelled, cache, max_response_tokens) if labelled else None
     record = calibrate_head(safety_head, scored, tuning, alpha)
     safety_head.save_pretrained(head)
-    record |= {"max_response_tokens": max_response_tokens, "provenance": provenance([*benign, *(validation or [])])}
+    record |= {"max_response_tokens": max_response_tokens, "chat_template": chat_template}
+    record |= {"provenance": provenance([*benign, *(validation or [])])}
     update_record(head, calibration=record)
     refresh_card(SafetyHead, head)
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
@@ -258,6 +265,7 @@ def report(
     ],
     benign: Benign = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     max_response_tokens: MaxTokens = 256,
     cache: Cache = DEFAULT_CACHE,
     dtype: Dtype = "float32",
@@ -281,7 +289,7 @@ def report(
     training = read_record(head)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     scored = score(model, tokenizer, safety_head, examples, cache, max_response_tokens)
     files = [*data, *(benign or [])]
     write_report(scored, safety_head.config.risk_threshold, out, files=files, training=training)
@@ -298,6 +306,7 @@ def distill_draft(
     ],
     out: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="For the draft head.")],
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Annotated[
         Any,
         typer.Option(
@@ -347,7 +356,7 @@ def distill_draft(
         DraftHead.from_pretrained(start)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     where = (model, tokenizer, answers, out, cache)
     record = distill_draft(*where, layers=layers, settings=settings, start=start, max_minutes=max_minutes)
     done = f"Step {record['step']} of {record.get('num_steps', 'many')}"
