@@ -14,12 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from safespec_hf import SafeSpecConfig, SafetyHead, attach_safety_head
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 
-TEXT = """\
-Compost is a mixture of ingredients used as plant fertilizer and to improve soil's physical, chemical, and biological \
-properties. It is commonly prepared by decomposing plant and food waste, recycling organic materials, and manure. The \
-resulting mixture is rich in plant nutrients and beneficial organisms, such as bacteria, protozoa, nematodes, and \
-fungi. Compost improves soil fertility in gardens, landscaping, horticulture, urban agriculture, and organic farming, \
-reducing dependency on commercial chemical fertilizers."""
+LICENSE = Path(__file__).parents[2] / "LICENSE"  # plain English, longer than the window of 512 tokens
 ODD_TEXTS = (
     "Two  spaces\n\n\nand lines,\ta tab",
     " leading and trailing ",
@@ -40,9 +35,9 @@ PROMPTS = (
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Of plain text, after the beginning token, without which this model says nothing sensible."""
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Of the first 6,000 characters of this project's licence, some 1,200 tokens."""
+    ids = tokenizer(LICENSE.read_text(encoding="utf-8")[:6000], return_tensors="pt")["input_ids"]
     return float(model(ids, labels=ids).loss.exp())
 
 
@@ -74,7 +69,7 @@ def main() -> None:
     tokenizer.chat_template = PLAIN_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(arguments.work / "target", dtype=torch.float32)
     figures = {
-        "perplexity": round(perplexity(model, tokenizer, TEXT), 2),
+        "perplexity": round(perplexity(model, tokenizer), 2),
         "texts_given_back": f"{sum(gives_back(tokenizer, text) for text in ODD_TEXTS)} of {len(ODD_TEXTS)}",
     }
     attach_safety_head(model, SafetyHead.from_pretrained(arguments.work / "head"), tokenizer=tokenizer)

@@ -46,12 +46,10 @@ def describe(output: SafeSpecOutput, threshold: float) -> str:
     """Risks and statistics of one answer, in two lines."""
     risks, counts = output.risks[0], output.statistics
     known = risks[~risks.isnan()]
+    risk = f"risk: mean {known.mean():.3f}, highest {known.max():.3f}, threshold {threshold:.3f}"
+    forwards = f"{counts.num_new_tokens} tokens in {counts.num_target_forwards} target forwards"
     drafts = f"{counts.num_accepted_tokens} of {counts.num_draft_tokens} drafts accepted"
-    return (
-        f"risk: mean {known.mean():.3f}, highest {known.max():.3f}, threshold {threshold:.3f}; {counts.num_flags} flags\n"
-        f"{counts.num_new_tokens} tokens, {counts.num_target_forwards} target forwards, {drafts}; "
-        f"ended by {output.finish_reasons[0]}"
-    )
+    return f"{risk}, {counts.num_flags} flags\n{forwards}, {drafts}, ended by {output.finish_reasons[0]}"
 
 
 def main() -> None:

@@ -356,8 +356,7 @@ def distill_draft(
         DraftHead.from_pretrained(start)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype, chat_template)
-    where = (model, tokenizer, answers, out, cache)
+    where = (*load_target(target, dtype, chat_template), answers, out, cache)
     record = distill_draft(*where, layers=layers, settings=settings, start=start, max_minutes=max_minutes)
     done = f"Step {record['step']} of {record.get('num_steps', 'many')}"
     hint = "" if record["is_finished"] else " Run the same command again to go on."
