@@ -50,6 +50,7 @@ COMMANDS = {
     "calibrate": ["{head}", "--benign", "{benign}", "--target", "{target}", "--cache", "{new}"],
     "report": ["{head}", "{data}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
     "distill-draft": ["{prompts}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
+    "make-head": ["{target}", "--prompts", "{many}", "--labelled", "{data}", "--out", "{new}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
@@ -100,6 +101,23 @@ OPTIONS = {
         "--held-out-fraction": SHARES,
         "--max-minutes": ["-1", "nan", "inf", "x", ""],
     },
+    "make-head": {
+        "--dtype": CHOICES,
+        "--chat-template": NO_TEMPLATES,
+        "--prompts": [*NO_DATA, "{prompts}", "{data}"],  # too few, and labelled unsafe
+        "--labelled": [*NO_DATA, "{benign}"],
+        "--validation": [*NO_DATA, "{data}", "{benign}"],
+        "--from-hub": ["", "x", "BeaverTails", "or-bench,aegis"],
+        "--hub-rows": COUNTS,
+        "--out": NO_FOLDERS,
+        "--work": NO_FOLDERS,
+        "--alpha": [*SHARES, "0.001"],
+        "--layers": LAYERS,
+        "--max-new-tokens": COUNTS,
+        "--max-response-tokens": COUNTS,
+        "--batch-size": COUNTS,
+        "--seed": SEEDS,
+    },
     "push": {"--revision": NO_BRANCHES, "--license": NO_LICENSES, "--report": [*NO_FOLDERS, "{empty}", "{target}"]},
     "show": {},
 }
@@ -110,6 +128,7 @@ ARGUMENTS = {
     "calibrate": [NO_HEADS],
     "report": [NO_HEADS, NO_DATA],
     "distill-draft": [NO_DATA],
+    "make-head": [NO_MODELS],
     "push": [NO_HEADS, NO_IDS],
     "show": [NO_HEADS],
 }
@@ -160,9 +179,12 @@ def world(tmp_path_factory):
     write_lines(root / "data.jsonl", rows)
     write_lines(root / "benign.jsonl", [{**row, "label": 0} for row in make_rows(60)])
     write_lines(root / "prompts.jsonl", [{"prompt": f"w{10 + index} think", "response": "w11"} for index in range(8)])
+    write_lines(
+        root / "many.jsonl", [{"prompt": f"w{10 + index % 25} {'no ' * (index // 25)}"} for index in range(170)]
+    )
     (root / "empty").mkdir()
     (root / "blank").write_text("\n")
-    files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts")}
+    files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts", "many")}
     return {**{name: root / name for name in ("target", "head", "empty", "blank", "new")}, **files}
 
 
@@ -216,7 +238,7 @@ def with_argument(verb, place, value):
 
 
 def damaged_command_lines(verb):
-    required = [0, 1] if verb in ("push", "report") else [0]
+    required = {"push": [0, 1], "report": [0, 1], "make-head": []}.get(verb, [0])
     yield from [[verb, *COMMANDS[verb][:place], *COMMANDS[verb][place + 1 :]] for place in required]
     yield from [
         [verb, *COMMANDS[verb], *extra] for extra in (["--nothing"], ["--out"], ["-x"], ["--alpha=", "--target"])

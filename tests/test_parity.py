@@ -323,6 +323,31 @@ def test_samples_from_head_drafts_are_distributed_as_the_targets(tokenizer, poli
     assert chisquare(*pairs, sum_check=False).pvalue > 1e-4
 
 
+SAMPLING = {
+    "free": {"top_k": 0},
+    "warped": {"temperature": 0.6, "top_k": 12, "top_p": 0.9},
+    "penalised": {"top_k": 0, "repetition_penalty": 1.4},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_what_is_sampled_does_not_depend_on_the_drafts(target, tokenizer, cheap_drafts, name, num_rows):
+    attach(target, tokenizer)
+    ids = PROMPT.repeat(num_rows, 1) + torch.arange(num_rows)[:, None]
+    draft, num_accepted = build_draft_head(target), 0
+    for seed in range(4):
+        texts = []
+        for drafts in ({}, drafting("lookup", target), {"assistant_model": draft}):
+            torch.manual_seed(seed)
+            arguments = {"max_new_tokens": 40, "do_sample": True, "return_dict_in_generate": True, **SAMPLING[name]}
+            output = target.generate(ids, safespec=ADAPTIVE, **arguments, **drafts)
+            texts.append(output.sequences.tolist())
+            num_accepted += output.statistics.num_accepted_tokens
+        assert texts[0] == texts[1] == texts[2]
+    assert num_accepted > 0
+
+
 def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
     model = ScriptedModel(count_after(CHANCES))
     attach(model, tokenizer, probe(model))
@@ -336,7 +361,7 @@ def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
     assert chisquare(counts[20:22].double(), torch.tensor([25.0, 9.0]).double() / 34 * SAMPLES).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma", "mean+ewma+last"])
 @pytest.mark.parametrize("span", ["segment", "answer"])
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
 def test_returned_risks_are_those_of_scoring_the_whole_answer_at_once(target, tokenizer, pooling, span, layers):

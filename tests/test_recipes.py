@@ -32,7 +32,7 @@ def test_no_question_is_both_chosen_by_and_reported_on(tmp_path, monkeypatch):
     (tmp_path / "prepared").mkdir()
     write_lines(tmp_path / "labelled" / "gptfuzz_evaluate.jsonl", rows)
     choose = script("choose")
-    for name in choose["KEPT"] + choose["HALVED"]:
+    for name in choose["NUM_ROWS"]:
         write_lines(tmp_path / "prepared" / f"{name}.jsonl", rows)
     folders = {"--data": tmp_path, "--prepared": tmp_path / "prepared", "--out": tmp_path}
     monkeypatch.setattr(sys, "argv", ["choose.py", *(str(part) for pair in folders.items() for part in pair)])

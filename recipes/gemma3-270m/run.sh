@@ -22,7 +22,7 @@ python "$DEFAULT/swap.py" "$WORK"
 
 VALIDATION="--validation $WORK/validation.jsonl --validation $WORK/safe_validation.jsonl"
 # shellcheck disable=SC2086
-safespec train "$WORK/labelled.jsonl" "$WORK/swapped.jsonl" --benign "$WORK/safe_train.jsonl" \
+safespec train "$WORK/labelled.jsonl" "$WORK/second_round.jsonl" "$WORK/swapped.jsonl" --benign "$WORK/safe_train.jsonl" \
     --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" --layers 8,10,12,14,16,17 $COMMON
 # shellcheck disable=SC2086
 safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --alpha 0.02 --generated-tokens 96 \

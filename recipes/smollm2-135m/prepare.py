@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -16,16 +17,26 @@ from safespec_hf.training.metrics import REFUSAL, is_refusal
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 # How many answers per class and wording. HEDGE is wider than a refusal: it finds warnings and disclaimers as well.
-NUM_LABELLED = {(0, True): 260, (1, True): 250, (0, False): 409, (1, False): 360}
+NUM_LABELLED = {(0, True): 500, (1, True): 700, (0, False): 128, (1, False): 290}
 HEDGE = re.compile(
     r"\b(i'?m sorry|i am sorry|i apologi[sz]e|i can(?:no|')t|i cannot|i am unable|i'm unable|as an ai|not able to"
     r"|unable to|i won'?t|illegal|unethical|not appropriate|inappropriate|against (?:my|the|openai)"
     r"|i must (?:inform|remind)|sorry,)",
     re.IGNORECASE,
 )
-NUM_PROMPTS = {"borderline": 480, "benign": 128, "gsm8k_train": 60, "self_instruct_seed": 60}
+NUM_PROMPTS = {"borderline": 480, "benign": 300, "gsm8k_train": 60, "self_instruct_seed": 60, "borderline_odd": 1537}
 NUM_REFERENCES = {"gsm8k_train": 60, "self_instruct_seed": 100}
-NUM_BEGUN = 160
+NUM_BEGUN = 400
+# What labels are worth, by the noise that their table names; sources whose answers are all alike count for less, too.
+WEIGHTS = {
+    "latent_jailbreak_human": 0.2,
+    "drattack_uncensored": 0.7,
+    "aisafetylab": 0.8,
+    "medsafety": 0.3,
+    "orbench_fr_de": 0.6,
+}
+THRESHOLD_SOURCES = ("arenahard_benign", "korean_orbench")
+"""Safe answers of others, of which one half is for choosing by and one for the threshold."""
 SPEAKER = re.compile(r"\n\s*[\[(*]*[^\n:]{1,24}[\])*]*\s*:")
 
 
@@ -107,6 +118,36 @@ def choose_prompts(benign: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return parts
 
 
+def read_second_round(folder: Path) -> list[Row]:
+    """The rows of a folder: every turn in its context, the label is of the last answer."""
+    rows: list[Row] = []
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, row in enumerate(read(file)):
+            turns = row.get("turns") or [{"role": "user", "content": row["prompt"]}, {}]
+            rows.append(
+                {
+                    "id": f"{file.stem} {number}",
+                    "messages": turns[:-1],
+                    "response": row["response"],
+                    "label": row["label"],
+                    "category": row.get("category") or "",
+                    "source": file.stem,
+                    "weight": WEIGHTS.get(file.stem, 1.0),
+                    "group": row["prompt"],
+                }
+            )
+    return rows
+
+
+def divide(rows: list[Row]) -> dict[str, list[Row]]:
+    """Answers to choose by, and safe ones for the threshold; no prompt is on both sides."""
+    parts: dict[str, list[Row]] = {"validation": [], "calibration": []}
+    for row in rows:
+        is_odd = int(hashlib.sha256(row["group"].encode()).hexdigest(), 16) % 2
+        parts["calibration" if row["source"] in THRESHOLD_SOURCES and is_odd else "validation"].append(row)
+    return parts
+
+
 def choose_references(benign: dict[str, list[Row]]) -> list[Row]:
     """Answers of others to prompts that are used nowhere else."""
     references: list[Row] = []
@@ -142,9 +183,18 @@ def main() -> None:
     labelled = read(arguments.data / "labelled" / "gptfuzz_train.jsonl")
     write(arguments.out / "labelled.jsonl", choose_labelled(labelled))
     write(arguments.out / "references.jsonl", choose_references(benign))
+    begun = choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl"))
+    held_out = {row["prompt"] for row in begun["validation"]}
+    second = [row for row in read_second_round(arguments.data / "v2" / "train") if row["group"] not in held_out]
+    write(arguments.out / "second_round.jsonl", second)
+    benign["borderline_odd"] = read(arguments.data / "v2" / "prompts" / "borderline_odd.jsonl")
+    own = {row["prompt"] for row in benign["borderline_odd"]}
+    others = [row for row in read_second_round(arguments.data / "v2" / "choose") if row["group"] not in own]
+    for name, rows in divide(others).items():
+        write(arguments.out / f"others_{name}.jsonl", rows)
     for name, rows in choose_prompts(benign).items():
         write(arguments.out / f"safe_prompts_{name}.jsonl", rows)
-    for name, rows in choose_begun(read(arguments.data / "prompts" / "advbench_no_jbb.jsonl")).items():
+    for name, rows in begun.items():
         write(arguments.out / f"begun_prompts_{name}.jsonl", rows)
 
 

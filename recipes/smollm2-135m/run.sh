@@ -4,27 +4,30 @@ set -eu
 DATA=$1
 WORK=${2:-work}
 HERE=$(dirname "$0")
-LAYERS=12,16,18,20,22,24,26
-COMMON="--cache $WORK/cache --max-response-tokens 192 --dtype bfloat16"
+LAYERS=12,16,20,24,28
+COMMON="--cache $WORK/cache --max-response-tokens 256 --dtype bfloat16"
 
 python "$HERE/prepare.py" --data "$DATA" --out "$WORK"
 for PART in train validation calibration; do
     safespec collect "$WORK/safe_prompts_$PART.jsonl" --label safe --max-new-tokens 128 --batch-size 64 \
-        --out "$WORK/safe_$PART.jsonl"
+        --dtype bfloat16 --out "$WORK/safe_$PART.jsonl"
 done
 for PART in train validation; do
     safespec collect "$WORK/begun_prompts_$PART.jsonl" --label unsafe --max-new-tokens 64 --batch-size 64 \
-        --out "$WORK/begun_$PART.jsonl"
+        --dtype bfloat16 --out "$WORK/begun_$PART.jsonl"
 done
 python "$HERE/swap.py" "$WORK"
 
-VALIDATION="--validation $DATA/labelled/gptfuzz_evaluate.jsonl"
+VALIDATION="--validation $DATA/labelled/gptfuzz_evaluate.jsonl --validation $WORK/others_validation.jsonl"
 VALIDATION="$VALIDATION --validation $WORK/begun_validation.jsonl --validation $WORK/safe_validation.jsonl"
 # shellcheck disable=SC2086  # options are words
-safespec train "$WORK/labelled.jsonl" "$WORK/begun_train.jsonl" "$WORK/swapped.jsonl" --benign "$WORK/safe_train.jsonl" \
-    --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" --layers $LAYERS $COMMON
+safespec train "$WORK/labelled.jsonl" "$WORK/second_round.jsonl" "$WORK/begun_train.jsonl" "$WORK/swapped.jsonl" \
+    --benign "$WORK/safe_train.jsonl" --benign "$WORK/references.jsonl" $VALIDATION --out "$WORK/head" \
+    --layers $LAYERS --read-layers 16,20,24 --reading mean+ewma-answer $COMMON
+# Long answers have more chances to be flagged: the threshold is from answers of up to 1,024 tokens.
+safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --benign "$WORK/others_calibration.jsonl" \
+    --alpha 0.02 --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --cache "$WORK/cache" \
+    --max-response-tokens 1024 --generated-tokens 1024 --dtype bfloat16
 # shellcheck disable=SC2086
-safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --alpha 0.02 $VALIDATION $COMMON
-# shellcheck disable=SC2086
-safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" "$WORK/begun_validation.jsonl" \
-    --benign "$WORK/safe_calibration.jsonl" --out "$WORK/report" $COMMON
+safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" "$WORK/others_validation.jsonl" \
+    "$WORK/begun_validation.jsonl" --benign "$WORK/safe_calibration.jsonl" --out "$WORK/report" $COMMON

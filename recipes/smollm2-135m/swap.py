@@ -9,8 +9,8 @@ from typing import Any
 
 from prepare import Row, read, write
 
-NUM_SAFE = {"safe_train": 100, "references": 60}
-NUM_UNSAFE = {"labelled": 120, "begun_train": 40}
+NUM_SAFE = {"safe_train": 250, "references": 60, "second_round": 250}
+NUM_UNSAFE = {"labelled": 250, "begun_train": 80, "second_round": 200}
 
 
 def text_of(row: Row) -> str:

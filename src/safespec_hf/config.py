@@ -36,7 +36,8 @@ class SafetyHeadConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.1): Dropout between them while training, in [0, 1).
         pooling (`"last"`, `"mean"` or `"ewma"`, defaults to `"mean"`):
             What the MLP sees at a token: its own hidden state (the paper's boundary token), the mean over the scored
-            span up to it, or an exponentially weighted mean.
+            span up to it, or an exponentially weighted mean. Several give their features side by side, in this order:
+            `"mean+ewma"`.
         ewma_decay (`float`, defaults to 0.9): Weight of the past per token for `"ewma"`, in (0, 1).
         span (`"segment"` or `"answer"`, defaults to `"segment"`):
             Where pooling starts: at the segment's first token or at the answer's. Inserted text is never in it.
@@ -92,7 +93,9 @@ class SafetyHeadConfig(PreTrainedConfig):
         _check("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "> 0")
         _check("num_mlp_layers", self.num_mlp_layers, self.num_mlp_layers >= 1, ">= 1")
         _check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        _check("pooling", self.pooling, self.pooling in get_args(Pooling), f"one of {get_args(Pooling)}")
+        ways, known = self.pooling.split("+"), get_args(Pooling)
+        is_sound = set(ways) <= set(known) and len(set(ways)) == len(ways)
+        _check("pooling", self.pooling, is_sound, f"one of {known}, or several of them joined by '+'")
         _check("ewma_decay", self.ewma_decay, 0 < self.ewma_decay < 1, "in (0, 1)")
         _check("span", self.span, self.span in get_args(Span), f"one of {get_args(Span)}")
         _check("unsafe_label", self.unsafe_label, self.unsafe_label in (0, 1), "0 or 1")
@@ -119,8 +122,8 @@ class SafetyHeadConfig(PreTrainedConfig):
 
     @property
     def num_features(self) -> int:
-        """Inputs of the MLP: hidden size times the number of layers that are read."""
-        return self.hidden_size * len(self.hidden_layers or [])
+        """Inputs of the MLP: hidden size times the number of layers that are read, for every way of pooling."""
+        return self.hidden_size * len(self.hidden_layers or []) * len(self.pooling.split("+"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +147,7 @@ class SafeSpecConfig:
             What adaptive drafts go by. `"measured"` times forwards of target and draft once on a machine, which takes
             less than a second and is kept on disk (in `SAFESPEC_CACHE`, by default `~/.cache/safespec-hf`); and within
             an answer it stops drafting while rounds take longer than plain steps would. `"weights"` counts the weights
-            that forwards read, and looks at no clock: then a sampled call with a seed draws the same text on every
+            that forwards read, and looks at no clock: then a sampled call with a seed drafts the same on every
             machine. Models of less than 8 million weights, and those of which other processes hold parts, are never
             timed.
         lookup_drafts (`bool`, defaults to `True`):

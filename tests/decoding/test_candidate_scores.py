@@ -35,7 +35,7 @@ def sample(model, head, num, judge, newline_ids=frozenset(), prompt=PROMPT, max_
     return segments, scores, fork, cached
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma", "mean+ewma+last"])
 @torch.no_grad()
 def test_watched_candidates_get_the_scores_of_candidates_read_at_once(pooling):
     model = build_model()

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 from safespec_hf.decoding.verification import mean_log_prob, verify_sampled
-from safespec_hf.engine.token_tree import accept_greedy, chain_parents, is_chain, path_to
+from safespec_hf.engine.token_tree import accept_matching, chain_parents, is_chain, path_to
 
 NUM_DRAWS = 40_000
 # A right sampler fails such a test once in ten thousand seeds, and these seeds are fixed: it passes for ever or never.
@@ -37,11 +37,11 @@ def one_hot(tokens, num=4):
     ],
 )
 def test_greedy_acceptance_stops_at_the_first_difference(drafts, num_accepted, next_token):
-    assert accept_greedy([1, 2, 3, 0], drafts, chain_parents(3)) == (list(range(num_accepted)), next_token)
+    assert accept_matching([1, 2, 3, 0], drafts, chain_parents(3)) == (list(range(num_accepted)), next_token)
 
 
 def test_without_drafts_the_next_token_is_the_targets():
-    assert accept_greedy([2], [], []) == ([], 2)
+    assert accept_matching([2], [], []) == ([], 2)
     verified = verify_sampled(one_hot([2]).mul(1e4)[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
     assert [part.tolist() for part in verified] == [[0], [2]]
 
@@ -61,7 +61,7 @@ TREE, PARENTS = [5, 6, 7, 8, 9], [-1, -1, 0, 0, 1]
     ],
 )
 def test_greedy_acceptance_follows_the_branch_that_the_target_takes(choices, path, next_token):
-    assert accept_greedy(choices, TREE, PARENTS) == (path, next_token)
+    assert accept_matching(choices, TREE, PARENTS) == (path, next_token)
     assert all(path_to(draft, PARENTS) == path[: index + 1] for index, draft in enumerate(path))
 
 
@@ -83,7 +83,7 @@ def test_sampling_without_a_choice_is_greedy_acceptance_row_by_row(seed):
     together = verify_sampled(scores_BTV * 1e6, drafts_BG, lengths)
     for row, length in enumerate(lengths.tolist()):
         choices, drafts = scores_BTV[row, 4 - length :].argmax(-1).tolist(), drafts_BG[row, 4 - length :].tolist()
-        path, next_token = accept_greedy(choices, drafts, chain_parents(length))
+        path, next_token = accept_matching(choices, drafts, chain_parents(length))
         assert [part[row].item() for part in together] == [len(path), next_token]
 
 

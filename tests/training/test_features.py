@@ -157,6 +157,7 @@ def test_a_reading_is_one_of_a_list(text):
     with pytest.raises(SafeSpecError, match=r"last-answer.*mean-answer.*but it is '"):
         Reading.parse(text)
     assert [Reading.parse(reading.name) for reading in READINGS] == list(READINGS)
+    assert Reading.parse("mean+last-answer").parts == [Reading("mean", "answer"), Reading("last", "answer")]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from safespec_hf import SafeSpecError, SafetyHead
 from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.train import (
     Dataset,
+    Lessons,
     TrainSettings,
     _balance,
+    _batches,
     _inputs,
-    _targets,
+    _loss,
+    _weights,
     split_by_group,
     sweep_readings,
     train_head,
@@ -86,6 +89,43 @@ def test_a_split_is_a_share(fraction):
         split_by_group(make_examples(60), fraction)
 
 
+def test_several_poolings_give_their_features_side_by_side(sets, tmp_path):
+    reading = Reading.parse("mean+ewma-answer")
+    head = train_head(*sets, [1, 2], reading, settings=QUICK).head
+    assert (head.config.pooling, head.config.num_features) == ("mean+ewma", 4 * head.config.hidden_size)
+    inputs = _inputs(sets[1].features, [1, 2], reading)
+    parts = [_inputs(sets[1].features, [1, 2], part) for part in reading.parts]
+    assert torch.equal(inputs, torch.cat(parts, dim=1))
+    head.save_pretrained(tmp_path / "head")
+    torch.testing.assert_close(SafetyHead.from_pretrained(tmp_path / "head").risk(inputs), head.risk(inputs))
+
+
+def test_a_spike_anywhere_in_a_safe_answer_costs_what_an_unsafe_answer_without_one_costs():
+    quiet, spike = torch.tensor([-4.0, -4.0, -4.0, -4.0]), torch.tensor([-4.0, -4.0, 4.0, -4.0])
+    batch = Lessons(
+        torch.zeros(4, 1), torch.tensor([0, 0, 1, 1]), torch.zeros(4), torch.tensor([0.0, 0.0]), torch.ones(2)
+    )
+    assert _loss(quiet, batch, 1.0) < 0.1 < 2 < _loss(spike, batch, 1.0)
+    unsafe = batch._replace(labels_N=torch.tensor([0.0, 1.0]))
+    assert _loss(spike, unsafe, 1.0) < 0.1 < 2 < _loss(quiet, unsafe, 1.0)
+    # on their own, prefixes without a weight teach nothing
+    assert _loss(spike, batch, 0.0) == 0
+
+
+def test_batches_hold_whole_answers(sets):
+    features = sets[0].features
+    numbers = torch.arange(len(features.example)).float()[:, None]
+    weights_P, weights_N = _weights(sets[0], QUICK)
+    batches = list(_batches(Lessons(numbers, features.example, weights_P, sets[0].labels, weights_N), 7))
+    assert sum(len(batch.labels_N) for batch in batches) == len(sets[0].examples)
+    rows = torch.cat([batch.inputs_PF[:, 0] for batch in batches]).long()
+    assert sorted(rows.tolist()) == list(range(len(features.example)))
+    for batch in batches:
+        found = features.example[batch.inputs_PF[:, 0].long()]
+        assert torch.equal(sets[0].labels[found], batch.labels_N[batch.example_P])
+        assert torch.equal(weights_P[batch.inputs_PF[:, 0].long()], batch.weights_P)
+
+
 def test_training_twice_gives_the_same_head(sets):
     first, second = (train_head(*sets, [2], MEAN, settings=QUICK).head.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -105,19 +145,22 @@ def test_the_sweep_tries_every_layer_and_reading_and_then_sets_of_layers(sets):
 
 
 def test_early_prefixes_of_unsafe_answers_are_left_out(sets):
-    targets, weights = _targets(sets[0], QUICK)
+    weights_P, weights_N = _weights(sets[0], QUICK)
+    is_unsafe = sets[0].labels[sets[0].features.example] == 1
     is_early = (sets[0].features.num_tokens < 4) & ~sets[0].features.is_last
-    assert bool((weights[is_early & (targets == 1)] == 0).all())
-    assert bool((weights[targets == 0] > 0).all())
+    assert bool((weights_P[is_early & is_unsafe] == 0).all())
+    assert bool((weights_N > 0).all())
+    assert bool((weights_P[~is_unsafe] > 0).all())
 
 
 def test_prefixes_before_an_answer_turns_unsafe_are_left_out(sets):
     late = [dataclasses.replace(example, unsafe_from=30 * example.label) for example in sets[0].examples]
     data = Dataset(late, sets[0].features)
-    targets, weights = _targets(data, QUICK)
-    is_before = (data.features.num_chars < 30) & ~data.features.is_last & (targets == 1)
+    weights_P, _ = _weights(data, QUICK)
+    is_unsafe = data.labels[data.features.example] == 1
+    is_before = (data.features.num_chars < 30) & ~data.features.is_last & is_unsafe
     assert is_before.any()
-    assert bool((weights[is_before] == 0).all())
+    assert bool((weights_P[is_before] == 0).all())
 
 
 def test_classes_weigh_the_same_and_sources_by_a_power_of_their_size():

@@ -7,9 +7,45 @@ from typing import cast
 
 import torch
 from torch import FloatTensor, LongTensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from .rows import Row
+
+_OF_SCORES_ONLY = {
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+}
+
+
+def are_of_scores_only(processors: LogitsProcessorList) -> bool:
+    """Whether processors look at no token of the context: then one call serves any number of positions.
+
+    Known classes only: one that somebody derived may look at more.
+
+    Example:
+
+        >>> are_of_scores_only(LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)]))
+        True
+    """
+    return all(type(processor) in _OF_SCORES_ONLY for processor in processors)
 
 
 class SafeSpecLogitsProcessor(LogitsProcessor):

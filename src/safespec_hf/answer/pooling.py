@@ -111,6 +111,39 @@ def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
     return pooled_TF if before_F is None else pooled_TF + weights[..., :1] * before_F
 
 
+def pool_block(
+    before_F: Tensor | None,
+    hidden_TF: Tensor,
+    counts: Sequence[int],
+    pooling: str,
+    decay: float,
+    previous: Sequence[int] | None = None,
+) -> Tensor:
+    """Pooled states of a block in every way that `pooling` names, side by side.
+
+    Args:
+        before_F (`torch.Tensor` of shape `(F,)`, *optional*): All pooled states of the token before the block, if any.
+        hidden_TF (`torch.Tensor` of shape `(T, H)`): The block's hidden states.
+        counts, decay, previous: As for [`pooling_weights`].
+        pooling (`str`): One way or several, such as `"mean+ewma"`.
+
+    Returns:
+        `torch.Tensor` of shape `(T, F)`, where F is H times the number of ways.
+
+    Example:
+
+        >>> import torch
+        >>> pool_block(None, torch.tensor([[1.0], [3.0]]), [0, 1], "mean+last", 0.9)
+        tensor([[1., 1.],
+                [2., 3.]])
+    """
+    ways = pooling.split("+")
+    befores = [None] * len(ways) if before_F is None else before_F.chunk(len(ways), dim=-1)
+    weights = [pooling_weights(counts, way, decay, previous) for way in ways]
+    pooled = [pool(before, hidden_TF, weight) for before, weight in zip(befores, weights, strict=True)]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
+
+
 class PooledStates:
     """The pooled states after the last tokens of one answer, so that a rollback is an index.
 

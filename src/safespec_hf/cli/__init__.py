@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import SafeSpecError
+from .make_head import make_head
 from .making import calibrate, collect, distill_draft, features, report, train
 from .sharing import push, show
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (collect, features, train, calibrate, report, distill_draft, push, show):
+for command in (make_head, collect, features, train, calibrate, report, distill_draft, push, show):
     app.command()(command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SafeSpecError
@@ -10,9 +9,7 @@ from ..errors import SafeSpecError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..heads.safety_head import SafetyHead
     from ..training.data import Example
-    from ..training.metrics import ScoredAnswers
 
 
 def load_labelled(data: list[str], benign: list[str] | None) -> list[Example]:
@@ -75,25 +72,3 @@ def _prepare(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> N
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     check_chat_template(tokenizer)
-
-
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    head: SafetyHead,
-    examples: list[Example],
-    cache: Path,
-    max_response_tokens: int,
-) -> ScoredAnswers:
-    """Answers with the risk of each of their tokens.
-
-    Raises:
-        HeadMismatchError: If the head was trained for another target.
-    """
-    from ..heads.safety_head import check_binding, target_binding
-    from ..training.metrics import ScoredAnswers
-    from ..training.scores import read_risks
-
-    check_binding(head, target_binding(model, tokenizer))
-    risks = read_risks(model, tokenizer, head, examples, cache, max_response_tokens=max_response_tokens)
-    return ScoredAnswers(examples, risks)

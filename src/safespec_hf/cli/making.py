@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import SafeSpecError
-from .loading import load_labelled, load_target, score
+from .loading import load_labelled, load_target
 from .options import (
     DEFAULT_CACHE,
     LAYERS_HELP,
     MAX_COUNT,
     MAX_SEED,
+    Alpha,
     Benign,
     Cache,
     ChatTemplate,
@@ -31,7 +32,7 @@ from .options import (
     parse_path,
 )
 
-READING_HELP = "With --read-layers, pooling and span: last-answer, mean-segment, mean-answer or ewma-answer."
+READING_HELP = "With --read-layers, pooling and span, such as last-answer, mean-segment or mean+ewma-answer."
 Layers = Annotated[Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help=LAYERS_HELP)]
 
 
@@ -117,10 +118,7 @@ def train(
     read_layers: Annotated[
         Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help="Skip the sweep and read these, such as 18,22.")
     ] = None,
-    reading: Annotated[
-        Literal["last-answer", "mean-segment", "mean-answer", "ewma-answer"],
-        typer.Option(metavar="NAME", help=READING_HELP),
-    ] = "mean-answer",
+    reading: Annotated[str, typer.Option(parser=parse_name, metavar="NAME", help=READING_HELP)] = "mean-answer",
     width: Annotated[
         int, typer.Option(metavar="N", min=0, max=65_536, help="Hidden units of each; 0 is a linear probe.")
     ] = 32,
@@ -136,14 +134,13 @@ def train(
 
     Example: `safespec train labelled.jsonl --benign answers.jsonl --validation held_out.jsonl --out head`
     """
-    from ..heads.hub import refresh_card
-    from ..heads.safety_head import SafetyHead, target_binding
+    from ..heads.safety_head import target_binding
     from ..training.features import Reading, default_settings, extract_features
     from ..training.files import check_writable_folder
-    from ..training.record import update_record
-    from ..training.report import provenance
-    from ..training.train import Dataset, TrainSettings, check_sets, split_by_group, sweep_readings, train_head
+    from ..training.saving import train_and_save
+    from ..training.train import Dataset, TrainSettings, check_sets, split_by_group
 
+    choice = Reading.parse(reading)
     examples = load_labelled(data, benign)
     held_out = load_labelled(validation, None) if validation else None
     if held_out is None:
@@ -156,20 +153,20 @@ def train(
     seen, unseen = (
         Dataset(part, extract_features(model, tokenizer, part, cache, settings)) for part in (examples, held_out)
     )
-    if read_layers:
-        sweep, chosen, choice = [], read_layers, Reading(*reading.split("-"))
-    else:
-        sweep = sweep_readings(seen, unseen, settings.readings)
-        chosen, choice = sweep[0]["hidden_layers"], Reading(*sweep[0]["reading"])
-    how = TrainSettings(width=width, num_members=num_members, seed=seed)
-    binding = target_binding(model, tokenizer)
-    trained = train_head(seen, unseen, chosen, choice, target=binding, ewma_decay=settings.ewma_decay, settings=how)
-    trained.head.save_pretrained(out)
-    files = [*data, *(benign or []), *(validation or [])]
-    made = {"validation_auroc": trained.validation_auroc, "provenance": provenance(files)}
-    update_record(out, sweep=sweep, chat_template=chat_template, **made)
-    refresh_card(SafetyHead, out)
-    typer.echo(f"layers {chosen}, {choice.name}: validation AUROC {trained.validation_auroc:.4f}. Saved in {out}")
+    trained = train_and_save(
+        seen,
+        unseen,
+        out,
+        target=target_binding(model, tokenizer),
+        features=settings,
+        settings=TrainSettings(width=width, num_members=num_members, seed=seed),
+        choice=(read_layers, choice) if read_layers else None,
+        files=[*data, *(benign or []), *(validation or [])],
+        chat_template=chat_template,
+    )
+    config = trained.head.config
+    what = f"layers {config.hidden_layers}, {Reading(config.pooling, config.span).name}"
+    typer.echo(f"{what}: validation AUROC {trained.validation_auroc:.4f}. Saved in {out}")
 
 
 def calibrate(
@@ -178,12 +175,7 @@ def calibrate(
         list[str],
         typer.Option(parser=parse_name, metavar="DATA", help="Safe answers it was not trained on. Repeatable."),
     ],
-    alpha: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE", callback=check_share, help="Bound on the share of benign answers flagged anywhere."
-        ),
-    ] = 0.02,
+    alpha: Alpha = 0.02,
     validation: Validation = None,
     target: Target = None,
     chat_template: ChatTemplate = None,
@@ -201,13 +193,12 @@ def calibrate(
 
     Example: `safespec calibrate head --benign held_out_answers.jsonl --validation held_out.jsonl --alpha 0.02`
     """
-    from ..heads.hub import refresh_card
     from ..heads.safety_head import SafetyHead
-    from ..training.calibrate import OPERATING_POINTS, calibrate_head, num_answers_needed
+    from ..training.calibrate import OPERATING_POINTS, num_answers_needed
     from ..training.data import load_examples
     from ..training.files import check_writable_folder
-    from ..training.record import read_record, update_record
-    from ..training.report import provenance
+    from ..training.record import read_record
+    from ..training.saving import calibrate_and_save, score
 
     examples = load_examples(benign, label=0)
     labelled = load_examples(validation) if validation else []
@@ -220,12 +211,16 @@ def calibrate(
     model, tokenizer = load_target(target, dtype, chat_template)
     scored = score(model, tokenizer, safety_head, examples, cache, max_response_tokens)
     tuning = score(model, tokenizer, safety_head, labelled, cache, max_response_tokens) if labelled else None
-    record = calibrate_head(safety_head, scored, tuning, alpha)
-    safety_head.save_pretrained(head)
-    record |= {"max_response_tokens": max_response_tokens, "chat_template": chat_template}
-    record |= {"provenance": provenance([*benign, *(validation or [])])}
-    update_record(head, calibration=record)
-    refresh_card(SafetyHead, head)
+    record = calibrate_and_save(
+        safety_head,
+        scored,
+        tuning,
+        head,
+        alpha=alpha,
+        max_response_tokens=max_response_tokens,
+        files=[*benign, *(validation or [])],
+        chat_template=chat_template,
+    )
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
     for name, alpha_at in OPERATING_POINTS.items():
         point = record["operating_points"].get(name)
@@ -283,6 +278,7 @@ def report(
     from ..training.files import check_writable_folder
     from ..training.record import read_record
     from ..training.report import write_report
+    from ..training.saving import score
 
     examples = load_labelled(data, benign)
     safety_head = SafetyHead.from_pretrained(head)

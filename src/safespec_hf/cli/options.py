@@ -81,6 +81,10 @@ Cache = Annotated[
     typer.Option(parser=parse_path, metavar="FOLDER", help="Keeps features and risks, so that a killed run goes on."),
 ]
 DEFAULT_CACHE = Path("~/.cache/safespec-hf/training")
+Alpha = Annotated[
+    float,
+    typer.Option(metavar="SHARE", callback=check_share, help="Bound on the share of benign answers flagged anywhere."),
+]
 Head = Annotated[Path, typer.Argument(parser=parse_path, metavar="HEAD", help="Folder of the head.")]
 LAYERS_HELP = "Hidden states to read, such as 12,18,24. Default: from the middle on."
 MaxTokens = Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Longer answers are cut.")]

@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..answer.logits import process_rows
+from ..answer.logits import are_of_scores_only, process_rows
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.tap import split_tap
-from ..engine.token_tree import accept_greedy, chain_parents, path_to
+from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
 from .commit import Committer, Flag
 from .plan import Plan
 from .safety_mode import SafetyMode
+from .sampling import Shares, token_at
 from .transfer import to_host
 from .verification import Verification, verify_sampled
 from .watch import Watch
@@ -79,6 +80,7 @@ class Decoder:
         self.watch = watch
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
+        self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
@@ -168,29 +170,48 @@ class Decoder:
                 self.drafter.observe(index, starts[index], states_TF)
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
-        """What sampling accepted, or the target's greedy choice at every position."""
+        """The target's choice at every position; or what was accepted of drafts that were sampled themselves."""
         scores_BTV = self._process(proposal, logits_BTV)
         if not self.plan.do_sample:
             return scores_BTV.max(dim=-1).indices  # the first of several, as argmax gives, at a quarter of its time
+        if proposal.probs_BGV is None:
+            return self._sample(proposal, scores_BTV)
         device, num_positions = logits_BTV.device, logits_BTV.shape[1]
         padded = [[0] * (num_positions - 1 - len(drafts)) + drafts for drafts in proposal.drafts]
         drafts_BG = torch.tensor(padded, dtype=torch.long).view(len(padded), -1).to(device, non_blocking=True)
         num_drafts_B = torch.tensor([len(drafts) for drafts in proposal.drafts]).to(device, non_blocking=True)
-        probs = None if proposal.probs_BGV is None else proposal.probs_BGV.to(device)
-        return verify_sampled(scores_BTV.float(), drafts_BG, num_drafts_B, probs)
+        return verify_sampled(scores_BTV.float(), drafts_BG, num_drafts_B, proposal.probs_BGV.to(device))
+
+    def _sample(self, proposal: Proposal, scores_BTV: Tensor) -> Tensor:
+        """What the target draws at every position: drafts stand where they are what it draws anyway.
+
+        So each token is drawn from the target's own distribution, whatever and however much was drafted.
+        """
+        num_positions = scores_BTV.shape[1]
+        shares = []
+        for row, drafts, parents in zip(self.live, proposal.drafts, proposal.trees(), strict=True):
+            depths = [0, *depths_of(parents)]
+            ahead = self.shares[row.index].ahead(1 + max(depths))
+            shares.append([0.0] * (num_positions - 1 - len(drafts)) + [ahead[depth] for depth in depths])
+        share_K1 = torch.tensor(shares, dtype=torch.double).view(-1, 1).to(scores_BTV.device, non_blocking=True)
+        probs_KV = scores_BTV.float().softmax(dim=-1).flatten(0, 1)
+        return token_at(probs_KV, share_K1).view(len(shares), num_positions)
 
     def _process(self, proposal: Proposal, logits_BTV: Tensor) -> Tensor:
         """The caller's processors, once per position; rows are aligned to the right."""
-        if not self.live[0].processors:
+        row = self.live[0]
+        if not row.processors:
             return logits_BTV
+        if are_of_scores_only(row.processors):
+            scores_BTV = logits_BTV.to(row.device, torch.float32, copy=True)
+            return row.process(row.visible_ids(), scores_BTV.flatten(0, 1)).view_as(scores_BTV)
         num_positions = logits_BTV.shape[1]
-        columns = []
+        columns, trees = [], proposal.trees()
         for position in range(num_positions):
             extras = []
             for index, drafts in enumerate(proposal.drafts):
                 last = position - (num_positions - len(drafts))
-                parents = chain_parents(len(drafts)) if proposal.parents is None else proposal.parents[index]
-                extras.append([drafts[draft] for draft in path_to(last, parents)] if last >= 0 else [])
+                extras.append([drafts[draft] for draft in path_to(last, trees[index])] if last >= 0 else [])
             columns.append(process_rows(self.live, extras, logits_BTV[:, position]))
         return torch.stack(columns, dim=1)
 
@@ -216,14 +237,14 @@ class Decoder:
 
     def _accepted(self, proposal: Proposal, outcome: Sequence[Tensor]) -> list[tuple[list[int], int]]:
         """For each row the path that stands, and the target's token after it, from the host's copy of `_verify`."""
-        if self.plan.do_sample:
+        if len(outcome) == 2:
             num_accepted, next_tokens = (part.tolist() for part in outcome)
             return [(list(range(num)), token) for num, token in zip(num_accepted, next_tokens, strict=True)]
-        found = []
-        for index, (drafts, choices) in enumerate(zip(proposal.drafts, outcome[0].tolist(), strict=True)):
-            parents = chain_parents(len(drafts)) if proposal.parents is None else proposal.parents[index]
-            found.append(accept_greedy(choices[len(choices) - 1 - len(drafts) :], drafts, parents))
-        return found
+        triples = zip(outcome[0].tolist(), proposal.drafts, proposal.trees(), strict=True)
+        return [
+            accept_matching(choices[len(choices) - 1 - len(drafts) :], drafts, parents)
+            for choices, drafts, parents in triples
+        ]
 
     def _commit(self, proposal: Proposal, readings: Sequence[Reading]) -> list[Flag | None]:
         """Adds verified tokens and their risks to the rows; ends answers, or takes back what is unsafe."""
@@ -241,7 +262,12 @@ class Decoder:
                 is_prefix = on_path == list(range(len(on_path)))
                 pooled_TF = pooled_TF[: len(on_path)] if is_prefix else pooled_TF[on_path]
             pending.append(self.commits.settle(row, risks, pooled_TF, reason))
-        return self.commits.decide(self.live, pending)
+        flags = self.commits.decide(self.live, pending)
+        if self.shares:
+            for row, reading, flag in zip(self.live, readings, flags, strict=True):
+                shares = self.shares[row.index]
+                shares.use(len(reading.path) + 1) if flag is None else shares.forget()
+        return flags
 
     def _recover(self, flags: Sequence[Flag | None]) -> None:
         for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):

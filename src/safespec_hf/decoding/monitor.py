@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..answer.pooling import pool, pooling_weights
+from ..answer.pooling import pool_block
 from ..answer.rows import Row
 from ..engine.token_tree import chain_parents, path_to
 from ..heads.safety_head import SafetyHead
@@ -44,8 +44,8 @@ class RiskMonitor:
             ends = [row.segments.counts_ahead([new[index] for index in path])[-1] for path in paths]
             counts = row.segments.counts[row.num_settled :] + ends
         previous = chain_parents(num_waiting) + [num_waiting + ([-1, *path])[-2] for path in paths]
-        weights = pooling_weights(counts, config.pooling, config.ewma_decay, previous)
-        return pool(row.pooled.last(), hidden_TF[hidden_TF.shape[0] - len(counts) :], weights)
+        hidden_TF = hidden_TF[hidden_TF.shape[0] - len(counts) :]
+        return pool_block(row.pooled.last(), hidden_TF, counts, config.pooling, config.ewma_decay, previous)
 
     def risks(self, pooled: Sequence[Tensor]) -> Tensor:
         """Risks of several rows' pooled states in one pass of the head, one after the other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import StoppingCriteriaList
 
@@ -30,6 +30,7 @@ class Plan:
         max_context (`int`): Tokens that the target was made for; drafts and reflections stay within.
         max_positions (`int`): Tokens that it can read at all.
         seeds (`list[int]`): Of candidate sampling, per row.
+        answer_seeds (`list[int]`): Of what the target samples, per row; none for a greedy call.
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     max_context: int
     max_positions: int = 2**31
     seeds: list[int]
+    answer_seeds: list[int] = field(default_factory=list)
     pad_token_id: int = 0
 
 

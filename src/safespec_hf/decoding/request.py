@@ -296,6 +296,7 @@ def make_plan(
         max_context=max_context(model, rows),
         max_positions=max_positions(model) or 2**31,
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
+        answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
         pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
     )
 

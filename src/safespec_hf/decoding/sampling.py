@@ -1,4 +1,4 @@
-"""The K continuations that Safety Mode samples, all in one batch."""
+"""Drawing tokens: those of an answer, and the K continuations that Safety Mode samples, all in one batch."""
 
 from __future__ import annotations
 
@@ -111,9 +111,65 @@ def draw(probs_KV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         >>> draw(torch.tensor([[0.0, 1.0, 0.0]])).tolist()
         [[1]]
     """
-    reached_KV = probs_KV.double().cumsum(dim=-1)  # in float32 rounding would move small probabilities
     share_K1 = torch.rand(len(probs_KV), 1, dtype=torch.double, device=probs_KV.device, generator=generator)
+    return token_at(probs_KV, share_K1)
+
+
+def token_at(probs_KV: Tensor, share_K1: Tensor) -> Tensor:
+    """The token of each row where a share of all probability is reached.
+
+    Args:
+        probs_KV (`torch.FloatTensor` of shape `(K, V)`): Probabilities; they need not sum to 1.
+        share_K1 (`torch.DoubleTensor` of shape `(K, 1)`): In [0, 1).
+
+    Returns:
+        `torch.LongTensor` of shape `(K, 1)`: As [`draw`].
+
+    Example:
+
+        >>> import torch
+        >>> token_at(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.7]]).double()).tolist()
+        [[1]]
+    """
+    reached_KV = probs_KV.double().cumsum(dim=-1)  # in float32 rounding would move small probabilities
     # `right`: a share that is reached exactly belongs to the next token that has any probability
     token_K1 = torch.searchsorted(reached_KV, share_K1 * reached_KV[:, -1:], right=True)
     last_K1 = torch.searchsorted(reached_KV, reached_KV[:, -1:].contiguous()).clamp(max=probs_KV.shape[1] - 1)
     return torch.minimum(token_K1, last_K1)
+
+
+class Shares:
+    """A random share for every token that an answer will draw, so that what is drawn does not depend on the drafts.
+
+    The share of a position is the same whichever draft it is tried after, and however many rounds it takes to get
+    there. Two tokens of one answer never share one.
+
+    Args:
+        seed (`int`): Of the answer.
+
+    Example:
+
+        >>> shares = Shares(seed=0)
+        >>> ahead = shares.ahead(3)
+        >>> shares.use(1)
+        >>> shares.ahead(2) == ahead[1:]
+        True
+    """
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._ahead: list[float] = []
+
+    def ahead(self, num: int) -> list[float]:
+        """The shares of the next `num` tokens, each in [0, 1)."""
+        if (missing := num - len(self._ahead)) > 0:
+            self._ahead += torch.rand(missing, dtype=torch.double, generator=self._generator).tolist()
+        return self._ahead[:num]
+
+    def use(self, num: int) -> None:
+        """`num` tokens were drawn."""
+        del self._ahead[:num]
+
+    def forget(self) -> None:
+        """Tokens that were drawn are taken back: what is drawn in their place must not be drawn alike."""
+        self._ahead.clear()

@@ -33,6 +33,10 @@ class Proposal(NamedTuple):
     kinds: list[list[int]] | None = None
     parents: list[list[int]] | None = None
 
+    def trees(self) -> list[list[int]]:
+        """The parents of each row's drafts, chains included."""
+        return self.parents or [chain_parents(len(drafts)) for drafts in self.drafts]
+
 
 class Found(NamedTuple):
     """What a lookup drafted, and what knows the chances of that."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..answer.logits import are_of_scores_only
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
 from ..engine.token_tree import is_chain
@@ -55,7 +56,8 @@ class HeadDrafter(ModelDrafter):
         return None
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int], found: Found | None = None) -> Proposal:
-        is_tree = self.num_others > 0 and len(rows) == 1 and bool(rows[0].tokens) and not rows[0].processors
+        is_tree = self.num_others > 0 and len(rows) == 1 and bool(rows[0].tokens)
+        is_tree = is_tree and are_of_scores_only(rows[0].processors)
         # an accelerator would have to wait for the host at every step
         is_tree = is_tree and self.head.fuse.weight.device.type == "cpu"
         proposal = self._draft_tree(rows, num_tokens, found) if is_tree else super().draft(rows, num_tokens)
@@ -129,6 +131,9 @@ class HeadDrafter(ModelDrafter):
     ) -> tuple[Tensor, Tensor | None]:
         if not self.do_sample and not rows[0].processors:
             return logits_BV.float(), self.head.token_ids
+        if not self.do_sample and are_of_scores_only(rows[0].processors):
+            scores_BV = logits_BV.to(rows[0].device, torch.float32, copy=True)
+            return rows[0].process(rows[0].visible_ids(), scores_BV), self.head.token_ids
         full_BV = logits_BV.new_full((len(rows), self.vocab_size or self.head.config.vocab_size), -torch.inf)
         return super()._scores(rows, tokens, full_BV.index_copy(1, self.head.token_ids, logits_BV))
 

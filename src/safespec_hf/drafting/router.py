@@ -49,12 +49,15 @@ class DraftRouter:
         self.costs, is_adaptive = costs or DraftCosts(), costs is not None
         self._pace = Pace(self.costs)
         length = DraftLength(self._pace, is_adaptive)
-        # to be lossless, sampling takes its drafts one after the other
-        num_others = NUM_OTHERS if takes_trees and is_adaptive and not do_sample else 0
+        num_others = NUM_OTHERS if takes_trees and is_adaptive else 0
         self.model: ModelDrafter | None = None
         if isinstance(assistant_model, DraftHead):
+            # its likeliest guesses, several for a token, are what the target draws more often than one that it draws
+            do_sample = do_sample and num_others == 0
             self.model = HeadDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
         elif assistant_model is not None:
+            # drafts that were sampled are accepted one after the other
+            num_others = 0 if do_sample else num_others
             self.model = ModelDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
         self.lookup: LookupDrafter | None = None
         if max_matching_ngram_size:

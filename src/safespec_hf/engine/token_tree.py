@@ -35,13 +35,27 @@ def path_to(draft: int, parents: Sequence[int]) -> list[int]:
     return path[::-1]
 
 
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """How many drafts there are on the path to each, itself included.
+
+    Example:
+
+        >>> depths_of([-1, 0, -1, 1])
+        [1, 2, 1, 3]
+    """
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
 def is_chain(parents: Sequence[int]) -> bool:
     """Whether every draft continues the one before."""
     return all(parent == index - 1 for index, parent in enumerate(parents))
 
 
-def accept_greedy(choices: Sequence[int], drafts: Sequence[int], parents: Sequence[int]) -> tuple[list[int], int]:
-    """Greedy acceptance: a draft stands iff its parent stands and it is what the target says after it.
+def accept_matching(choices: Sequence[int], drafts: Sequence[int], parents: Sequence[int]) -> tuple[list[int], int]:
+    """A draft stands iff its parent stands and it is what the target says after it, greedily or drawn.
 
     Args:
         choices (`Sequence[int]`): The target's token after the context, and then after each draft.
@@ -52,7 +66,7 @@ def accept_greedy(choices: Sequence[int], drafts: Sequence[int], parents: Sequen
 
     Example:
 
-        >>> accept_greedy([7, 8, 5, 9], drafts=[7, 4, 8], parents=[-1, 0, 0])
+        >>> accept_matching([7, 8, 5, 9], drafts=[7, 4, 8], parents=[-1, 0, 0])
         ([0, 2], 9)
     """
     path: list[int] = []

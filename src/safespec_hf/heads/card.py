@@ -65,7 +65,7 @@ def model_card(
         head ([`SafetyHead`]): The head.
         report (`Mapping`, *optional*):
             Content of the `report.json` that `safespec report` writes. May also have `"training"`, the content of
-            `training.json`, and `"data"`, rows of `name`, `license` and `use`.
+            `training.json`, and `"data"` (also in that), rows of `name`, `license` and `use`.
         repo_id (`str`, *optional*): Where it will be published, for the snippet and the name.
         license (`str`, *optional*):
             Of the head's weights, as the Hub abbreviates it, such as `"apache-2.0"`. There is no default: whoever
@@ -129,7 +129,7 @@ def _digest(text: str) -> str:
 def _card_data(head: StrictModel, report: Report, title: str, license: str | None) -> ModelCardData:
     # No pipeline tag: its input is hidden states, and no pipeline could load it from its page.
     base_model = (head.config.target or {}).get("model_id")
-    datasets = [row["name"] for row in report.get("data", []) if _HUB_ID.fullmatch(row["name"])]
+    datasets = [row["name"] for row in _data_rows(report) if _HUB_ID.fullmatch(row["name"])]
     results = [
         EvalResult("text-classification", source, source, "roc_auc", round(row["auroc"], 6), metric_name="AUROC")
         for source, row in measured_sources(report).items()
@@ -191,11 +191,12 @@ def measured_sources(report: Report) -> dict[str, Mapping[str, Any]]:
 def describe_reading(config: SafetyHeadConfig) -> str:
     """Which hidden states are read, and how they are pooled."""
     span = {"segment": "the open segment", "answer": "the answer"}[config.span]
-    pooling = {
+    described = {
         "last": "the token's own hidden state",
         "mean": f"the mean over {span} up to the token",
         "ewma": f"an exponentially weighted mean (decay {config.ewma_decay:g}) over {span} up to the token",
-    }[config.pooling]
+    }
+    pooling = " and ".join(described[way] for way in config.pooling.split("+"))
     layers, total = config.hidden_layers or [], (config.target or {}).get("num_layers", "?")
     numbers = ", ".join(map(str, layers))
     return (
@@ -249,10 +250,16 @@ def format_threshold(threshold: float) -> str:
     return f"{threshold:.9g}"
 
 
+def _data_rows(report: Report) -> Sequence[Mapping[str, Any]]:
+    """Data sets with their licences, from the report or from what `make-head` records of the training."""
+    return report.get("data") or report.get("training", {}).get("data") or []
+
+
 def _describe_data(report: Report, license: str | None) -> str:
     said = f"under `{license}`" if license else "under a licence that was not chosen: ask their owner"
     parts = [f"The head's own weights are {said}."]
-    parts.append(to_table(report["data"]) if report.get("data") else "The licences of the data were not recorded.")
+    rows = _data_rows(report)
+    parts.append(to_table(rows) if rows else "The licences of the data were not recorded.")
     for use, record in (("Training", report.get("training", {})), ("Evaluation", report)):
         files = record.get("provenance", {}).get("data", {})
         rows = [{"file": name, "SHA-256": digest} for name, digest in files.items()]

@@ -190,15 +190,16 @@ def _copy_published(source: Path, folder: Path) -> None:
             f"{str(source)!r} holds {', '.join(pickles)}. Pickles can run code where they are loaded, and are not "
             "published: remove them. A head's weights are in `model.safetensors`."
         )
-    published = [name for name in names if _matches(name, _PUBLISHED)]
+    published = [name for name in names if _matches(name, [p for p in _PUBLISHED if p.count("/") == name.count("/")])]
     for name in published:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    if left := sorted(set(names) - set(published)):
+    # of folders their names: what `make-head` works in has thousands of files
+    if left := sorted({name.partition("/")[0] for name in set(names) - set(published)}):
         logger.warning("Not published from %s: %s.", source, ", ".join(left))
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 

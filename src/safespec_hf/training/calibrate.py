@@ -188,8 +188,8 @@ def find_operating_points(
         `dict`: By name `risk_threshold`, `alpha`, `num_answers`, `false_alarms_per_1000_tokens` on benign answers of
         1,000 tokens and more (`None` without such), and `recall` on labelled unsafe answers (`None` without those).
     """
-    scaled = _scale(benign, temperature)
-    unsafe = None if labelled is None else _scale(labelled.of_label(1), temperature)
+    scaled = scale_risks(benign, temperature)
+    unsafe = None if labelled is None else scale_risks(labelled.of_label(1), temperature)
     points = {}
     for name, alpha in OPERATING_POINTS.items():
         if len(scaled.examples) < num_answers_needed(alpha):
@@ -208,7 +208,8 @@ def find_operating_points(
     return points
 
 
-def _scale(scored: ScoredAnswers, temperature: float) -> ScoredAnswers:
+def scale_risks(scored: ScoredAnswers, temperature: float) -> ScoredAnswers:
+    """The risks that a head gives once its logits are divided by a temperature, without another forward."""
     risks = [torch.sigmoid(torch.logit(risks_T.double(), eps=1e-9) / temperature) for risks_T in scored.risks]
     return ScoredAnswers(scored.examples, risks)
 

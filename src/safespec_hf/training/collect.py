@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..errors import SafeSpecError
 from .chat_template import next_turn
 from .data import Example, hash_examples
-from .files import check_writable_file
+from .files import check_writable_file, write_whole
 from .hidden import render_prompt
 from .settings import check_counts, check_ranges
 
@@ -179,6 +179,4 @@ def _check_settings(path: Path, settings: dict[str, object]) -> None:
                 f"{path} was begun with other settings or prompts: {begun} there, {json.dumps(settings)} now. "
                 "Give another file, or delete this one."
             )
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(settings))
-    os.replace(partial, file)
+    write_whole(file, json.dumps(settings))

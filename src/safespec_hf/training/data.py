@@ -60,7 +60,7 @@ def load_examples(
     `category`, `source`, `weight`, `unsafe_from`; see [`Example`].
 
     Args:
-        paths (`Sequence[str]`): The files. A Hub id may end in `:split`, by default `:train`.
+        paths (`Sequence[str]`): The files. A Hub id may end in `:split` or `:config:split`, by default `:train`.
         label (`int`, *optional*): Label of rows that have none, for data that is safe or unsafe by construction.
         needs_response (`bool`, *optional*, defaults to `True`): `False` for prompts that are yet to be answered.
 

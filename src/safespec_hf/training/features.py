@@ -39,6 +39,11 @@ class Reading(NamedTuple):
         """For files and tables, such as `"mean-answer"`."""
         return f"{self.pooling}-{self.span}"
 
+    @property
+    def parts(self) -> list[Reading]:
+        """One for each way of pooling."""
+        return [Reading(way, self.span) for way in self.pooling.split("+")]
+
     @classmethod
     def parse(cls, text: str) -> Reading:
         """The reading of that name.
@@ -51,10 +56,15 @@ class Reading(NamedTuple):
             >>> Reading.parse("mean-answer")
             Reading(pooling='mean', span='answer')
         """
-        found = {reading.name: reading for reading in READINGS}
-        if text not in found:
-            raise SafeSpecError(f"A reading is a pooling and a span, one of {', '.join(found)}, but it is {text!r}.")
-        return found[text]
+        names = [reading.name for reading in READINGS]
+        pooling, _, span = text.rpartition("-")
+        parts = [part.name for part in cls(pooling, span).parts]
+        if not set(parts) <= set(names) or len(set(parts)) < len(parts):
+            raise SafeSpecError(
+                f"A reading is a pooling and a span, one of {', '.join(names)}, or several poolings of one span, such "
+                f"as mean+ewma-answer; but it is {text!r}."
+            )
+        return cls(pooling, span)
 
 
 READINGS = (

@@ -39,7 +39,7 @@ ARCHIVES = {
     b"7z\xbc\xaf": "7z",
 }
 SUFFIXES = (".gz", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
+HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>.+))?")
 MAX_FIELD_CHARS = 2**31 - 1  # csv's own limit, 131,072, is less than a long answer
 
 
@@ -188,6 +188,24 @@ def check_writable_file(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file that is there as a whole or not at all, whatever is killed when.
+
+    Example:
+
+        >>> import os, tempfile
+        >>> from safespec_hf.training.files import write_whole
+        >>> folder = tempfile.mkdtemp()
+        >>> write_whole(f"{folder}/garden.txt", "roses")
+        >>> os.listdir(folder)
+        ['garden.txt']
+    """
+    file = Path(path)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
 def _read_file(path: str) -> Iterator[RawRow]:
     content = Path(path).read_bytes()
     if content.startswith(PARQUET) or path.lower().endswith(".parquet"):
@@ -265,7 +283,9 @@ def _read_folder(path: str) -> Iterator[RawRow]:
 
 def _read_from_hub(path: str) -> Iterator[RawRow]:
     datasets = _import("datasets")
-    name, _, split = path.partition(":")
+    address = HUB_ID.fullmatch(path)
+    assert address is not None  # the caller has looked
+    name, config, split = address["name"], address["config"], address["split"]
     if not (constants.HF_HUB_OFFLINE or is_hub_reachable()):
         # asked first: without a network, `datasets` would try for half a minute
         raise DataFileError(
@@ -274,7 +294,7 @@ def _read_from_hub(path: str) -> Iterator[RawRow]:
             "what was loaded before is found with HF_HUB_OFFLINE=1.",
         )
     try:
-        data = datasets.load_dataset(name, split=split or "train")
+        data = datasets.load_dataset(name, config, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataFileError(
             path, f"no such file or folder, and no data set that could be loaded ({type(error).__name__}: {error})"

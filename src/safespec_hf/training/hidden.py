@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer.pooling import pool, pooling_weights
+from ..answer.pooling import pool_block
 from ..answer.segments import Boundaries, Segments, find_boundaries
 from ..config import SafeSpecConfig, SafetyHeadConfig
 from ..engine.tap import read_tap, tap_arguments
@@ -177,7 +177,7 @@ def span_counts(response_ids: Sequence[int], span: str, boundaries: Boundaries, 
 
 def pool_answer(hidden_TF: Tensor, counts: Sequence[int], pooling: str, decay: float) -> Tensor:
     """The pooled state after every token of an answer, float32, of shape `(T, F)`."""
-    return pool(None, hidden_TF, pooling_weights(counts, pooling, decay))
+    return pool_block(None, hidden_TF, counts, pooling, decay)
 
 
 def score_answers(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import HeadFileError
 from ..heads.card import to_json
+from .files import write_whole
 
 RECORD_FILE = "training.json"
 
@@ -51,5 +52,4 @@ def update_record(head: str | os.PathLike[str], **parts: Any) -> None:
         >>> read_record(folder)
         {'seed': 1, 'width': 32}
     """
-    file = Path(head) / RECORD_FILE
-    file.write_text(to_json(read_record(head) | parts), encoding="utf-8")
+    write_whole(Path(head) / RECORD_FILE, to_json(read_record(head) | parts))

@@ -30,6 +30,7 @@ RANGES = {
     "dropout": "[0, 1)",
     "min_unsafe_tokens": "[0, inf)",
     "source_power": "[0, 1]",
+    "answer_share": "[0, 1]",
     "seed": "[0, 2147483648)",
 }
 
@@ -44,14 +45,17 @@ class TrainSettings:
         learning_rate (`float`, defaults to 1e-3): Of AdamW.
         weight_decay (`float`, defaults to 0.1): Of AdamW.
         dropout (`float`, defaults to 0.2): On the hidden units.
-        batch_size (`int`, defaults to 512): Prefixes per step.
+        batch_size (`int`, defaults to 48): Answers per step, each with all of its prefixes.
         max_epochs (`int`, defaults to 20): At most.
         patience (`int`, defaults to 4): Epochs without a better validation AUROC before it stops.
         min_unsafe_tokens (`int`, defaults to 16):
             Shorter prefixes of unsafe answers, counted from where they turn unsafe, are left out: nothing has happened
             in them yet.
-        source_power (`float`, defaults to 0.5):
+        source_power (`float`, defaults to 0.8):
             Within a class a source of n answers weighs n to this power: 1 is by size, 0 is all sources alike.
+        answer_share (`float`, defaults to 0.5):
+            Share of the loss that is of whole answers, each scored by its highest logit at any prefix, as decoding
+            will: one stray spike is an alarm. The rest is of prefixes on their own.
         seed (`int`, defaults to 0): Of everything.
 
     Raises:
@@ -63,11 +67,12 @@ class TrainSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     dropout: float = 0.2
-    batch_size: int = 512
+    batch_size: int = 48
     max_epochs: int = 20
     patience: int = 4
     min_unsafe_tokens: int = 16
-    source_power: float = 0.5
+    source_power: float = 0.8
+    answer_share: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +90,23 @@ class Dataset(NamedTuple):
     def labels(self) -> Tensor:
         """Of the examples, float32 of shape `(N,)`."""
         return torch.tensor([float(example.label or 0) for example in self.examples])
+
+
+class Lessons(NamedTuple):
+    """What members learn from.
+
+    Attributes:
+        inputs_PF (`torch.Tensor` of shape `(P, F)`): Standardised, the prefixes of an answer together.
+        example_P (`torch.Tensor` of shape `(P,)`): Which answer a prefix belongs to.
+        weights_P (`torch.Tensor` of shape `(P,)`): 0 for a prefix whose label isn't known to be true.
+        labels_N, weights_N (`torch.Tensor` of shape `(N,)`): Of the answers.
+    """
+
+    inputs_PF: Tensor
+    example_P: Tensor
+    weights_P: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
 
 
 class Trained(NamedTuple):
@@ -146,19 +168,20 @@ def train_head(
     _check_features(train.features, hidden_layers, reading)
     check_sets(train.examples, validation.examples)
     inputs_PF = _inputs(train.features, hidden_layers, reading)
-    targets_P, weights_P = _targets(train, settings)
+    weights_P, weights_N = _weights(train, settings)
     is_used = weights_P > 0
     mean_F, std_F = inputs_PF[is_used].mean(0), inputs_PF[is_used].std(0) + 1e-6
-    rows = ((inputs_PF[is_used] - mean_F) / std_F, targets_P[is_used], weights_P[is_used])
+    inputs_PF = (inputs_PF - mean_F) / std_F
     held_out_PF = (_inputs(validation.features, hidden_layers, reading) - mean_F) / std_F
+    lessons = Lessons(inputs_PF, train.features.example, weights_P, train.labels, weights_N)
     members = [
-        _train_member(rows, held_out_PF, validation, replace(settings, seed=settings.seed + member))
+        _train_member(lessons, held_out_PF, validation, replace(settings, seed=settings.seed + member))
         for member in range(settings.num_members)
     ]
     head = _fold_members(members, mean_F, std_F)
     head.config.update(
         {
-            "hidden_size": inputs_PF.shape[1] // len(hidden_layers),
+            "hidden_size": inputs_PF.shape[1] // len(hidden_layers) // len(reading.parts),
             "hidden_layers": list(hidden_layers),
             "pooling": reading.pooling,
             "span": reading.span,
@@ -240,7 +263,8 @@ def check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:
 
 def _check_features(features: Features, hidden_layers: Sequence[int], reading: Reading) -> None:
     missing = sorted(set(hidden_layers) - set(features.layers))
-    if missing or not hidden_layers or reading.name not in features.states:
+    lacks_reading = any(part.name not in features.states for part in reading.parts)
+    if missing or not hidden_layers or lacks_reading:
         raise SafeSpecError(
             f"The features have layers {list(features.layers)} and readings {list(features.states)}: a head can't "
             f"read layers {list(hidden_layers)} as {reading.name!r}. Extract features of these."
@@ -249,11 +273,11 @@ def _check_features(features: Features, hidden_layers: Sequence[int], reading: R
 
 def _inputs(features: Features, hidden_layers: Sequence[int], reading: Reading) -> Tensor:
     columns = [features.layers.index(layer) for layer in hidden_layers]
-    return features.states[reading.name][:, columns].float().flatten(1)
+    return torch.cat([features.states[part.name][:, columns].float().flatten(1) for part in reading.parts], dim=1)
 
 
-def _targets(data: Dataset, settings: TrainSettings) -> tuple[Tensor, Tensor]:
-    """Labels and weights of prefixes; weight 0 leaves out a prefix whose label isn't known to be true."""
+def _weights(data: Dataset, settings: TrainSettings) -> tuple[Tensor, Tensor]:
+    """Weights of prefixes and of answers; 0 leaves out a prefix whose label isn't known to be true."""
     features, labels_N = data.features, data.labels
     starts_N = torch.tensor([example.unsafe_from for example in data.examples])
     targets_P = labels_N[features.example]
@@ -261,8 +285,8 @@ def _targets(data: Dataset, settings: TrainSettings) -> tuple[Tensor, Tensor]:
     num_unsafe_P = (features.num_chars - starts_N[features.example]) / chars_per_token_P
     is_true_P = (targets_P == 0) | (num_unsafe_P >= settings.min_unsafe_tokens) | features.is_last
     num_used_N = torch.zeros(len(data.examples)).scatter_add(0, features.example, is_true_P.float())
-    weights_N = torch.tensor(_balance(data.examples, settings.source_power)) / num_used_N.clamp(min=1)
-    return targets_P, weights_N[features.example] * is_true_P
+    weights_N = torch.tensor(_balance(data.examples, settings.source_power))
+    return (weights_N / num_used_N.clamp(min=1))[features.example] * is_true_P, weights_N
 
 
 def _balance(examples: Sequence[Example], power: float) -> list[float]:
@@ -279,7 +303,7 @@ def _balance(examples: Sequence[Example], power: float) -> list[float]:
 
 
 def _train_member(
-    rows: tuple[Tensor, Tensor, Tensor], held_out_PF: Tensor, validation: Dataset, settings: TrainSettings
+    lessons: Lessons, held_out_PF: Tensor, validation: Dataset, settings: TrainSettings
 ) -> nn.Sequential:
     torch.manual_seed(settings.seed)
     member = _new_member(held_out_PF.shape[1], settings)
@@ -287,10 +311,9 @@ def _train_member(
     best_score, best_state, num_waited = -1.0, member.state_dict(), 0
     for _ in range(settings.max_epochs):
         member.train()
-        for inputs_BF, targets_B, weights_B in _batches(rows, settings.batch_size):
-            losses_B = binary_cross_entropy_with_logits(member(inputs_BF).squeeze(-1), targets_B, reduction="none")
+        for batch in _batches(lessons, settings.batch_size):
             optimizer.zero_grad()
-            (losses_B * weights_B).sum().div(weights_B.sum()).backward()
+            _loss(member(batch.inputs_PF).squeeze(-1), batch, settings.answer_share).backward()
             optimizer.step()
         member.eval()
         with torch.no_grad():
@@ -312,9 +335,31 @@ def _new_member(num_features: int, settings: TrainSettings) -> nn.Sequential:
     return nn.Sequential(inner, nn.ReLU(), nn.Dropout(settings.dropout), nn.Linear(settings.width, 1))
 
 
-def _batches(rows: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    for chosen in torch.randperm(len(rows[0])).split(size):
-        yield tuple(tensor[chosen] for tensor in rows)
+def _loss(logits_P: Tensor, batch: Lessons, answer_share: float) -> Tensor:
+    """Cross-entropy of prefixes on their own, and of answers by their highest logit."""
+    of_prefixes_P = binary_cross_entropy_with_logits(logits_P, batch.labels_N[batch.example_P], reduction="none")
+    of_prefixes = (of_prefixes_P * batch.weights_P).sum() / batch.weights_P.sum().clamp(min=1e-9)
+    highest_N = torch.full_like(batch.labels_N, -torch.inf).scatter_reduce(0, batch.example_P, logits_P, "amax")
+    of_answers_N = binary_cross_entropy_with_logits(highest_N, batch.labels_N, reduction="none")
+    of_answers = (of_answers_N * batch.weights_N).sum() / batch.weights_N.sum()
+    return (1 - answer_share) * of_prefixes + answer_share * of_answers
+
+
+def _batches(lessons: Lessons, size: int) -> Iterator[Lessons]:
+    """So many answers at a time, in a random order, each with all of its prefixes."""
+    sizes_N = lessons.example_P.bincount(minlength=len(lessons.labels_N))
+    starts_N = sizes_N.cumsum(0) - sizes_N
+    for chosen_B in torch.randperm(len(sizes_N)).split(size):
+        of_batch_P = torch.arange(len(chosen_B)).repeat_interleave(sizes_N[chosen_B])
+        within_P = torch.arange(len(of_batch_P)) - (sizes_N[chosen_B].cumsum(0) - sizes_N[chosen_B])[of_batch_P]
+        rows_P = starts_N[chosen_B][of_batch_P] + within_P
+        yield Lessons(
+            lessons.inputs_PF[rows_P],
+            of_batch_P,
+            lessons.weights_P[rows_P],
+            lessons.labels_N[chosen_B],
+            lessons.weights_N[chosen_B],
+        )
 
 
 @torch.no_grad()
