@@ -15,6 +15,7 @@ from safespec_hf.cli import main
 from safespec_hf.cli.making import train
 from safespec_hf.errors import SafeSpecError
 from safespec_hf.heads import hub
+from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.features import READINGS
 
 COMMANDS = ["make-head", "collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
@@ -138,6 +139,24 @@ def test_a_report_is_kept_beside_the_head_and_published_with_it(target_folder, h
     assert (head_folder / "report.json").read_text() == (tmp_path / "report" / "report.json").read_text()
     assert "| garden | 12 | 12 |" in push_text(head_folder, capsys)
     assert "roc.png" in push_text(head_folder, capsys, "--report", str(tmp_path / "report"))
+
+
+def test_a_base_model_is_asked_in_the_template_that_is_given_and_the_head_says_so(target, tmp_path):
+    target.save_pretrained(tmp_path / "base")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "base")
+    data = write_lines(tmp_path / "labelled.jsonl", [e.to_json() for e in make_examples(120)])
+    benign = write_lines(
+        tmp_path / "x.jsonl", [dataclasses.replace(e, label=0).to_json() for e in make_examples(20, 1)]
+    )
+    common, head = ["--target", tmp_path / "base", "--cache", tmp_path / "cache"], tmp_path / "head"
+    train = ["train", data, "--out", head, "--read-layers", "1", "--width", 0, *common]
+    with pytest.raises(SafeSpecError, match="--chat-template plain"):
+        run(*train)
+    run(*train, "--chat-template", "plain")
+    run("calibrate", head, "--benign", benign, "--alpha", 0.1, "--chat-template", "plain", *common)
+    record = json.loads((head / "training.json").read_text())
+    assert record["chat_template"] == record["calibration"]["chat_template"] == PLAIN_TEMPLATE
+    assert f"tokenizer.chat_template = {PLAIN_TEMPLATE!r}\n" in (head / "README.md").read_text()
 
 
 def push_text(head, capsys, *arguments):

@@ -54,7 +54,8 @@ COMMANDS = {
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
-MODEL = {"--target": NO_MODELS, "--dtype": CHOICES}
+NO_TEMPLATES = ["", "a\0b", "nowhere.jinja", "{empty}", "{blank}", "x" * 300, "plain"]  # the target has another one
+MODEL = {"--target": NO_MODELS, "--dtype": CHOICES, "--chat-template": NO_TEMPLATES}
 CACHED = {**MODEL, "--cache": NO_FOLDERS, "--max-response-tokens": COUNTS}
 OPTIONS = {
     "collect": {
@@ -102,6 +103,7 @@ OPTIONS = {
     },
     "make-head": {
         "--dtype": CHOICES,
+        "--chat-template": NO_TEMPLATES,
         "--prompts": [*NO_DATA, "{prompts}", "{data}"],  # too few, and labelled unsafe
         "--labelled": [*NO_DATA, "{benign}"],
         "--validation": [*NO_DATA, "{data}", "{benign}"],
@@ -181,8 +183,9 @@ def world(tmp_path_factory):
         root / "many.jsonl", [{"prompt": f"w{10 + index % 25} {'no ' * (index // 25)}"} for index in range(170)]
     )
     (root / "empty").mkdir()
+    (root / "blank").write_text("\n")
     files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts", "many")}
-    return {**{name: root / name for name in ("target", "head", "empty", "new")}, **files}
+    return {**{name: root / name for name in ("target", "head", "empty", "blank", "new")}, **files}
 
 
 def make_rows(num):

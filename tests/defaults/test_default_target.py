@@ -25,12 +25,12 @@ from safespec_hf.defaults.gguf_target import convert_once, is_complete
 GGUF = Path("model.gguf")
 
 
-def write_model(gguf: Path, folder: Path) -> None:
+def write_model(gguf: Path, folder: Path, mend: object = None) -> None:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
-def write_half_a_model(gguf: Path, folder: Path) -> None:
+def write_half_a_model(gguf: Path, folder: Path, mend: object = None) -> None:
     write_model(gguf, folder)
     raise KeyboardInterrupt
 

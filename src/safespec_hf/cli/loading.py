@@ -19,11 +19,14 @@ def load_labelled(data: list[str], benign: list[str] | None) -> list[Example]:
     return [*load_examples(data), *(load_examples(benign, label=0) if benign else [])]
 
 
-def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target, on the GPU if there is one, and its tokenizer. Weights that its config asks for must be there.
+def load_target(
+    target: str | None, dtype: str, chat_template: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, on the GPU if there is one, and its tokenizer, with this chat template if it has none.
 
     Raises:
-        SafeSpecError: If there is no whole model of that name; says why.
+        SafeSpecError: If there is no whole model of that name, with every weight that its config asks for, or if its
+            tokenizer does not say how to ask; says why.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -36,7 +39,9 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
 
     placed = {"dtype": getattr(torch, dtype), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     if target is None:
-        return load_default_target(**placed)
+        model, tokenizer = load_default_target(**placed)
+        _prepare(tokenizer, chat_template)
+        return model, tokenizer
     kwargs: dict[str, Any] = {"dtype": placed["dtype"], "device_map": placed["device"]}
     # transformers only warns of weights that don't fit, or raises without saying which: they are looked at below
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -45,6 +50,7 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
     try:
         where = hub_arguments(target, {}, "target")
         tokenizer = AutoTokenizer.from_pretrained(target, **where)
+        _prepare(tokenizer, chat_template)
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, **where, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
         why = explain_hub_error(target, error, {}) or error
@@ -58,3 +64,11 @@ def load_target(target: str | None, dtype: str) -> tuple[PreTrainedModel, PreTra
             f"`{missing[0]}`: they would be random. Give a model that was trained to generate text."
         )
     return model.eval(), tokenizer
+
+
+def _prepare(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+    from ..training.chat_template import check_chat_template, set_chat_template
+
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
+    check_chat_template(tokenizer)

@@ -11,7 +11,7 @@ import typer
 from ..errors import SafeSpecError
 from .loading import load_target
 from .making import Layers, describe_point
-from .options import DATA_HELP, MAX_COUNT, Alpha, Dtype, MaxTokens, Validation, parse_name, parse_path
+from .options import DATA_HELP, MAX_COUNT, Alpha, ChatTemplate, Dtype, MaxTokens, Validation, parse_name, parse_path
 
 if TYPE_CHECKING:
     from ..training.data import Example
@@ -46,6 +46,7 @@ def make_head(
     hub_rows: Annotated[
         int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Drawn of each public set, evenly by label.")
     ] = 2_000,
+    chat_template: ChatTemplate = None,
     alpha: Alpha = 0.02,
     layers: Layers = None,
     max_new_tokens: Annotated[
@@ -87,7 +88,8 @@ def make_head(
     parts = split_parts(data.prompts, data.labelled, held_out, alpha=alpha, seed=seed)
     warn_of_style(data.labelled)
     how: Any = {"settings": settings, "files": [*data.files, *(validation or [])], "data": data.licenses}
-    model, tokenizer = load_target(target, dtype)
+    how["chat_template"] = chat_template
+    model, tokenizer = load_target(target, dtype, chat_template)
     facts = make_head(model, tokenizer, parts, out, work=work, tell=typer.echo, **how)
     typer.echo(summarize(facts, out))
 

@@ -18,6 +18,7 @@ from .options import (
     Alpha,
     Benign,
     Cache,
+    ChatTemplate,
     Data,
     Dtype,
     Head,
@@ -42,6 +43,7 @@ def collect(
         typer.Option(parser=parse_path, metavar="FILE", help="JSON lines to append to; ids in it are skipped."),
     ],
     target: Target = None,
+    chat_template: ChatTemplate = None,
     label: Annotated[Literal["safe", "unsafe"] | None, typer.Option(help="What answers are by construction.")] = None,
     labeler: Annotated[
         str | None,
@@ -74,7 +76,7 @@ def collect(
     settings = CollectSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
     check_writable_file(out)
     guard = None if labeler is None else load_labeler(labeler)
-    num = collect_answers(*load_target(target, dtype), examples, out, settings=settings, labeler=guard)
+    num = collect_answers(*load_target(target, dtype, chat_template), examples, out, settings=settings, labeler=guard)
     typer.echo(f"{num} new answers in {out}")
 
 
@@ -82,6 +84,7 @@ def features(
     data: Data,
     benign: Benign = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Layers = None,
     max_response_tokens: MaxTokens = 256,
     cache: Cache = DEFAULT_CACHE,
@@ -98,7 +101,7 @@ def features(
 
     examples = load_labelled(data, benign)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     settings = default_settings(model, layers, max_response_tokens=max_response_tokens)
     found = extract_features(model, tokenizer, examples, cache, settings)
     typer.echo(f"{len(found.example)} prefixes of {len(examples)} answers in {cache}")
@@ -110,6 +113,7 @@ def train(
     benign: Benign = None,
     validation: Validation = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Layers = None,
     read_layers: Annotated[
         Any, typer.Option(parser=parse_layers, metavar="NUMBERS", help="Skip the sweep and read these, such as 18,22.")
@@ -144,7 +148,7 @@ def train(
     check_sets(examples, held_out)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     settings = default_settings(model, layers or read_layers, max_response_tokens=max_response_tokens)
     seen, unseen = (
         Dataset(part, extract_features(model, tokenizer, part, cache, settings)) for part in (examples, held_out)
@@ -158,6 +162,7 @@ def train(
         settings=TrainSettings(width=width, num_members=num_members, seed=seed),
         choice=(read_layers, choice) if read_layers else None,
         files=[*data, *(benign or []), *(validation or [])],
+        chat_template=chat_template,
     )
     config = trained.head.config
     what = f"layers {config.hidden_layers}, {Reading(config.pooling, config.span).name}"
@@ -173,6 +178,7 @@ def calibrate(
     alpha: Alpha = 0.02,
     validation: Validation = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     max_response_tokens: MaxTokens = 256,
     generated_tokens: Annotated[
         int,
@@ -202,7 +208,7 @@ def calibrate(
     check_writable_folder(head)
     read_record(head)  # a record that can't be added to is told now
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     scored = score(model, tokenizer, safety_head, examples, cache, max_response_tokens)
     tuning = score(model, tokenizer, safety_head, labelled, cache, max_response_tokens) if labelled else None
     record = calibrate_and_save(
@@ -213,6 +219,7 @@ def calibrate(
         alpha=alpha,
         max_response_tokens=max_response_tokens,
         files=[*benign, *(validation or [])],
+        chat_template=chat_template,
     )
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
     for name, alpha_at in OPERATING_POINTS.items():
@@ -253,6 +260,7 @@ def report(
     ],
     benign: Benign = None,
     target: Target = None,
+    chat_template: ChatTemplate = None,
     max_response_tokens: MaxTokens = 256,
     cache: Cache = DEFAULT_CACHE,
     dtype: Dtype = "float32",
@@ -277,7 +285,7 @@ def report(
     training = read_record(head)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
+    model, tokenizer = load_target(target, dtype, chat_template)
     scored = score(model, tokenizer, safety_head, examples, cache, max_response_tokens)
     files = [*data, *(benign or [])]
     write_report(scored, safety_head.config.risk_threshold, out, files=files, training=training)
@@ -294,6 +302,7 @@ def distill_draft(
     ],
     out: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="For the draft head.")],
     target: Target = None,
+    chat_template: ChatTemplate = None,
     layers: Annotated[
         Any,
         typer.Option(
@@ -343,8 +352,7 @@ def distill_draft(
         DraftHead.from_pretrained(start)
     check_writable_folder(out)
     check_writable_folder(cache)
-    model, tokenizer = load_target(target, dtype)
-    where = (model, tokenizer, answers, out, cache)
+    where = (*load_target(target, dtype, chat_template), answers, out, cache)
     record = distill_draft(*where, layers=layers, settings=settings, start=start, max_minutes=max_minutes)
     done = f"Step {record['step']} of {record.get('num_steps', 'many')}"
     hint = "" if record["is_finished"] else " Run the same command again to go on."

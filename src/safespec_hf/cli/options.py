@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import SafeSpecError
+from ..training.chat_template import read_template
+
 MAX_COUNT = 1_000_000
 MAX_SEED = 2**32 - 1  # of NumPy's generators
 
@@ -38,6 +41,14 @@ def check_share(value: float) -> float:
     return value
 
 
+def parse_template(name: str) -> str:
+    """The chat template of that name, or in that file."""
+    try:
+        return read_template(parse_name(name))
+    except SafeSpecError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 DATA_HELP = "JSON lines, CSV, Parquet, a folder of `datasets.save_to_disk`, or the id of a data set on the Hub."
 Data = Annotated[list[str], typer.Argument(parser=parse_name, metavar="DATA", help=DATA_HELP)]
 Prompts = Annotated[list[str], typer.Argument(parser=parse_name, metavar="PROMPTS", help=DATA_HELP)]
@@ -53,6 +64,12 @@ Target = Annotated[
     str | None,
     typer.Option(
         parser=parse_name, metavar="MODEL", help="The target, a Hub id or folder. Default: SmolLM2-135M-Instruct."
+    ),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        parser=parse_template, metavar="NAME", help="For a base model, which has none: plain, or a file with Jinja."
     ),
 ]
 Dtype = Annotated[

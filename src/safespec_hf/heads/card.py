@@ -46,7 +46,7 @@ _SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from safespec_hf import attach_safety_head
 
-tokenizer = AutoTokenizer.from_pretrained("{target}")
+tokenizer = AutoTokenizer.from_pretrained("{target}"){template}
 model = attach_safety_head(AutoModelForCausalLM.from_pretrained("{target}"), "{head}", tokenizer=tokenizer)
 
 messages = [{{"role": "user", "content": "Tell me about tides."}}]
@@ -98,7 +98,7 @@ def model_card(
         "Data and licences": _describe_data(report, license),
         "Metrics": _describe_metrics(report),
         "Limits": _LIMITS,
-        "How to use": _SNIPPET.format(target=target, head=repo_id or UNPUBLISHED),
+        "How to use": _SNIPPET.format(target=target, head=repo_id or UNPUBLISHED, template=_set_template(report)),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     title = (repo_id or "Safety head").split("/")[-1]
@@ -278,6 +278,12 @@ def _describe_metrics(report: Report) -> str:
         f"are flagged anywhere at {threshold}; `auroc_non_refusal` leaves out safe answers that refuse.\n\n"
         + to_table(rows)
     )
+
+
+def _set_template(report: Report) -> str:
+    """The line that gives a target's tokenizer the chat template of the head's data, if it has none of its own."""
+    template = report.get("training", {}).get("chat_template")
+    return f"\ntokenizer.chat_template = {template!r}" if template else ""
 
 
 def to_json(content: Any) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..errors import SafeSpecError
+from .chat_template import next_turn
 from .data import Example, hash_examples
 from .files import check_writable_file, write_whole
 from .hidden import render_prompt
@@ -61,7 +62,8 @@ def collect_answers(
     """Lets a model answer prompts and appends the answers to a JSON lines file that `load_examples` reads.
 
     A batch is written at once. Prompts whose id is in the file are skipped, so a killed run goes on where it was and
-    ends with the same file as one that was not killed.
+    ends with the same file as one that was not killed. An answer ends at an end token or, where the chat template has
+    none, before the model asks the next question itself: see [`next_turn`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Answers; the target, or the draft.
@@ -84,7 +86,9 @@ def collect_answers(
     path = Path(out)
     texts = {example.id: render_prompt(tokenizer, example) + example.response for example in prompts}
     check_writable_file(path)
-    _check_settings(path, {**asdict(settings), "model": model.config._name_or_path, "prompts": hash_examples(prompts)})
+    stop = next_turn(tokenizer)
+    begun = {**asdict(settings), "model": model.config._name_or_path, "prompts": hash_examples(prompts)}
+    _check_settings(path, begun | ({"stop": stop} if stop else {}))
     done = _read_done(path)
     ordered = sorted(prompts, key=lambda example: sum(len(message["content"]) for message in example.messages))
     num_written = num_unlabelled = 0
@@ -94,7 +98,7 @@ def collect_answers(
             continue
         # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
         set_seed(settings.seed + start)
-        spoken = _answer(model, tokenizer, [texts[example.id] for example in batch], settings)
+        spoken = _answer(model, tokenizer, [texts[example.id] for example in batch], settings, stop)
         answers = [replace(e, response=e.response + answer) for e, answer in zip(batch, spoken, strict=True)]
         labels = [example.label for example in answers] if labeler is None else labeler(answers)
         new = [replace(a, label=label) for a, label in zip(answers, labels, strict=True) if a.id not in done]
@@ -106,9 +110,13 @@ def collect_answers(
 
 
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: CollectSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    settings: CollectSettings,
+    stop: str,
 ) -> list[str]:
-    """What a model says after each text, up to its end token."""
+    """What a model says after each text, up to its end token or to `stop`, unless that is empty."""
     encoded: Any = tokenizer(list(texts), add_special_tokens=False)
     rows = [ids[-settings.max_prompt_tokens :] for ids in encoded["input_ids"]]
     width, stop_ids = max(map(len, rows)), _stop_ids(model)
@@ -125,12 +133,14 @@ def _answer(
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=pad_token_id,
+            **({"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}),
             **(sampling if settings.temperature > 0 else {"do_sample": False}),
         )
     answers = [
         list(itertools.takewhile(lambda token: token not in stop_ids, row)) for row in tokens[:, width:].tolist()
     ]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    spoken = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [answer.partition(stop)[0] for answer in spoken] if stop else spoken
 
 
 def _stop_ids(model: PreTrainedModel) -> list[int]:

@@ -22,6 +22,7 @@ from ..config import SafeSpecConfig, SafetyHeadConfig
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
+from .chat_template import check_chat_template
 from .data import Example
 
 
@@ -48,11 +49,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, add_g
     Raises:
         SafeSpecError: If there is no template, or if it refuses this conversation; names the example.
     """
-    if not tokenizer.chat_template:
-        raise SafeSpecError(
-            f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, so it does not say how "
-            "to ask. Take a model that was tuned for chat, or save a tokenizer with `chat_template` set."
-        )
+    check_chat_template(tokenizer)
     try:
         return str(
             tokenizer.apply_chat_template(

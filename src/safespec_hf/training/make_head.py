@@ -74,6 +74,7 @@ def make_head(
     settings: MakeSettings | None = None,
     files: Sequence[str] = (),
     data: Sequence[Mapping[str, Any]] = (),
+    chat_template: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Makes a head for a target: its answers, features, training, calibration, report.
@@ -91,6 +92,7 @@ def make_head(
         settings ([`MakeSettings`], *optional*): How.
         files (`Sequence[str]`): The data, for its hashes.
         data (`Sequence[Mapping]`): Rows of `name`, `license` and `use`, for the card.
+        chat_template (`str`, *optional*): What the tokenizer was given, if it had none, for the record and the card.
         tell (`Callable[[str], None]`): Gets a line at the beginning of each step.
 
     Returns:
@@ -103,7 +105,7 @@ def make_head(
     place = Path(out)
     folder = Path(work) if work is not None else place / "work"
     with only_one(folder), _quiet():
-        maker = _Maker(model, tokenizer, parts, folder, settings or MakeSettings(), files, data, tell)
+        maker = _Maker(model, tokenizer, parts, folder, settings or MakeSettings(), files, data, chat_template, tell)
         steps = maker.take_steps()
         install_head(steps[-1].folder, place)
     return {**steps[-1].facts, "seconds": sum(step.seconds for step in steps)}
@@ -181,6 +183,7 @@ class _Maker:
     settings: MakeSettings
     files: Sequence[str]
     data: Sequence[Mapping[str, Any]]
+    chat_template: str | None
     tell: Callable[[str], None]
 
     @property
@@ -243,6 +246,7 @@ class _Maker:
             "target": [target_binding(self.model, self.tokenizer), self.model.config._name_or_path],
             "weights": [hash_weights(self.model), str(self.model.dtype)],
             "collecting": asdict(settings),
+            "asked_by": self.tokenizer.chat_template,
             "prompts": hash_examples(prompts),
         }
 
@@ -275,7 +279,7 @@ class _Maker:
         binding = target_binding(self.model, self.tokenizer)
         seen, unseen = datasets
         how: Any = {"target": binding, "features": features, "settings": settings, "files": self.files}
-        trained = train_and_save(seen, unseen, folder, **how)
+        trained = train_and_save(seen, unseen, folder, chat_template=self.chat_template, **how)
         update_record(folder, data=[dict(row) for row in self.data])
         return {"validation_auroc": trained.validation_auroc}
 
@@ -297,6 +301,7 @@ class _Maker:
             alpha=self.settings.alpha,
             max_response_tokens=self.settings.max_response_tokens,
             files=self.files,
+            chat_template=self.chat_template,
         )
         return {"risk_threshold": record["risk_threshold"], "temperature": record["temperature"]}
 

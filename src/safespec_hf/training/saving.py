@@ -31,6 +31,7 @@ def train_and_save(
     settings: TrainSettings,
     choice: tuple[Sequence[int], Reading] | None = None,
     files: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> Trained:
     """Trains a head, and saves it with its record and card.
 
@@ -42,6 +43,7 @@ def train_and_save(
         settings ([`TrainSettings`]): How.
         choice (`tuple[Sequence[int], Reading]`, *optional*): What it reads. Default: what a sweep finds best.
         files (`Sequence[str]`): The data, for its hashes.
+        chat_template (`str`, *optional*): What the target's tokenizer was given, for the record and the card.
 
     Returns:
         [`Trained`]: The head, with the sweep.
@@ -51,7 +53,8 @@ def train_and_save(
     decay = features.ewma_decay
     trained = train_head(train, validation, layers, reading, target=target, ewma_decay=decay, settings=settings)
     trained.head.save_pretrained(out)
-    update_record(out, sweep=sweep, validation_auroc=trained.validation_auroc, provenance=provenance(files))
+    made = {"validation_auroc": trained.validation_auroc, "provenance": provenance(files)}
+    update_record(out, sweep=sweep, chat_template=chat_template, **made)
     refresh_card(SafetyHead, out)
     return trained._replace(sweep=sweep)
 
@@ -65,6 +68,7 @@ def calibrate_and_save(
     alpha: float,
     max_response_tokens: int,
     files: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """Calibrates a head, and saves it with its record and card.
 
@@ -74,13 +78,15 @@ def calibrate_and_save(
         out (`str` or `os.PathLike`): Folder of the head, with its record.
         max_response_tokens (`int`): How much of each answer was read, for the record.
         files (`Sequence[str]`): The data, for its hashes.
+        chat_template (`str`, *optional*): As for [`train_and_save`].
 
     Returns:
         `dict`: The record of the calibration.
     """
     record = calibrate_head(head, benign, labelled, alpha)
     head.save_pretrained(out)
-    record |= {"max_response_tokens": max_response_tokens, "provenance": provenance(files)}
+    record |= {"max_response_tokens": max_response_tokens, "chat_template": chat_template}
+    record |= {"provenance": provenance(files)}
     update_record(out, calibration=record)
     refresh_card(SafetyHead, out)
     return record
