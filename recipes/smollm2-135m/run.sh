@@ -29,5 +29,5 @@ safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --benign
     --alpha 0.02 --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --cache "$WORK/cache" \
     --max-response-tokens 1024 --generated-tokens 1024 --dtype bfloat16
 # shellcheck disable=SC2086
-safespec report "$WORK/head" "$DATA/labelled/gptfuzz_evaluate.jsonl" "$WORK/others_validation.jsonl" \
-    "$WORK/begun_validation.jsonl" --benign "$WORK/safe_calibration.jsonl" --out "$WORK/report" $COMMON
+safespec report "$WORK/head" "$WORK/others_validation.jsonl" --benign "$WORK/safe_calibration.jsonl" \
+    --out "$WORK/report" $COMMON
