@@ -4,6 +4,7 @@ On tiny random models, against plain `generate` of transformers.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -378,8 +379,31 @@ def test_returned_risks_are_those_of_scoring_the_whole_answer_at_once(target, to
     torch.testing.assert_close(output.risks[0, :-1], head.risk(pooled)[:-1].detach(), atol=1e-4, rtol=0.0)
 
 
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("pooling", ["mean", "mean+ewma"])
+def test_risks_after_recoveries_are_those_of_what_was_kept(target, tokenizer, source, pooling):
+    head = build_head(target, pooling=pooling, span="answer", hidden_layers=[1, 2])
+    attach(target, tokenizer, head)
+    arguments = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True, **drafting(source, target)}
+    silent = target.generate(PROMPT, safespec=POLICY, **arguments)
+    threshold = float(silent.risks[0].nanquantile(0.9))
+    policy = replace(POLICY, reflection="", max_recoveries=50, risk_threshold=threshold)
+    output = target.generate(PROMPT, safespec=policy, **arguments)
+    assert output.statistics.num_flags > 0
+    answer = output.sequences[0, 4:].tolist()
+    states = target(output.sequences, output_hidden_states=True).hidden_states
+    hidden_TF = torch.cat([states[layer][0, 4:] for layer in (1, 2)], dim=-1).detach()
+    expected = head.risk(pool_by_definition(hidden_TF, answer, head.config)).detach()
+    is_known = ~output.risks[0].isnan()
+    assert is_known.sum() > 8
+    torch.testing.assert_close(output.risks[0][is_known], expected[is_known], atol=1e-4, rtol=0.0)
+
+
 def pool_by_definition(hidden_TF, answer, config: SafetyHeadConfig):
     """One token at a time: where its span starts, and the mean over it."""
+    if "+" in config.pooling:
+        parts = [SimpleNamespace(**config.to_dict() | {"pooling": way}) for way in config.pooling.split("+")]
+        return torch.cat([pool_by_definition(hidden_TF, answer, part) for part in parts], dim=-1)
     pooled, start = [], 0
     for index, token in enumerate(answer):
         span = hidden_TF[start : index + 1]

@@ -121,6 +121,7 @@ def build_noisy_head(model: PreTrainedModel, quantile: float = 0.7, **config: ob
     ids = torch.randint(10, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(3))
     states = model(ids, output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in head.config.hidden_layers], dim=-1)
+    features = torch.cat([features] * len(head.config.pooling.split("+")), dim=-1)
     head.config.risk_threshold = float(head.risk(features).quantile(quantile))
     return head
 

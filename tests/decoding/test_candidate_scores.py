@@ -21,7 +21,7 @@ def sample(model, head, num, judge, newline_ids=frozenset(), prompt=PROMPT, max_
     monitor = RiskMonitor(head)
     cached = CachedModel(model, 1, [*monitor.layers, *draft_layers])
     cached.forward([prompt[:1]], 1)
-    scores = CandidateScores(row, monitor, head.config.num_features, head.config.risk_threshold)
+    scores = CandidateScores(row, monitor, head.config.risk_threshold)
     segments, fork = sample_segments(
         cached.fork(0, 1),
         row,
@@ -47,7 +47,7 @@ def test_watched_candidates_get_the_scores_of_candidates_read_at_once(pooling):
 
     segments, watched, fork, cached = sample(model, head, 5, watch, frozenset(range(0, 40, 3)))
     assert len({len(tokens) for tokens in segments}) > 1  # or else this would not show who is scored when
-    read = CandidateScores(watched.row, watched.monitor, watched.num_features, 1.0)
+    read = CandidateScores(watched.row, watched.monitor, 1.0)
     again = cached.fork(0, 5)
     read.read(segments, 2, again.forward([PROMPT[1:] + tokens for tokens in segments], 7))
     for one, other in (
@@ -102,4 +102,4 @@ def test_states_for_a_draft_head_come_after_those_of_the_safety_head():
     model = build_model()
     _, scores, *_ = sample(model, build_head(model), 2, CandidateScores.watch, draft_layers=(0, 1, 2))
     assert scores.states[0].shape[1] == 4 * 32
-    assert scores.num_features == 32
+    assert scores.monitor.num_tapped == 32

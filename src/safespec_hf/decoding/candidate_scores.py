@@ -21,7 +21,6 @@ class CandidateScores:
     Args:
         row ([`Row`]): The row.
         monitor ([`RiskMonitor`]): Scores the risk.
-        num_features (`int`): Of the tapped states, those that are the safety head's; they come first.
         threshold (`float`): A token is unsafe iff its risk is >= this.
 
     Attributes:
@@ -32,10 +31,9 @@ class CandidateScores:
         seconds (`float`): Host time that the head took.
     """
 
-    def __init__(self, row: Row, monitor: RiskMonitor, num_features: int, threshold: float):
+    def __init__(self, row: Row, monitor: RiskMonitor, threshold: float):
         self.row = row
         self.monitor = monitor
-        self.num_features = num_features
         self.threshold = threshold
         self.risks: list[list[float]] = []
         self.pooled: list[Tensor] = []
@@ -105,7 +103,7 @@ class CandidateScores:
     def _score(self, segments: Sequence[Sequence[int]], which: Sequence[int]) -> None:
         start = time.perf_counter()
         for k in which:
-            self.pooled[k] = self.monitor.pool(self.row, segments[k], self.states[k][:, : self.num_features])
+            self.pooled[k] = self.monitor.pool(self.row, segments[k], self.states[k][:, : self.monitor.num_tapped])
         values = iter(self.monitor.risks([self.pooled[k] for k in which]).tolist())
         for k in which:
             self.risks[k] = [next(values) for _ in segments[k]]

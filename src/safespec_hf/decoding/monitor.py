@@ -18,11 +18,16 @@ class RiskMonitor:
 
     Args:
         head ([`SafetyHead`]): The head.
+
+    Attributes:
+        layers (`list[int]`): The hidden states that it reads.
+        num_tapped (`int`): Numbers of them at a token; several ways of pooling make more features of these.
     """
 
     def __init__(self, head: SafetyHead):
         self.head = head
         self.layers = list(head.config.hidden_layers or [])
+        self.num_tapped = head.config.hidden_size * len(self.layers)
 
     def pool(self, row: Row, new: Sequence[int], hidden_TF: Tensor, parents: Sequence[int] | None = None) -> Tensor:
         """Pooled states of the tokens of a row that wait for a risk, and of new ones after them.

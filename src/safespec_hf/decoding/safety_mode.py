@@ -80,8 +80,7 @@ class SafetyMode:
 
     def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """One attempt: sample, score, choose. Returns whether a safe continuation was found."""
-        num_features = self.monitor.head.config.num_features
-        scores = CandidateScores(row, self.monitor, num_features, self.plan.risk_threshold)
+        scores = CandidateScores(row, self.monitor, self.plan.risk_threshold)
         start = self.target.lengths[index]
         segments, scorer = self._sample(index, row, flag, max_tokens, scores)
         self.statistics.head_seconds += scores.seconds
@@ -100,8 +99,9 @@ class SafetyMode:
         self.commits.decide([row], [pending])
         # the target has read all candidates; the row goes on with the states of the chosen one
         self.target.replace(index, scorer, choice.candidate)
-        if states_TF.shape[1] > num_features:
-            self.drafter.observe(index, start, states_TF[:, num_features:])
+        # those of the safety head's layers come first, and then those of the draft head's
+        if states_TF.shape[1] > self.monitor.num_tapped:
+            self.drafter.observe(index, start, states_TF[:, self.monitor.num_tapped :])
         lengths = list(self.target.lengths)
         lengths[index] = row.num_context - 1
         self.target.keep(lengths)
