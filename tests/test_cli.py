@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import typing
 
 import pytest
 import tiny
@@ -12,7 +11,6 @@ from samples import make_examples, run, write_lines
 
 from safespec_hf import SafetyHead, __version__, cli
 from safespec_hf.cli import main
-from safespec_hf.cli.making import train
 from safespec_hf.errors import SafeSpecError
 from safespec_hf.heads import hub
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
@@ -121,9 +119,19 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"safespec-hf {__version__}\n"
 
 
-def test_the_readings_to_choose_from_are_those_that_are_extracted():
-    hints = typing.get_type_hints(train)
-    assert list(typing.get_args(hints["reading"])) == [reading.name for reading in READINGS]
+@pytest.mark.parametrize("reading", ["max-answer", "mean+mean-answer", "mean+ewma-segment", "mean"])
+def test_a_reading_that_there_is_not_is_told_with_those_that_there_are(tmp_path, reading):
+    how = ["--read-layers", "1", "--reading", reading, "--out", tmp_path, "--target", "no/such-model"]
+    with pytest.raises(SafeSpecError, match=", ".join(reading.name for reading in READINGS)):
+        run("train", "no such file", *how)
+
+
+def test_a_head_may_be_told_to_read_several_poolings(target_folder, tmp_path):
+    data = write_lines(tmp_path / "labelled.jsonl", [e.to_json() for e in make_examples(60)])
+    how = ["--read-layers", "1,2", "--reading", "ewma+last-answer", "--target", target_folder]
+    run("train", data, "--out", tmp_path / "head", "--cache", tmp_path / "cache", "--width", 4, *how)
+    config = SafetyHead.from_pretrained(tmp_path / "head").config
+    assert (config.pooling, config.span, config.hidden_layers) == ("ewma+last", "answer", [1, 2])
 
 
 def test_every_extra_that_is_named_is_one():
