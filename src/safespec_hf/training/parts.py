@@ -110,7 +110,7 @@ def split_groups(groups: Iterable[str], shares: Mapping[str, float], seed: int =
     Example:
 
         >>> split_groups(["rose", "lily", "iris", "lily"], {"train": 0.67, "validation": 0.33})
-        {'iris': 'train', 'lily': 'train', 'rose': 'validation'}
+        {'iris': 'train', 'rose': 'train', 'lily': 'validation'}
     """
     ordered = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
     part_of: dict[str, str] = {}
