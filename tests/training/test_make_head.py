@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from safespec_hf import SafeSpecError, SafetyHead, attach_safety_head
 from safespec_hf.cli import run as run_command
 from safespec_hf.training import files, make_head, plots, steps
+from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.make_head import STEPS, MakeSettings, install_head
+from safespec_hf.training.record import read_record
 
 HOW = ["--alpha", "0.1", "--layers", "1,2", "--max-new-tokens", "6"]
 
@@ -101,6 +103,18 @@ def test_other_labelled_answers_need_no_other_answers_of_the_target(ask, tmp_pat
     shared = [dataclasses.replace(e, group="w10 w10 no") if e.group == "g3" else e for e in make_examples(110)]
     write_lines(tmp_path / "labelled.jsonl", [example.to_json() for example in shared])
     assert taken(run(*ask)) == list(STEPS[1:])
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_base_model_answers_anew_in_another_format_and_the_head_says_which(ask, target_folder, tmp_path):
+    (target_folder / "chat_template.jinja").unlink()
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}{{ message.content }} {% endfor %}think")
+    run(*ask, "--chat-template", "plain")
+    assert read_record(tmp_path / "head")["chat_template"] == PLAIN_TEMPLATE
+    assert taken(run(*ask, "--chat-template", own)) == list(STEPS)
+    record = read_record(tmp_path / "head")
+    assert record["chat_template"] == record["calibration"]["chat_template"] == own.read_text()
 
 
 @pytest.mark.usefixtures("without_pictures")

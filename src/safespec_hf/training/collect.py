@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 from transformers.utils import logging
 
 from ..errors import SafeSpecError
@@ -133,7 +134,7 @@ def _answer(
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=pad_token_id,
-            **({"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}),
+            stopping_criteria=[_Said(stop, tokenizer, width)] if stop else None,
             **(sampling if settings.temperature > 0 else {"do_sample": False}),
         )
     answers = [
@@ -141,6 +142,19 @@ def _answer(
     ]
     spoken = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [answer.partition(stop)[0] for answer in spoken] if stop else spoken
+
+
+class _Said(StoppingCriteria):
+    """Ends an answer that has a text in it. transformers' `stop_strings` fail if no token ends as the text does."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, num_prompt_tokens: int):
+        self.text, self.tokenizer, self.num_prompt_tokens = text, tokenizer, num_prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        answers = input_ids[:, self.num_prompt_tokens :]
+        # most tokens are a character or more, and those that are a byte make one of four at most
+        tails = self.tokenizer.batch_decode(answers[:, -4 * len(self.text) :], skip_special_tokens=True)
+        return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
 
 
 def _stop_ids(model: PreTrainedModel) -> list[int]:
