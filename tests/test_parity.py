@@ -349,6 +349,28 @@ def test_what_is_sampled_does_not_depend_on_the_drafts(target, tokenizer, cheap_
     assert num_accepted > 0
 
 
+class LeaveNothing(LogitsProcessor):
+    """From a length on no token has a finite score."""
+
+    def __init__(self, length, score):
+        self.length, self.score = length, score
+
+    def __call__(self, input_ids, scores):
+        return scores if input_ids.shape[1] < self.length else torch.full_like(scores, self.score)
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("score", [-torch.inf, torch.nan])
+def test_where_no_token_can_be_drawn_sampling_fails_as_plain_generate_does(target, tokenizer, source, score):
+    attach(target, tokenizer)
+    processors = LogitsProcessorList([LeaveNothing(8, score)])
+    arguments = {"do_sample": True, "logits_processor": processors, **drafting(source, target)}
+    with pytest.raises(RuntimeError, match=r"after 4 tokens of answer 0|probability tensor"):
+        target.generate(PROMPT, max_new_tokens=10, safespec=ADAPTIVE, **arguments)
+    # what lies behind the end of an answer is nobody's
+    assert target.generate(PROMPT, max_new_tokens=4, safespec=ADAPTIVE, **arguments).shape == (1, 8)
+
+
 def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
     model = ScriptedModel(count_after(CHANCES))
     attach(model, tokenizer, probe(model))

@@ -34,6 +34,10 @@ class Flag(NamedTuple):
     num_discarded: int
 
 
+NO_TOKEN = -1
+"""Stands where a token was to be drawn and none could be."""
+
+
 class Committer:
     """Adds tokens and their risks to rows, in General Mode and in Safety Mode alike.
 
@@ -50,10 +54,19 @@ class Committer:
         self.stopping = Stopping(plan.criteria, rows, plan.pad_token_id)
 
     def append(self, row: Row, tokens: Sequence[tuple[int, Provenance]]) -> str | None:
-        """Adds tokens until the answer has come to its end; returns why it ended."""
+        """Adds tokens until the answer has come to its end; returns why it ended.
+
+        Raises:
+            RuntimeError: If there is nothing to draw a token from, as plain sampling does.
+        """
         if row.closing is not None:
             return row.closing
         for token, origin in tokens:
+            if token == NO_TOKEN:
+                raise RuntimeError(
+                    f"No token can be drawn after {row.num_visible} tokens of answer {row.index}: its scores are not "
+                    "numbers, or a logits processor leaves no token possible."
+                )
             row.append(token, origin)
             if token in self.plan.eos_ids:
                 return "eos"

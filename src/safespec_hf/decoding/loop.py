@@ -23,7 +23,7 @@ from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
-from .commit import Committer, Flag
+from .commit import NO_TOKEN, Committer, Flag
 from .plan import Plan
 from .safety_mode import SafetyMode
 from .sampling import Shares, token_at
@@ -195,7 +195,9 @@ class Decoder:
             shares.append([0.0] * (num_positions - 1 - len(drafts)) + [ahead[depth] for depth in depths])
         share_K1 = torch.tensor(shares, dtype=torch.double).view(-1, 1).to(scores_BTV.device, non_blocking=True)
         probs_KV = scores_BTV.float().softmax(dim=-1).flatten(0, 1)
-        return token_at(probs_KV, share_K1).view(len(shares), num_positions)
+        # softmax makes a position without any finite score, or with one that is not a number, all nan
+        token_K1 = token_at(probs_KV, share_K1).masked_fill(probs_KV[:, :1].isnan(), NO_TOKEN)
+        return token_K1.view(len(shares), num_positions)
 
     def _process(self, proposal: Proposal, logits_BTV: Tensor) -> Tensor:
         """The caller's processors, once per position; rows are aligned to the right."""
