@@ -8,30 +8,20 @@ from typing import cast
 import torch
 from torch import FloatTensor, LongTensor
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import logits_process as known
 
 from .rows import Row
 
 _OF_SCORES_ONLY = {
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+    known.EpsilonLogitsWarper,
+    known.EtaLogitsWarper,
+    known.InfNanRemoveLogitsProcessor,
+    known.LogitNormalization,
+    known.MinPLogitsWarper,
+    known.TemperatureLogitsWarper,
+    known.TopKLogitsWarper,
+    known.TopPLogitsWarper,
+    known.TypicalLogitsWarper,
 }
 
 
@@ -42,6 +32,7 @@ def are_of_scores_only(processors: LogitsProcessorList) -> bool:
 
     Example:
 
+        >>> from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
         >>> are_of_scores_only(LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(50)]))
         True
     """

@@ -205,7 +205,7 @@ class Decoder:
         if not row.processors:
             return logits_BTV
         if are_of_scores_only(row.processors):
-            scores_BTV = logits_BTV.to(row.device, torch.float32, copy=True)
+            scores_BTV = logits_BTV.to(row.device, torch.float32)
             return row.process(row.visible_ids(), scores_BTV.flatten(0, 1)).view_as(scores_BTV)
         num_positions = logits_BTV.shape[1]
         columns, trees = [], proposal.trees()
@@ -239,7 +239,7 @@ class Decoder:
 
     def _accepted(self, proposal: Proposal, outcome: Sequence[Tensor]) -> list[tuple[list[int], int]]:
         """For each row the path that stands, and the target's token after it, from the host's copy of `_verify`."""
-        if len(outcome) == 2:
+        if proposal.probs_BGV is not None:
             num_accepted, next_tokens = (part.tolist() for part in outcome)
             return [(list(range(num)), token) for num, token in zip(num_accepted, next_tokens, strict=True)]
         triples = zip(outcome[0].tolist(), proposal.drafts, proposal.trees(), strict=True)
@@ -267,8 +267,10 @@ class Decoder:
         flags = self.commits.decide(self.live, pending)
         if self.shares:
             for row, reading, flag in zip(self.live, readings, flags, strict=True):
-                shares = self.shares[row.index]
-                shares.use(len(reading.path) + 1) if flag is None else shares.forget()
+                if flag is None:
+                    self.shares[row.index].use(len(reading.path) + 1)
+                else:
+                    self.shares[row.index].forget()
         return flags
 
     def _recover(self, flags: Sequence[Flag | None]) -> None:

@@ -129,11 +129,9 @@ class HeadDrafter(ModelDrafter):
     def _scores(
         self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.do_sample and not rows[0].processors:
-            return logits_BV.float(), self.head.token_ids
         if not self.do_sample and are_of_scores_only(rows[0].processors):
-            scores_BV = logits_BV.to(rows[0].device, torch.float32, copy=True)
-            return rows[0].process(rows[0].visible_ids(), scores_BV), self.head.token_ids
+            scores_BV = rows[0].process(rows[0].visible_ids(), logits_BV.to(rows[0].device, torch.float32))
+            return scores_BV, self.head.token_ids
         full_BV = logits_BV.new_full((len(rows), self.vocab_size or self.head.config.vocab_size), -torch.inf)
         return super()._scores(rows, tokens, full_BV.index_copy(1, self.head.token_ids, logits_BV))
 

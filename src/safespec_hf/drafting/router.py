@@ -121,8 +121,7 @@ class DraftRouter:
         widest = max(map(len, self._last.drafts), default=0)
         num_tokens = 1 + sum(map(len, paths)) / max(len(paths), 1)
         self._pace.record(num_tokens, costs.block(1 + widest) + self._num_steps * costs.draft)
-        no_trees: list[Sequence[int] | None] = [None for _ in paths]
-        for kinds, parents, path in zip(self._last.kinds or [], self._last.parents or no_trees, paths, strict=False):
+        for kinds, parents, path in zip(self._last.kinds or [], self._last.trees(), paths, strict=False):
             for drafter in self._drafters:
                 drafter.length.record(kinds, path, parents)
         for row, path in enumerate(paths):
