@@ -11,7 +11,6 @@ the rows that the head was trained on. A monitor that reads the model's states h
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -25,24 +24,13 @@ from head_words import BagOfWords
 from provenance import write_json
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safespec_hf import SafeSpecConfig, SafetyHead, load_default_target
-from safespec_hf.answer.segments import find_boundaries
+from safespec_hf import SafetyHead, load_default_target
 from safespec_hf.defaults.default_target import DEFAULT_HEAD
 from safespec_hf.heads.safety_head import check_binding, target_binding
 from safespec_hf.training.collect import CollectSettings, collect_answers
 from safespec_hf.training.data import Example, load_examples
-from safespec_hf.training.hidden import (
-    Encoded,
-    encode,
-    hash_weights,
-    make_batches,
-    read_hidden,
-    risk_of,
-    span_counts,
-)
 from safespec_hf.training.metrics import (
     ScoredAnswers,
     auroc,
@@ -51,15 +39,11 @@ from safespec_hf.training.metrics import (
     trade_off,
     without_refusals,
 )
-from safespec_hf.training.scores import hash_head
-from safespec_hf.training.shards import compute_shards
+from safespec_hf.training.scores import read_risks
 
 NUM_UTILITY_PROMPTS = 75  # of each of the two sources
 MAX_TOKENS = 256  # of an answer that is read, but for the long ones
 MAX_LONG_TOKENS = 1024
-MAX_PROMPT_TOKENS = 1024
-NUM_BATCH_TOKENS = 4096
-NUM_SHARD_TEXTS = 64
 FALSE_ALARMS = 0.01
 EARLY = (32, 64)  # tokens
 WORDS_MARGIN, WORDS_MARGIN_NON_REFUSAL = 0.03, 0.08
@@ -166,42 +150,10 @@ def score(
     scored: list[dict[str, ScoredAnswers]] = [{} for _ in heads]
     for name, examples in answers.all().items():
         most = MAX_LONG_TOKENS if name == "alpacaeval_benign" else MAX_TOKENS
-        texts = [encode(tokenizer, example, MAX_PROMPT_TOKENS, most) for example in examples]
-        for part, risks in zip(scored, read_risks(model, tokenizer, heads, texts, cache), strict=True):
+        by_head = read_risks(model, tokenizer, heads, examples, cache, max_response_tokens=most)
+        for part, risks in zip(scored, by_head, strict=True):
             part[name] = ScoredAnswers(examples, risks)
     return scored
-
-
-def read_risks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heads: Sequence[SafetyHead],
-    texts: Sequence[Encoded],
-    cache: Path,
-) -> list[list[torch.Tensor]]:
-    """For each head the risks of each text, as decoding sees them, or from the cache of an earlier run."""
-    boundaries, policy = find_boundaries(tokenizer), SafeSpecConfig()
-    layers = sorted({layer for head in heads for layer in head.config.hidden_layers or []})
-    by_key = {text.key: text for text in texts}
-
-    def compute(keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        chosen, risks = [by_key[key] for key in keys], {}
-        for batch in make_batches([text.num_tokens for text in chosen], NUM_BATCH_TOKENS):
-            states = read_hidden(model, [chosen[index] for index in batch], layers)
-            for index, hidden_TF in zip(batch, states, strict=True):
-                for number, head in enumerate(heads):
-                    of_head = [hidden_TF.chunk(len(layers), -1)[layers.index(at)] for at in head.config.hidden_layers]
-                    counts = span_counts(chosen[index].response_ids, head.config.span, boundaries, policy)
-                    risks[f"{index} {number}"] = risk_of(head, torch.cat(of_head, dim=-1), counts)
-        return risks
-
-    parts = [hash_weights(model), str(model.dtype), *map(hash_head, heads)]
-    folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    lengths = {key: text.num_tokens for key, text in by_key.items()}
-    places = compute_shards(folder, lengths, NUM_SHARD_TEXTS, compute, "risks")
-    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
-    found = [places[text.key] for text in texts]
-    return [[shards[place.file][f"{place.number} {number}"] for place in found] for number in range(len(heads))]
 
 
 def measure(scored: dict[str, ScoredAnswers], threshold: float) -> list[Figure]:

@@ -121,9 +121,29 @@ def test_an_answer_that_occurs_twice_has_the_same_features_twice(target, chat_to
 
 def test_risks_of_a_part_are_read_from_the_cache_of_the_whole(target, chat_tokenizer, examples, tmp_path):
     head = tiny.build_head(target)
-    risks = read_risks(target, chat_tokenizer, head, examples, tmp_path)
+    (risks,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path)
     target.forward = None
-    assert torch.equal(read_risks(target, chat_tokenizer, head, examples[5:6], tmp_path)[0], risks[5])
+    assert torch.equal(read_risks(target, chat_tokenizer, [head], examples[5:6], tmp_path)[0][0], risks[5])
+
+
+def test_several_heads_are_scored_as_each_alone(target, chat_tokenizer, examples, tmp_path):
+    settings = [([1], "mean", 1), ([2, 1], "mean+ewma", 1), ([2], "last", 0)]
+    heads = [
+        tiny.build_head(target, hidden_layers=layers, pooling=pooling, unsafe_label=label)
+        for layers, pooling, label in settings
+    ]
+    together = read_risks(target, chat_tokenizer, heads, examples, tmp_path / "together")
+    for head, risks in zip(heads, together, strict=True):
+        (alone,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path / "alone")
+        torch.testing.assert_close(risks, alone)
+
+
+def test_a_head_that_speaks_for_safe_has_other_risks_in_the_cache(target, chat_tokenizer, examples, tmp_path):
+    head = tiny.build_head(target)
+    (risks,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path)
+    head.config.unsafe_label = 0
+    (others,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path)
+    torch.testing.assert_close(others[0], 1 - risks[0])
 
 
 def test_other_weights_have_another_cache(target, chat_tokenizer, examples, features, tmp_path):
@@ -136,14 +156,14 @@ def test_states_that_overflow_are_refused_before_they_are_kept(target, chat_toke
     with pytest.raises(SafeSpecError, match="are infinite or no numbers"):
         extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
     with pytest.raises(SafeSpecError, match="are infinite or no numbers"):
-        read_risks(target, chat_tokenizer, tiny.build_head(target), examples, tmp_path)
+        read_risks(target, chat_tokenizer, [tiny.build_head(target)], examples, tmp_path)
 
 
 def test_a_broken_head_gives_no_risks(target, chat_tokenizer, examples, tmp_path):
     head = tiny.build_head(target)
     torch.nn.init.constant_(head.mlp[-1].weight, float("nan"))
     with pytest.raises(SafeSpecError, match="risks that are no numbers"):
-        read_risks(target, chat_tokenizer, head, examples, tmp_path)
+        read_risks(target, chat_tokenizer, [head], examples, tmp_path)
 
 
 @pytest.mark.parametrize("layers", [(), (3,), (-1,), (1, 1), (0, 99)])

@@ -203,26 +203,40 @@ def score_answers(
         `tuple[int, torch.Tensor]`: Index of an example, and its risks of shape `(T,)`. Short texts come first.
     """
     encoded = [encode(tokenizer, example, max_prompt_tokens, max_response_tokens) for example in examples]
-    yield from score_texts(
-        model, head, encoded, find_boundaries(tokenizer), policy or SafeSpecConfig(), num_batch_tokens
-    )
+    policy, boundaries = policy or SafeSpecConfig(), find_boundaries(tokenizer)
+    for index, risks_HT in score_texts(model, [head], encoded, boundaries, policy, num_batch_tokens):
+        yield index, risks_HT[0]
 
 
 def score_texts(
     model: PreTrainedModel,
-    head: SafetyHead,
+    heads: Sequence[SafetyHead],
     texts: Sequence[Encoded],
     boundaries: Boundaries,
     policy: SafeSpecConfig,
     num_batch_tokens: int = 4096,
 ) -> Iterator[tuple[int, Tensor]]:
-    """As [`score_answers`], of texts that are tokens already."""
+    """As [`score_answers`], of texts that are tokens already, and by several heads of one target at once.
+
+    Yields:
+        `tuple[int, torch.Tensor]`: Index of a text, and its risks of shape `(heads, T)`.
+    """
+    layers = sorted({layer for head in heads for layer in head.config.hidden_layers or []})
+    columns = [[layers.index(layer) for layer in head.config.hidden_layers or []] for head in heads]
     for batch in make_batches([text.num_tokens for text in texts], num_batch_tokens):
         chosen = [texts[index] for index in batch]
-        states = read_hidden(model, chosen, head.config.hidden_layers or [])
+        states = read_hidden(model, chosen, layers)
         for index, text, hidden_TF in zip(batch, chosen, states, strict=True):
-            counts = span_counts(text.response_ids, head.config.span, boundaries, policy)
-            yield index, risk_of(head, hidden_TF, counts)
+            by_layer = hidden_TF.view(len(hidden_TF), len(layers), -1)
+            risks = [
+                risk_of(
+                    head,
+                    by_layer[:, of_head].flatten(1),
+                    span_counts(text.response_ids, head.config.span, boundaries, policy),
+                )
+                for head, of_head in zip(heads, columns, strict=True)
+            ]
+            yield index, torch.stack(risks)
 
 
 @torch.no_grad()

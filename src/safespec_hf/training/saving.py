@@ -106,5 +106,5 @@ def score(
         HeadMismatchError: If the head was trained for another target.
     """
     check_binding(head, target_binding(model, tokenizer))
-    risks = read_risks(model, tokenizer, head, examples, cache, max_response_tokens=max_response_tokens)
+    (risks,) = read_risks(model, tokenizer, [head], examples, cache, max_response_tokens=max_response_tokens)
     return ScoredAnswers(examples, risks)

@@ -1,4 +1,7 @@
-"""Risks of whole answers at every token, cached on disk: what calibration, reports and benchmarks are made of."""
+"""Risks of whole answers at every token, cached on disk: what calibration, reports and benchmarks are made of.
+
+Shapes: H heads, T tokens of an answer.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +30,27 @@ NUM_SHARD_EXAMPLES = 64
 def read_risks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    head: SafetyHead,
+    heads: Sequence[SafetyHead],
     examples: Sequence[Example],
     cache_dir: str | os.PathLike[str],
     *,
     max_prompt_tokens: int = 1024,
     max_response_tokens: int = 256,
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """The risk of every token of every answer, as decoding sees it, or from the cache of an earlier run.
+
+    Each text is read once, for all heads.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        head ([`SafetyHead`]): Its head.
+        heads (`Sequence[SafetyHead]`): Its heads, one or more.
         examples (`Sequence[Example]`): Answered ones.
-        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target and head.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target and heads.
         max_prompt_tokens, max_response_tokens (`int`): What is longer is cut, a prompt at its beginning.
 
     Returns:
-        `list[torch.Tensor]`: One of shape `(T,)` per example.
+        `list[list[torch.Tensor]]`: For each head one of shape `(T,)` per example.
 
     Raises:
         SafeSpecError: If the chat template refuses a conversation, or a risk is no number.
@@ -55,23 +60,25 @@ def read_risks(
     boundaries, policy = find_boundaries(tokenizer), SafeSpecConfig()
 
     def compute(keys: Sequence[str]) -> dict[str, Tensor]:
-        scored = dict(score_texts(model, head, [texts[key] for key in keys], boundaries, policy))
-        if any(bool(risks_T.isnan().any()) for risks_T in scored.values()):
+        scored = dict(score_texts(model, heads, [texts[key] for key in keys], boundaries, policy))
+        if any(bool(risks_HT.isnan().any()) for risks_HT in scored.values()):
             raise SafeSpecError("The head gives risks that are no numbers: its weights are broken. Train it again.")
-        return {str(index): risks_T for index, risks_T in scored.items()}
+        return {str(index): risks_HT for index, risks_HT in scored.items()}
 
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), hash_head(head)]
+    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), *map(hash_head, heads)]
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     lengths = {key: text.num_tokens for key, text in texts.items()}
     places = compute_shards(folder, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
     shards = {file: load_file(file) for file in {place.file for place in places.values()}}
-    return [shards[places[text.key].file][str(places[text.key].number)] for text in encoded]
+    found = [shards[places[text.key].file][str(places[text.key].number)] for text in encoded]
+    return [[risks_HT[number] for risks_HT in found] for number in range(len(heads))]
 
 
 def hash_head(head: SafetyHead) -> str:
     """16 hex digits over a head's weights and what it reads; the threshold and the card are not in it."""
     config = head.config
-    digest = hashlib.sha256(repr((config.hidden_layers, config.pooling, config.span, config.ewma_decay)).encode())
+    how = (config.hidden_layers, config.pooling, config.span, config.ewma_decay, config.unsafe_label)
+    digest = hashlib.sha256(repr(how).encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
