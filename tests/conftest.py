@@ -121,3 +121,9 @@ def target_folder(tmp_path, target, chat_tokenizer):
     target.save_pretrained(tmp_path / "target")
     chat_tokenizer.save_pretrained(tmp_path / "target")
     return tmp_path / "target"
+
+
+@pytest.fixture
+def cheap_drafts():
+    with tiny.cheap_drafts():
+        yield

@@ -20,7 +20,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from safespec_hf import DraftHead, DraftHeadConfig, SafeSpecConfig, SafetyHead, SafetyHeadConfig, target_binding
+from safespec_hf import (
+    DraftHead,
+    DraftHeadConfig,
+    SafeSpecConfig,
+    SafetyHead,
+    SafetyHeadConfig,
+    attach_safety_head,
+    target_binding,
+)
 from safespec_hf.answer.rows import Row
 from safespec_hf.decoding import request
 from safespec_hf.drafting.draft_length import DraftCosts
@@ -182,3 +190,28 @@ def make_row(tokens: list[int], index: int = 0, **kwargs: Any) -> Row:
     ids = torch.tensor(tokens)
     fields = {"max_new_tokens": 64, "policy": SafeSpecConfig(), **kwargs}
     return Row(index, ids, torch.ones_like(ids, dtype=torch.bool), **fields)
+
+
+PROMPT = torch.tensor([[12, 18, 24, 13]])
+FIELDS = {"max_segment_tokens": 6, "min_segment_tokens": 2, "num_candidates": 3}
+FIELDS |= {"reflection": "pause think", "refusal": "no thanks", "num_draft_tokens": 5}
+# drafts of constant length: which token was drafted then depends on nothing but the text
+POLICY = SafeSpecConfig(**FIELDS, adaptive_drafts=False, lookup_drafts=False)
+ADAPTIVE = SafeSpecConfig(**FIELDS)
+DRAFTING = ["draft", "head", "lookup", "none"]
+
+
+def drafting(source: str, target: PreTrainedModel) -> dict[str, Any]:
+    """The arguments of `generate` for one of [`DRAFTING`]."""
+    if source == "head":
+        return {"assistant_model": build_draft_head(target)}
+    return {
+        "draft": {"assistant_model": perturb(target)},
+        "lookup": {"prompt_lookup_num_tokens": 4},
+        "none": {},
+    }[source]
+
+
+def attach(model: PreTrainedModel, tokenizer: Any, head: SafetyHead | None = None, **kwargs: Any) -> Any:
+    """The model, guarded by this head, or by one that flags nothing."""
+    return attach_safety_head(model, head or build_head(model), tokenizer=tokenizer, **kwargs)
