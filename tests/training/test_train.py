@@ -15,6 +15,8 @@ from safespec_hf.training.train import (
     _inputs,
     _loss,
     _weights,
+    auroc_of,
+    partial_auroc_of,
     split_by_group,
     sweep_readings,
     train_head,
@@ -139,9 +141,27 @@ def test_a_linear_probe_is_one_layer(sets):
 def test_the_sweep_tries_every_layer_and_reading_and_then_sets_of_layers(sets):
     results = sweep_readings(*sets, READINGS)
     singles = [result for result in results if len(result["hidden_layers"]) == 1]
-    assert len(singles) == 8
+    assert len([result for result in singles if "+" not in result["reading"][0]]) == 8
     assert {tuple(result["hidden_layers"]) for result in results} >= {(1,), (2,), (1, 2)}
-    assert results[0]["auroc"] == max(result["auroc"] for result in results)
+    assert results[0]["partial_auroc"] == max(result["partial_auroc"] for result in results)
+    pooled_twice = {tuple(result["reading"]) for result in results if "+" in result["reading"][0]}
+    # poolings of one span side by side; those of a segment are alone here
+    assert pooled_twice >= {("last+mean", "answer"), ("last+ewma", "answer"), ("mean+ewma", "answer")}
+    assert all(reading[1] == "answer" for reading in pooled_twice)
+
+
+def test_a_sweep_chooses_by_what_is_caught_at_few_false_alarms(sets):
+    """Of two scores with one AUROC the one that is right where it is sure wins."""
+    validation = sets[1]
+    labels = validation.labels
+    order = torch.arange(len(labels)).float()
+    sure = torch.where(labels == 1, 2 + order, 1 + order / len(order))
+    sure[(labels == 1).nonzero()[0]] = -1.0  # the lowest of all: misses one, and nothing else
+    alarmed = torch.where(labels == 1, 2 + order / len(order), 1 + order / len(order))
+    alarmed[(labels == 0).nonzero()[0]] = 1e6  # the highest of all: a false alarm before anything is caught
+    first, second = (scores[validation.features.example] for scores in (sure, alarmed))
+    assert auroc_of(second, validation) > 0.9
+    assert partial_auroc_of(first, validation) > partial_auroc_of(second, validation)
 
 
 def test_early_prefixes_of_unsafe_answers_are_left_out(sets):

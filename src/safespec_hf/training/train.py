@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ RANGES = {
     "answer_share": "[0, 1]",
     "seed": "[0, 2147483648)",
 }
+MAX_FALSE_ALARMS = 0.05
+"""A sweep chooses by the ROC curve up to this share of false alarms: further right no threshold is ever set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +113,11 @@ class Lessons(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A head, and the validation AUROC of everything that was tried on the way."""
+    """A head, its validation AUROC, whole and [partial][partial_auroc_of], and those of all that a sweep tried."""
 
     head: SafetyHead
     validation_auroc: float
+    validation_partial_auroc: float
     sweep: list[dict[str, Any]]
 
 
@@ -191,14 +195,16 @@ def train_head(
         }
     )
     with torch.no_grad():
-        score = auroc_of(head.risk(_inputs(validation.features, hidden_layers, reading)), validation)
-    return Trained(head, score, [])
+        risks_P = head.risk(_inputs(validation.features, hidden_layers, reading))
+    return Trained(head, auroc_of(risks_P, validation), partial_auroc_of(risks_P, validation), [])
 
 
 def sweep_readings(
     train: Dataset, validation: Dataset, readings: Sequence[Reading], *, num_layers_at_once: int = 3
 ) -> list[dict[str, Any]]:
-    """Validation AUROC of linear probes on every layer and reading, then on sets of the best reading's best layers.
+    """Tries linear probes on validation answers: each layer and reading, readings side by side, and sets of layers.
+
+    What is best in one step is kept in the next. The best one has the highest [partial AUROC][partial_auroc_of].
 
     Args:
         train, validation ([`Dataset`]): As for [`train_head`].
@@ -206,35 +212,44 @@ def sweep_readings(
         num_layers_at_once (`int`, *optional*, defaults to 3): Layers are added while that helps, up to this many.
 
     Returns:
-        `list[dict]`: `hidden_layers`, `reading` and `auroc`, the best one first.
+        `list[dict]`: `hidden_layers`, `reading`, `auroc` and `partial_auroc`, the best one first.
     """
     quick = TrainSettings(num_members=1, width=0, max_epochs=6, patience=2)
     results: list[dict[str, Any]] = []
 
-    def attempt(layers: Sequence[int], reading: Reading) -> float:
-        score = train_head(train, validation, sorted(layers), reading, settings=quick).validation_auroc
-        results.append({"hidden_layers": sorted(layers), "reading": list(reading), "auroc": score})
-        return score
+    def attempt(choices: Sequence[tuple[Sequence[int], Reading]], title: str) -> dict[str, Any]:
+        for layers, reading in tqdm(choices, desc=title, unit="probe", disable=not choices):
+            tried = train_head(train, validation, sorted(layers), reading, settings=quick)
+            scores = {"auroc": tried.validation_auroc, "partial_auroc": tried.validation_partial_auroc}
+            results.append({"hidden_layers": sorted(layers), "reading": list(reading), **scores})
+        return max(results, key=lambda result: result["partial_auroc"])
 
     layers = train.features.layers
-    singles = [(layer, reading) for reading in readings for layer in layers]
-    for layer, reading in tqdm(singles, desc="sweep", unit="probe"):
-        attempt([layer], reading)
-    best = max(results, key=lambda result: result["auroc"])
+    best = attempt([([layer], reading) for reading in readings for layer in layers], "sweep")
+    best = attempt([(best["hidden_layers"], pair) for pair in _side_by_side(readings)], "sweep, two poolings")
     for num_layers in range(2, num_layers_at_once + 1):
-        chosen = best["hidden_layers"]
-        others = [layer for layer in layers if layer not in chosen]
-        for layer in tqdm(others, desc=f"sweep, {num_layers} layers", unit="probe", disable=not others):
-            attempt([*chosen, layer], Reading(*best["reading"]))
-        best = max(results, key=lambda result: result["auroc"])
+        chosen, reading = best["hidden_layers"], Reading(*best["reading"])
+        more = [([*chosen, layer], reading) for layer in layers if layer not in chosen]
+        best = attempt(more, f"sweep, {num_layers} layers")
         if best["hidden_layers"] == chosen:
             break
-    return sorted(results, key=lambda result: -result["auroc"])
+    return sorted(results, key=lambda result: -result["partial_auroc"])
+
+
+def _side_by_side(readings: Sequence[Reading]) -> list[Reading]:
+    """Every two poolings of one span: what one sees early the other sees steadily."""
+    pairs = combinations(readings, 2)
+    return [Reading(f"{one.pooling}+{two.pooling}", one.span) for one, two in pairs if one.span == two.span]
 
 
 def auroc_of(risks_P: Tensor, data: Dataset) -> float:
     """AUROC of whole answers, each scored by its highest risk at any prefix."""
     return float(roc_auc_score(data.labels, highest_risks(risks_P, data)))
+
+
+def partial_auroc_of(risks_P: Tensor, data: Dataset) -> float:
+    """The same up to [`MAX_FALSE_ALARMS`] only, scaled so that 0.5 is chance and 1 is perfect."""
+    return float(roc_auc_score(data.labels, highest_risks(risks_P, data), max_fpr=MAX_FALSE_ALARMS))
 
 
 def highest_risks(risks_P: Tensor, data: Dataset) -> Tensor:
