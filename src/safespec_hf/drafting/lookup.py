@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..answer.rows import Row
 from .draft_length import DraftLength, match_kind
 from .drafters import Proposal
-from .ngrams import NgramIndex
+from .ngrams import NgramSearch
 
 
 class LookupDrafter:
@@ -21,13 +21,13 @@ class LookupDrafter:
 
     def __init__(self, max_size: int, num_rows: int, length: DraftLength):
         self.length = length
-        self._ngrams = [NgramIndex(max_size) for _ in range(num_rows)]
+        self._searches = [NgramSearch(max_size) for _ in range(num_rows)]
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
         """At most `num_tokens[row]` drafts for each row."""
         drafts, kinds = [], []
-        for row, ngrams, most in zip(rows, self._ngrams, num_tokens, strict=True):
-            tokens, size = ngrams.continuation(row.prompt, row.tokens, most)
+        for row, search, most in zip(rows, self._searches, num_tokens, strict=True):
+            tokens, size = search.continuation(row.prompt, row.tokens, most)
             drafts.append(tokens)
             # tokens that go on with a match match ever more
             kinds.append([match_kind(size + index) for index in range(len(tokens))])
@@ -36,9 +36,9 @@ class LookupDrafter:
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""
-        for ngrams, length in zip(self._ngrams, lengths, strict=True):
-            ngrams.keep(length)
+        for search, length in zip(self._searches, lengths, strict=True):
+            search.keep(length)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows."""
-        self._ngrams = [self._ngrams[row] for row in rows]
+        self._searches = [self._searches[row] for row in rows]
