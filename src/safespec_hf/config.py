@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,12 +15,21 @@ Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
 Costs = Literal["measured", "weights"]
 CandidateSource = Literal["auto", "draft", "target"]
+CandidateChoice = Literal["safest", "likeliest_safe"]
+SafetyPolicy = Literal["recover", "recover_single", "recover_unreflected", "refuse", "stop", "observe"]
 
 DEFAULT_REFLECTION = (
     "\n\nWait. Before I go on I should check whether this could help someone cause harm. If it could, I will not "
     "continue with it; I will decline briefly and offer something safe instead.\n\n"
 )
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
+STANDS_FOR: dict[str, dict[str, Any]] = {
+    "recover": {},
+    "recover_single": {"num_candidates": 1, "candidates_per_batch": None},
+    "recover_unreflected": {"reflection": "", "keep_reflection": False},
+    **{name: {"max_recoveries": 0} for name in ("refuse", "stop", "observe")},
+}
+"""What a safety policy means for other fields."""
 
 
 class SafetyHeadConfig(PreTrainedConfig):
@@ -131,6 +140,12 @@ class SafeSpecConfig:
     """The policy of one `generate(..., safespec=SafeSpecConfig(...))` call.
 
     Args:
+        policy (`str`, defaults to `"recover"`):
+            What follows a flag. `"recover"` rolls back, reflects, samples candidates and takes a safe one.
+            `"recover_single"` samples one candidate, `"recover_unreflected"` inserts no reflection. `"refuse"` ends
+            the answer with `refusal` at once, as `max_recoveries=0` does. `"stop"` ends it before what was rolled
+            back, and adds nothing: it may be empty. **`"observe"` guards nothing**: the answer, flagged text included,
+            is that of an unguarded call, and streamed without delay; flags are only reported as events.
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
             is unsafe: next to nothing is flagged.
@@ -167,6 +182,13 @@ class SafeSpecConfig:
             Committed segments given up besides the flagged one, >= 0. That many, and the open one, are held back from
             a streamer. Never reaches into the prompt, nor before what has become final.
         num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), >= 1.
+        candidates_per_batch (`int`, *optional*):
+            Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
+            all at once.
+        candidate_choice (`"safest"` or `"likeliest_safe"`, defaults to `"safest"`):
+            Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
+            token, of those that are below the threshold by `safe_margin`; the safest where there is none.
+        safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
@@ -184,12 +206,13 @@ class SafeSpecConfig:
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
             risk. Default: one more target forward scores it, unless it is an end token. `True` scores an end token
             as well. `False` lets the token out unscored (its risk is `nan`), but for an answer of that token alone.
+            With `policy="observe"` only `True` has it scored.
 
     Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
 
     Raises:
         TypeError: If a value is of another type.
-        ValueError: If a value is outside of its range.
+        ValueError: If a value is outside of its range, or contradicts `policy`.
 
     Example:
 
@@ -198,6 +221,7 @@ class SafeSpecConfig:
         6
     """
 
+    policy: SafetyPolicy = "recover"
     risk_threshold: float | None = None
     operating_point: str | None = None
     num_draft_tokens: int | None = None
@@ -210,6 +234,9 @@ class SafeSpecConfig:
     min_segment_tokens: int = 4
     rollback_segments: int = 1
     num_candidates: int = 8
+    candidates_per_batch: int | None = None
+    candidate_choice: CandidateChoice = "safest"
+    safe_margin: float = 0.2
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     keep_reflection: bool = False
@@ -233,6 +260,7 @@ class SafeSpecConfig:
         _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
         _check("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
         _check("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
+        self._check_policy()
         _check("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
         temperature = self.recovery_temperature
         _check("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
@@ -240,6 +268,33 @@ class SafeSpecConfig:
         _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
+
+    def _check_policy(self) -> None:
+        """Raises where the policy after a flag is unknown, or other fields say something else."""
+        policy, choices, batch = self.policy, get_args(CandidateChoice), self.candidates_per_batch
+        _check("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
+        _check("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
+        _check("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, meant in STANDS_FOR[policy].items():
+            value, default = getattr(self, name), defaults[name]
+            _check(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
+        is_variant = policy.startswith("recover_")
+        is_sound = self.max_recoveries > 0 or not is_variant
+        _check("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
+        is_sound = batch is None or 1 <= batch <= self.num_candidates
+        _check("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")
+
+    def resolved(self) -> SafeSpecConfig:
+        """The same with the other fields as `policy` means them.
+
+        Example:
+
+            >>> from safespec_hf import SafeSpecConfig
+            >>> SafeSpecConfig(policy="recover_single").resolved().num_candidates
+            1
+        """
+        return replace(self, **STANDS_FOR[self.policy])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON. transformers calls this when it saves a generation config."""

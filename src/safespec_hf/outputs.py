@@ -26,10 +26,10 @@ class Provenance(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SafeSpecEvent:
-    """One flag and the recovery attempt that answered it.
+    """One flag and what answered it: a recovery attempt, the end of the answer, or nothing.
 
     Attributes:
-        position (`int`): Index, among the answer's returned tokens, that the flagged token would have had.
+        position (`int`): Index, among the answer's returned tokens, that the flagged token would have had, or has.
         risk (`float`): Its risk, in [0, 1].
         rolled_back_to (`int`): Returned tokens that were kept.
         num_discarded (`int`): Tokens given up, the flagged one included.
@@ -38,7 +38,14 @@ class SafeSpecEvent:
             early once it is unsafe or worse than a finished one.
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
-        outcome (`str`): `"recovered"`, `"retried"` (no candidate was safe) or `"refused"`.
+        outcome (`str`):
+            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`, or with `policy="observe"`
+            `"observed"` (nothing was done).
+        num_safe_candidates (`int`): Candidates of which every token is safe.
+        num_unsafe_candidates (`int`):
+            Those with an unsafe token, or in which no token was possible. The rest ended early while they were safe,
+            as a candidate does that the target samples once it can't be chosen any more. None does if the draft
+            samples, nor with `candidate_choice="likeliest_safe"` and `safe_margin=0`.
     """
 
     position: int
@@ -49,6 +56,13 @@ class SafeSpecEvent:
     candidate_log_probs: tuple[float, ...] = ()
     chosen: int | None = None
     outcome: str = "refused"
+    num_safe_candidates: int = 0
+    num_unsafe_candidates: int = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates that were sampled: up to K, fewer where `candidates_per_batch` made an early end of it."""
+        return len(self.candidate_risks)
 
 
 @dataclass(slots=True)
@@ -64,6 +78,8 @@ class SafeSpecStatistics:
         num_accepted_tokens (`int`): Those of them that the target accepted.
         num_flags (`int`): Tokens that were flagged.
         num_recovery_attempts (`int`): Attempts at a safe continuation.
+        num_candidates (`int`): Candidates sampled in them.
+        num_candidate_batches (`int`): In so many batches.
         num_discarded_tokens (`int`): Generated tokens that were rolled back.
         num_new_tokens (`int`): Tokens returned after the prompts.
         target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
@@ -81,6 +97,8 @@ class SafeSpecStatistics:
     num_accepted_tokens: int = 0
     num_flags: int = 0
     num_recovery_attempts: int = 0
+    num_candidates: int = 0
+    num_candidate_batches: int = 0
     num_discarded_tokens: int = 0
     num_new_tokens: int = 0
     target_seconds: float = 0.0
@@ -108,7 +126,8 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
             Risk after each token, in [0, 1]; `nan` for inserted text, padding and a last token no forward has read.
         provenance (`torch.LongTensor` of shape `(batch, N)`): A [`Provenance`] per token; -1 for padding.
         events (`list[list[SafeSpecEvent]]`): For each row, what was flagged and what was done.
-        finish_reasons (`list[str]`): For each row `"eos"`, `"length"`, `"stop"` or `"safety_refusal"`.
+        finish_reasons (`list[str]`):
+            For each row `"eos"`, `"length"`, `"stop"`, `"safety_refusal"` or, with `policy="stop"`, `"safety_stop"`.
         statistics ([`SafeSpecStatistics`]): Counts and seconds.
     """
 
