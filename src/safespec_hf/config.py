@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+
+from .checks import _check, _check_types, _field_types
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
@@ -152,6 +152,9 @@ class SafeSpecConfig:
         operating_point (`str`, *optional*):
             One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
             instead of a `risk_threshold`.
+        carried_risk (`float`, defaults to 0.0):
+            Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): the threshold is lowered by
+            this share of it.
         num_draft_tokens (`int`, *optional*):
             Draft tokens per round at most, >= 1. Default: `prompt_lookup_num_tokens` or `num_assistant_tokens` if
             `generate` got it as an argument or in a generation config, the draft model's own included, else 8.
@@ -224,6 +227,7 @@ class SafeSpecConfig:
     policy: SafetyPolicy = "recover"
     risk_threshold: float | None = None
     operating_point: str | None = None
+    carried_risk: float = 0.0
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
     costs: Costs = "measured"
@@ -253,6 +257,7 @@ class SafeSpecConfig:
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         is_one = threshold is None or self.operating_point is None
         _check("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
+        _check("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
         _check("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
         _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
@@ -334,39 +339,3 @@ def _get(point: object, name: str) -> object:
 
 def _is_threshold(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
-    if not is_legal:
-        raise ValueError(f"`{name}` must be {legal}, but it is {value!r}.")
-
-
-@cache
-def _field_types(cls: type) -> dict[str, Any]:
-    """Field names of a config class to their types, without inherited ones: transformers' can't be evaluated."""
-    own = SimpleNamespace(__annotations__=dict(cls.__annotations__))
-    return get_type_hints(own, globalns=globals())
-
-
-def _check_types(config: object, hints: Mapping[str, Any]) -> None:
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        if not _is_of_type(value, hint):
-            legal = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
-            raise TypeError(f"`{name}` must be of type {legal}, but it is a {type(value).__name__}: {value!r}.")
-
-
-def _is_of_type(value: object, hint: Any) -> bool:
-    """`True` is no number, a whole number is a float as well, and NumPy's integers are not what JSON can hold."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str)
-    if origin is list:
-        return isinstance(value, (list, tuple)) and all(_is_of_type(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if arguments:
-        return any(_is_of_type(value, argument) for argument in arguments)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -31,7 +33,7 @@ class SafeSpecEvent:
     Attributes:
         position (`int`): Index, among the answer's returned tokens, that the flagged token would have had, or has.
         risk (`float`): Its risk, in [0, 1].
-        rolled_back_to (`int`): Returned tokens that were kept.
+        rolled_back_to (`int`): Returned tokens that were kept; with `policy="observe"` up to the flagged one itself.
         num_discarded (`int`): Tokens given up, the flagged one included.
         candidate_risks (`tuple[float, ...]`):
             Highest risk along each candidate; empty if none was sampled. Where the target samples, a candidate ends
@@ -136,3 +138,43 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
     events: list[list[SafeSpecEvent]] | None = None
     finish_reasons: list[str] | None = None
     statistics: SafeSpecStatistics | None = None
+
+
+def carried_risk(outputs: Sequence[SafeSpecOutput], row: int | None = None, *, decay: float = 0.5) -> float:
+    """What earlier turns of a conversation were flagged with, for `SafeSpecConfig(carried_risk=)` of the next one.
+
+    Half of the highest flagged risk of the last turn, or of one before it, for which it fades. So a threshold is
+    halved at most, and turns in which nothing was flagged carry nothing.
+
+    Args:
+        outputs (`Sequence[SafeSpecOutput]`): Of the earlier turns, the oldest first.
+        row (`int`, *optional*): Which row of their batches is the conversation. Default: the worst of all.
+        decay (`float`, defaults to 0.5): What is left of a risk one turn later, in [0, 1].
+
+    Returns:
+        `float`: In [0, 0.5].
+
+    Raises:
+        ValueError: If `decay` is out of range, or an output has no events.
+
+    Example:
+
+        >>> import torch
+        >>> from safespec_hf import SafeSpecConfig, SafeSpecEvent, SafeSpecOutput, carried_risk
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> flagged = SafeSpecOutput(sequences=ids, events=[[SafeSpecEvent(3, 0.8, 0, 4)]])
+        >>> carried_risk([flagged]), carried_risk([flagged, SafeSpecOutput(sequences=ids, events=[[]])])
+        (0.4, 0.2)
+        >>> policy = SafeSpecConfig(carried_risk=carried_risk([flagged]))
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"`decay` must be in [0, 1], but it is {decay!r}.")
+    carried = 0.0
+    for output in outputs:
+        if output.events is None:
+            raise ValueError("An output has no events: it must be that of a guarded call.")
+        rows = output.events if row is None else [output.events[row]]
+        # an unknown risk counts as the highest
+        risks = [1.0 if math.isnan(event.risk) else event.risk for events in rows for event in events]
+        carried = max([carried * decay, *(risk / 2 for risk in risks)])
+    return carried
