@@ -113,7 +113,7 @@ TURNS = {THINK: {20: 0.5, 30: 0.5}}
 
 
 def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=(10,), **arguments):
-    """One guarded answer; policy fields and arguments of `generate` are told apart by name."""
+    """A guarded answer, or those to several prompts; policy fields and arguments of `generate` are told apart."""
     fields = {"max_segment_tokens": 3, "rollback_segments": 0, "reflection": REFLECTION, "refusal": REFUSAL}
     fields |= {"num_draft_tokens": 5, "adaptive_drafts": False, "lookup_drafts": False}
     fields |= {name: arguments.pop(name) for name in SafeSpecConfig.__slots__ if name in arguments}
@@ -123,9 +123,9 @@ def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=
     arguments = {"max_new_tokens": 9, "do_sample": False, "assistant_model": draft, **arguments}
     if "stop_strings" in arguments:
         arguments["tokenizer"] = tokenizer
-    output = model.generate(
-        torch.tensor([list(prompt)]), safespec=SafeSpecConfig(**fields), return_dict_in_generate=True, **arguments
-    )
+    ids = torch.tensor(list(prompt))
+    ids = ids if ids.dim() == 2 else ids[None]
+    output = model.generate(ids, safespec=SafeSpecConfig(**fields), return_dict_in_generate=True, **arguments)
     output.model = model
     return output
 

@@ -15,6 +15,7 @@ PACKAGE = Path(safespec_hf.__file__).parent
 # Each module or package may import from those before it, never from those after it.
 ORDER = [
     "errors",
+    "checks",
     "config",
     "outputs",
     "engine",
@@ -51,6 +52,7 @@ PUBLIC_NAMES = [
     "UnsupportedRequestError",
     "__version__",
     "attach_safety_head",
+    "carried_risk",
     "detach_safety_head",
     "load_default",
     "load_default_draft",

@@ -27,6 +27,16 @@ ILLEGAL_POLICY = [
     ("recovery_temperature", math.inf),
     ("recovery_temperature", math.nan),
     ("candidate_source", "nobody"),
+    ("policy", "hope"),
+    ("carried_risk", 1.0),
+    ("carried_risk", -0.1),
+    ("carried_risk", math.nan),
+    ("candidate_choice", "longest"),
+    ("safe_margin", 1.0),
+    ("safe_margin", -0.1),
+    ("safe_margin", math.nan),
+    ("candidates_per_batch", 0),
+    ("candidates_per_batch", 9),
     ("costs", "guessed"),
     ("seed", -1),
     ("seed", 2**64),
@@ -100,6 +110,9 @@ BOUNDARY_POLICY = [
     ("recovery_temperature", 1e-3),
     ("flagged_token_penalty", 0.0),
     ("flagged_token_penalty", math.inf),
+    ("safe_margin", 0.0),
+    ("candidates_per_batch", 1),
+    ("candidates_per_batch", 8),
 ]
 
 
@@ -123,10 +136,50 @@ def test_a_whole_number_will_do_for_a_fraction():
     assert SafeSpecConfig(risk_threshold=1, recovery_temperature=2).recovery_temperature == 2
 
 
+CONTRADICTIONS = [
+    ("recover_single", "num_candidates", 4),
+    ("recover_single", "candidates_per_batch", 1),
+    ("recover_single", "max_recoveries", 0),
+    ("recover_unreflected", "reflection", "Let me think."),
+    ("recover_unreflected", "keep_reflection", True),
+    ("recover_unreflected", "max_recoveries", 0),
+    ("refuse", "max_recoveries", 3),
+    ("stop", "max_recoveries", 3),
+    ("observe", "max_recoveries", 3),
+]
+
+
+@pytest.mark.parametrize(("policy", "name", "value"), CONTRADICTIONS)
+def test_a_field_that_contradicts_the_policy_is_refused_by_both_names(policy, name, value):
+    assert getattr(SafeSpecConfig(**{name: value}), name) == value
+    with pytest.raises(ValueError, match=f"`{name}` must be .* with `policy='{policy}'`") as error:
+        SafeSpecConfig(policy=policy, **{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ("recover", {}),
+        ("recover_single", {"num_candidates": 1}),
+        ("recover_unreflected", {"reflection": ""}),
+        ("refuse", {"max_recoveries": 0}),
+        ("stop", {"max_recoveries": 0}),
+        ("observe", {"max_recoveries": 0}),
+    ],
+)
+def test_what_a_policy_means_for_other_fields_may_be_said_as_well(policy, fields):
+    said, unsaid = SafeSpecConfig(policy=policy, **fields), SafeSpecConfig(policy=policy)
+    assert unsaid.resolved() == said.resolved() == said
+    # what it means is not written into it: another policy can be put in its place
+    assert dataclasses.replace(unsaid, policy="recover") == SafeSpecConfig()
+
+
 POLICIES = [
     SafeSpecConfig(),
     SafeSpecConfig(risk_threshold=0.25, num_candidates=20, reflection="", seed=7, candidate_source="target"),
     SafeSpecConfig(flagged_token_penalty=math.inf, pack_weights=False),
+    SafeSpecConfig(policy="stop", candidate_choice="likeliest_safe", safe_margin=0.5, candidates_per_batch=2),
 ]
 
 
@@ -145,7 +198,7 @@ def test_a_policy_is_saved_with_a_generation_config(policy, tmp_path):
 
 def test_generation_configs_of_different_policies_differ():
     configs = [GenerationConfig(safespec=policy) for policy in POLICIES]
-    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == 3
+    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == 4
     assert configs[0] == copy.deepcopy(configs[0]) != configs[1]
     assert configs[1].to_dict()["safespec"] == configs[1].to_diff_dict()["safespec"] == POLICIES[1]
 

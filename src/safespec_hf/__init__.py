@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .heads.draft_head import DraftHead, DraftHeadConfig
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
-    from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics
+    from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics, carried_risk
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "UnsupportedRequestError",
     "__version__",
     "attach_safety_head",
+    "carried_risk",
     "detach_safety_head",
     "load_default",
     "load_default_draft",
@@ -74,7 +75,7 @@ _HOMES = {
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
-    "outputs": ["Provenance", "SafeSpecEvent", "SafeSpecOutput", "SafeSpecStatistics"],
+    "outputs": ["Provenance", "SafeSpecEvent", "SafeSpecOutput", "SafeSpecStatistics", "carried_risk"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

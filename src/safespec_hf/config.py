@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cache
-from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+
+from .checks import _check, _check_types, _field_types
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
 Costs = Literal["measured", "weights"]
 CandidateSource = Literal["auto", "draft", "target"]
+CandidateChoice = Literal["safest", "likeliest_safe"]
+SafetyPolicy = Literal["recover", "recover_single", "recover_unreflected", "refuse", "stop", "observe"]
 
 DEFAULT_REFLECTION = (
     "\n\nWait. Before I go on I should check whether this could help someone cause harm. If it could, I will not "
     "continue with it; I will decline briefly and offer something safe instead.\n\n"
 )
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
+STANDS_FOR: dict[str, dict[str, Any]] = {
+    "recover": {},
+    "recover_single": {"num_candidates": 1, "candidates_per_batch": None},
+    "recover_unreflected": {"reflection": "", "keep_reflection": False},
+    **{name: {"max_recoveries": 0} for name in ("refuse", "stop", "observe")},
+}
+"""What a safety policy means for other fields."""
 
 
 class SafetyHeadConfig(PreTrainedConfig):
@@ -131,12 +140,21 @@ class SafeSpecConfig:
     """The policy of one `generate(..., safespec=SafeSpecConfig(...))` call.
 
     Args:
+        policy (`str`, defaults to `"recover"`):
+            What follows a flag. `"recover"` rolls back, reflects, samples candidates and takes a safe one.
+            `"recover_single"` samples one candidate, `"recover_unreflected"` inserts no reflection. `"refuse"` ends
+            the answer with `refusal` at once, as `max_recoveries=0` does. `"stop"` ends it before what was rolled
+            back, and adds nothing: it may be empty. **`"observe"` guards nothing**: the answer, flagged text included,
+            is that of an unguarded call, and streamed without delay; flags are only reported as events.
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
             is unsafe: next to nothing is flagged.
         operating_point (`str`, *optional*):
             One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
             instead of a `risk_threshold`.
+        carried_risk (`float`, defaults to 0.0):
+            Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): the threshold is lowered by
+            this share of it.
         num_draft_tokens (`int`, *optional*):
             Draft tokens per round at most, >= 1. Default: `prompt_lookup_num_tokens` or `num_assistant_tokens` if
             `generate` got it as an argument or in a generation config, the draft model's own included, else 8.
@@ -167,6 +185,13 @@ class SafeSpecConfig:
             Committed segments given up besides the flagged one, >= 0. That many, and the open one, are held back from
             a streamer. Never reaches into the prompt, nor before what has become final.
         num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), >= 1.
+        candidates_per_batch (`int`, *optional*):
+            Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
+            all at once.
+        candidate_choice (`"safest"` or `"likeliest_safe"`, defaults to `"safest"`):
+            Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
+            token, of those that are below the threshold by `safe_margin`; the safest where there is none.
+        safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
@@ -184,12 +209,13 @@ class SafeSpecConfig:
             The last token of an answer, when the target chose it itself, has been read by no forward and so has no
             risk. Default: one more target forward scores it, unless it is an end token. `True` scores an end token
             as well. `False` lets the token out unscored (its risk is `nan`), but for an answer of that token alone.
+            With `policy="observe"` only `True` has it scored.
 
     Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
 
     Raises:
         TypeError: If a value is of another type.
-        ValueError: If a value is outside of its range.
+        ValueError: If a value is outside of its range, or contradicts `policy`.
 
     Example:
 
@@ -198,8 +224,10 @@ class SafeSpecConfig:
         6
     """
 
+    policy: SafetyPolicy = "recover"
     risk_threshold: float | None = None
     operating_point: str | None = None
+    carried_risk: float = 0.0
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
     costs: Costs = "measured"
@@ -210,6 +238,9 @@ class SafeSpecConfig:
     min_segment_tokens: int = 4
     rollback_segments: int = 1
     num_candidates: int = 8
+    candidates_per_batch: int | None = None
+    candidate_choice: CandidateChoice = "safest"
+    safe_margin: float = 0.2
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     keep_reflection: bool = False
@@ -226,6 +257,7 @@ class SafeSpecConfig:
         _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         is_one = threshold is None or self.operating_point is None
         _check("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
+        _check("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
         _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
         _check("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
         _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
@@ -233,6 +265,7 @@ class SafeSpecConfig:
         _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
         _check("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
         _check("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
+        self._check_policy()
         _check("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
         temperature = self.recovery_temperature
         _check("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
@@ -240,6 +273,33 @@ class SafeSpecConfig:
         _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
+
+    def _check_policy(self) -> None:
+        """Raises where the policy after a flag is unknown, or other fields say something else."""
+        policy, choices, batch = self.policy, get_args(CandidateChoice), self.candidates_per_batch
+        _check("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
+        _check("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
+        _check("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, meant in STANDS_FOR[policy].items():
+            value, default = getattr(self, name), defaults[name]
+            _check(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
+        is_variant = policy.startswith("recover_")
+        is_sound = self.max_recoveries > 0 or not is_variant
+        _check("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
+        is_sound = batch is None or 1 <= batch <= self.num_candidates
+        _check("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")
+
+    def resolved(self) -> SafeSpecConfig:
+        """The same with the other fields as `policy` means them.
+
+        Example:
+
+            >>> from safespec_hf import SafeSpecConfig
+            >>> SafeSpecConfig(policy="recover_single").resolved().num_candidates
+            1
+        """
+        return replace(self, **STANDS_FOR[self.policy])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON. transformers calls this when it saves a generation config."""
@@ -279,39 +339,3 @@ def _get(point: object, name: str) -> object:
 
 def _is_threshold(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
-    if not is_legal:
-        raise ValueError(f"`{name}` must be {legal}, but it is {value!r}.")
-
-
-@cache
-def _field_types(cls: type) -> dict[str, Any]:
-    """Field names of a config class to their types, without inherited ones: transformers' can't be evaluated."""
-    own = SimpleNamespace(__annotations__=dict(cls.__annotations__))
-    return get_type_hints(own, globalns=globals())
-
-
-def _check_types(config: object, hints: Mapping[str, Any]) -> None:
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        if not _is_of_type(value, hint):
-            legal = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
-            raise TypeError(f"`{name}` must be of type {legal}, but it is a {type(value).__name__}: {value!r}.")
-
-
-def _is_of_type(value: object, hint: Any) -> bool:
-    """`True` is no number, a whole number is a float as well, and NumPy's integers are not what JSON can hold."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str)
-    if origin is list:
-        return isinstance(value, (list, tuple)) and all(_is_of_type(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if arguments:
-        return any(_is_of_type(value, argument) for argument in arguments)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)

@@ -82,7 +82,7 @@ def attach_safety_head(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
             "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
         )
-    check_attachable(model, tokenizer, policy, hub_kwargs if isinstance(head, SafetyHead) else {})
+    check_attachable(model, tokenizer, policy, always, hub_kwargs if isinstance(head, SafetyHead) else {})
     check_model(model)
     if not isinstance(head, SafetyHead):
         head = SafetyHead.from_pretrained(head, **hub_kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -26,19 +28,26 @@ class Provenance(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SafeSpecEvent:
-    """One flag and the recovery attempt that answered it.
+    """One flag and what answered it: a recovery attempt, the end of the answer, or nothing.
 
     Attributes:
-        position (`int`): Index, among the answer's returned tokens, that the flagged token would have had.
+        position (`int`): Index, among the answer's returned tokens, that the flagged token would have had, or has.
         risk (`float`): Its risk, in [0, 1].
-        rolled_back_to (`int`): Returned tokens that were kept.
+        rolled_back_to (`int`): Returned tokens that were kept; with `policy="observe"` up to the flagged one itself.
         num_discarded (`int`): Tokens given up, the flagged one included.
         candidate_risks (`tuple[float, ...]`):
             Highest risk along each candidate; empty if none was sampled. Where the target samples, a candidate ends
             early once it is unsafe or worse than a finished one.
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
-        outcome (`str`): `"recovered"`, `"retried"` (no candidate was safe) or `"refused"`.
+        outcome (`str`):
+            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`, or with `policy="observe"`
+            `"observed"` (nothing was done).
+        num_safe_candidates (`int`): Candidates of which every token is safe.
+        num_unsafe_candidates (`int`):
+            Those with an unsafe token, or in which no token was possible. The rest ended early while they were safe,
+            as a candidate does that the target samples once it can't be chosen any more. None does if the draft
+            samples, nor with `candidate_choice="likeliest_safe"` and `safe_margin=0`.
     """
 
     position: int
@@ -49,6 +58,13 @@ class SafeSpecEvent:
     candidate_log_probs: tuple[float, ...] = ()
     chosen: int | None = None
     outcome: str = "refused"
+    num_safe_candidates: int = 0
+    num_unsafe_candidates: int = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates that were sampled: up to K, fewer where `candidates_per_batch` made an early end of it."""
+        return len(self.candidate_risks)
 
 
 @dataclass(slots=True)
@@ -64,6 +80,8 @@ class SafeSpecStatistics:
         num_accepted_tokens (`int`): Those of them that the target accepted.
         num_flags (`int`): Tokens that were flagged.
         num_recovery_attempts (`int`): Attempts at a safe continuation.
+        num_candidates (`int`): Candidates sampled in them.
+        num_candidate_batches (`int`): In so many batches.
         num_discarded_tokens (`int`): Generated tokens that were rolled back.
         num_new_tokens (`int`): Tokens returned after the prompts.
         target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
@@ -81,6 +99,8 @@ class SafeSpecStatistics:
     num_accepted_tokens: int = 0
     num_flags: int = 0
     num_recovery_attempts: int = 0
+    num_candidates: int = 0
+    num_candidate_batches: int = 0
     num_discarded_tokens: int = 0
     num_new_tokens: int = 0
     target_seconds: float = 0.0
@@ -108,7 +128,8 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
             Risk after each token, in [0, 1]; `nan` for inserted text, padding and a last token no forward has read.
         provenance (`torch.LongTensor` of shape `(batch, N)`): A [`Provenance`] per token; -1 for padding.
         events (`list[list[SafeSpecEvent]]`): For each row, what was flagged and what was done.
-        finish_reasons (`list[str]`): For each row `"eos"`, `"length"`, `"stop"` or `"safety_refusal"`.
+        finish_reasons (`list[str]`):
+            For each row `"eos"`, `"length"`, `"stop"`, `"safety_refusal"` or, with `policy="stop"`, `"safety_stop"`.
         statistics ([`SafeSpecStatistics`]): Counts and seconds.
     """
 
@@ -117,3 +138,43 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
     events: list[list[SafeSpecEvent]] | None = None
     finish_reasons: list[str] | None = None
     statistics: SafeSpecStatistics | None = None
+
+
+def carried_risk(outputs: Sequence[SafeSpecOutput], row: int | None = None, *, decay: float = 0.5) -> float:
+    """What earlier turns of a conversation were flagged with, for `SafeSpecConfig(carried_risk=)` of the next one.
+
+    Half of the highest flagged risk of the last turn, or of one before it, for which it fades. So a threshold is
+    halved at most, and turns in which nothing was flagged carry nothing.
+
+    Args:
+        outputs (`Sequence[SafeSpecOutput]`): Of the earlier turns, the oldest first.
+        row (`int`, *optional*): Which row of their batches is the conversation. Default: the worst of all.
+        decay (`float`, defaults to 0.5): What is left of a risk one turn later, in [0, 1].
+
+    Returns:
+        `float`: In [0, 0.5].
+
+    Raises:
+        ValueError: If `decay` is out of range, or an output has no events.
+
+    Example:
+
+        >>> import torch
+        >>> from safespec_hf import SafeSpecConfig, SafeSpecEvent, SafeSpecOutput, carried_risk
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> flagged = SafeSpecOutput(sequences=ids, events=[[SafeSpecEvent(3, 0.8, 0, 4)]])
+        >>> carried_risk([flagged]), carried_risk([flagged, SafeSpecOutput(sequences=ids, events=[[]])])
+        (0.4, 0.2)
+        >>> policy = SafeSpecConfig(carried_risk=carried_risk([flagged]))
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"`decay` must be in [0, 1], but it is {decay!r}.")
+    carried = 0.0
+    for output in outputs:
+        if output.events is None:
+            raise ValueError("An output has no events: it must be that of a guarded call.")
+        rows = output.events if row is None else [output.events[row]]
+        # an unknown risk counts as the highest
+        risks = [1.0 if math.isnan(event.risk) else event.risk for events in rows for event in events]
+        carried = max([carried * decay, *(risk / 2 for risk in risks)])
+    return carried

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from safespec_hf.answer.recovery import choose, next_step, rollback_point
+from safespec_hf.answer.recovery import batch_sizes, choose, next_step, rollback_point
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,28 @@ def test_a_candidate_of_unknown_risk_never_stands_in_the_way_of_a_safe_one(posit
     risks.insert(position, math.nan)
     choice = choose(risks, [-1.0] * 3, 0.5)
     assert (choice.risk, choice.is_safe) == (0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("risks", "log_probs", "safe_enough", "candidate"),
+    [
+        ([0.3, 0.1, 0.2], [-1.0, -3.0, -2.0], 0.3, 0),  # a risk that equals the bound is safe enough
+        ([0.3, 0.1, 0.2], [-1.0, -3.0, -2.0], 0.25, 2),
+        ([0.3, 0.1, 0.2], [-1.0, -3.0, -2.0], 0.05, 1),  # none is safe enough: the safest
+        ([0.1, 0.2], [-2.0, -2.0], 0.4, 0),  # among equally likely ones the safer
+        ([0.6, 0.2], [-1.0, -2.0], 0.9, 1),  # whatever the bound says, a candidate is below the threshold
+        ([math.nan, 0.2], [-1.0, -2.0], 0.4, 1),
+        ([0.1, 0.2], [math.nan, -9.0], 0.4, 1),
+    ],
+)
+def test_the_likeliest_wins_among_those_that_are_safe_enough(risks, log_probs, safe_enough, candidate):
+    assert choose(risks, log_probs, 0.5, safe_enough) == (candidate, risks[candidate], True)
+
+
+def test_when_none_is_safe_the_likeliest_is_not_either():
+    assert choose([0.6, 0.7], [-2.0, -1.0], 0.5, 0.4) == (0, 0.6, False)
+
+
+@pytest.mark.parametrize(("num", "most", "sizes"), [(8, None, [8]), (8, 8, [8]), (8, 3, [3, 3, 2]), (2, 1, [1, 1])])
+def test_batches_of_candidates_add_up(num, most, sizes):
+    assert batch_sizes(num, most) == sizes

@@ -89,11 +89,25 @@ def test_a_row_that_a_criterion_ends_keeps_what_it_has_when_others_go_on(guarded
     assert answers == expected
 
 
+@pytest.mark.parametrize("policy", ["recover", "observe"])
+def test_a_row_that_is_far_ahead_of_the_others_can_be_ended_where_nothing_is_revocable(tokenizer, policy):
+    def draft(context):  # knows what the first row says
+        return count_up(context) if context[0] == 10 else 38
+
+    fields = {"rollback_segments": 0, "max_segment_tokens": 1, "policy": policy, "max_new_tokens": 18}
+    criterion = Log([], lambda ids: torch.full((len(ids),), ids.shape[1] > 6))
+    tokens = answer(tokenizer, {}, [criterion], draft=draft, prompts=((10,), (20,)), **fields)
+    assert tokens == [list(range(11, 17)), list(range(21, 27))]
+
+
 def answer(tokenizer, risks, criteria, *, draft=None, prompts=((10,),), **arguments):
     model = ScriptedModel(count_after({THINK: 20}), risks)
     attach_safety_head(model, probe(model), tokenizer=tokenizer)
     fields = {"max_new_tokens": 12, "do_sample": False, "assistant_model": draft and ScriptedModel(draft), **arguments}
-    policy = SafeSpecConfig(**FIELDS, num_draft_tokens=5, adaptive_drafts=False, candidate_source="target")
+    own = {name: fields.pop(name) for name in SafeSpecConfig.__slots__ if name in fields}
+    policy = SafeSpecConfig(
+        **FIELDS | own, num_draft_tokens=5, adaptive_drafts=False, lookup_drafts=False, candidate_source="target"
+    )
     output = model.generate(
         torch.tensor(prompts),
         safespec=policy,

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from safespec_hf import SafeSpecConfig, attach_safety_head
 from safespec_hf.answer.rows import Row
+from safespec_hf.config import STANDS_FOR
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan
@@ -21,18 +22,26 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
 
 
 def random_policy(choose):
-    return SafeSpecConfig(
+    name = choose.choice(["recover"] * 4 + ["recover_single", "recover_unreflected", "refuse", "stop"])
+    fields = {"num_candidates": choose.randint(1, 3), "max_recoveries": choose.randint(0, 3)}
+    fields |= {"keep_reflection": choose.random() < 0.3, "candidates_per_batch": choose.choice([None, None, 1])}
+    fields = {field: value for field, value in fields.items() if field not in STANDS_FOR[name]}
+    if name.startswith("recover_"):
+        fields["max_recoveries"] = choose.randint(1, 3)
+    policy = SafeSpecConfig(
+        policy=name,
+        **fields,
+        candidate_choice=choose.choice(["safest", "likeliest_safe"]),
+        safe_margin=choose.choice([0.0, 0.5]),
         max_segment_tokens=choose.randint(1, 5),
         min_segment_tokens=choose.randint(1, 3),
         rollback_segments=choose.randint(0, 2),
-        num_candidates=choose.randint(1, 3),
-        max_recoveries=choose.randint(0, 3),
-        keep_reflection=choose.random() < 0.3,
         score_last_token=choose.choice([None, True, False]),
         adaptive_drafts=choose.random() < 0.5,
         lookup_drafts=choose.random() < 0.5,
         seed=choose.randrange(100),
     )
+    return policy.resolved()
 
 
 def stream_once(model, drafts, seed):
@@ -58,7 +67,7 @@ def stream_once(model, drafts, seed):
         do_sample=False,
         eos_ids=frozenset(choose.sample(range(40), 2)),
         criteria=StoppingCriteriaList(),
-        reflection_ids=choose.choice([[4, 5], []]),
+        reflection_ids=choose.choice([[4, 5], []]) if policy.reflection else [],
         refusal_ids=[6, 9],
         separator_ids=[8],
         max_context=512,
@@ -94,7 +103,8 @@ def test_under_random_flags_the_stream_is_the_answer_and_holds_nothing_flagged(p
         assert streamer.tokens == output.sequences[0, 3:].tolist(), seed
         assert streamer.num_ends == 1
         assert bool(((output.risks < 0.5) | output.risks.isnan()).all()), seed
-        assert 1 <= len(streamer.tokens) <= decoder.rows[0].max_new_tokens
+        fewest = 0 if output.finish_reasons == ["safety_stop"] else 1
+        assert fewest <= len(streamer.tokens) <= decoder.rows[0].max_new_tokens
         num_flags += decoder.statistics.num_flags
     assert num_flags > 10  # or else this would have shown nothing
 

@@ -163,6 +163,7 @@ class PooledStates:
 
     def last(self) -> Tensor | None:
         """The pooled state after the last token, of shape `(F,)`; `None` before the first one."""
+        assert self._states_WF is not None or self.num_tokens == 0, "rolled back past a final token"
         return None if self._states_WF is None or self.num_tokens == 0 else self._states_WF[-1]
 
     def append(self, pooled_TF: Tensor) -> None:
@@ -172,12 +173,10 @@ class PooledStates:
         self._states_WF = pooled_TF if states is None else torch.cat([states, pooled_TF])
 
     def keep(self, num_tokens: int) -> None:
-        """Rolls back to `num_tokens`. The state after the last of them must still be held."""
-        if self._states_WF is None or num_tokens == self.num_tokens:
-            return
-        num_left = self._states_WF.shape[0] - (self.num_tokens - num_tokens)
-        assert num_left > 0 or num_tokens == 0, "rolled back past a final token"
-        self._states_WF = self._states_WF[:num_left] if num_left > 0 else None
+        """Rolls back to `num_tokens`. If more are to follow, the state after the last of them must still be held."""
+        if self._states_WF is not None and num_tokens < self.num_tokens:
+            num_left = self._states_WF.shape[0] - (self.num_tokens - num_tokens)
+            self._states_WF = self._states_WF[:num_left] if num_left > 0 else None
         self.num_tokens = num_tokens
 
     def forget_before(self, num_tokens: int) -> None:

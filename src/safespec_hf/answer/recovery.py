@@ -10,7 +10,7 @@ Reaction = Literal["resample", "refuse"]
 
 
 class Choice(NamedTuple):
-    """The safest of K candidates.
+    """One of K candidates.
 
     Attributes:
         candidate (`int`): Which one.
@@ -39,6 +39,22 @@ def next_step(num_recoveries: int, max_recoveries: int, room: int) -> Reaction:
     return "resample" if num_recoveries < max_recoveries and room > 0 else "refuse"
 
 
+def batch_sizes(num_candidates: int, most: int | None) -> list[int]:
+    """How many candidates are sampled together, batch after batch.
+
+    Args:
+        num_candidates (`int`): All of them.
+        most (`int`, *optional*): In one batch. Default: all.
+
+    Example:
+
+        >>> batch_sizes(8, 3), batch_sizes(8, None)
+        ([3, 3, 2], [8])
+    """
+    most = most or num_candidates
+    return [min(most, num_candidates - start) for start in range(0, num_candidates, most)]
+
+
 def rollback_point(segment_starts: Sequence[int], flagged: int, rollback_segments: int, num_final: int) -> int:
     """Where an answer is cut when one of its tokens is flagged.
 
@@ -64,19 +80,32 @@ def rollback_point(segment_starts: Sequence[int], flagged: int, rollback_segment
     return max(segment_starts[max(segment - rollback_segments, 0)], num_final)
 
 
-def choose(risks: Sequence[float], log_probs: Sequence[float], threshold: float) -> Choice:
+def choose(
+    risks: Sequence[float], log_probs: Sequence[float], threshold: float, safe_enough: float | None = None
+) -> Choice:
     """The candidate of lowest risk; among equals, the one the target finds likeliest.
 
     Args:
         risks (`Sequence[float]`): Highest risk along each candidate, in [0, 1].
         log_probs (`Sequence[float]`): Mean log-probability per token under the target, in nats.
         threshold (`float`): A candidate is unsafe iff its risk is >= this.
+        safe_enough (`float`, *optional*):
+            Of safe candidates whose risk is at most this, the likeliest is taken instead, if there is one.
 
     Example:
 
         >>> choose([0.2, 0.1, 0.1], [-1.0, -3.0, -2.0], threshold=0.5)
         Choice(candidate=2, risk=0.1, is_safe=True)
+        >>> choose([0.2, 0.1, 0.4], [-1.0, -3.0, -0.5], threshold=0.5, safe_enough=0.3)
+        Choice(candidate=0, risk=0.2, is_safe=True)
     """
     # an unknown risk comes last; it is not below any threshold either
-    best = min(range(len(risks)), key=lambda i: (math.inf if math.isnan(risks[i]) else risks[i], -log_probs[i]))
+    best = min(range(len(risks)), key=lambda i: (_or(risks[i], math.inf), -_or(log_probs[i], -math.inf)))
+    if safe_enough is not None:
+        likely = [i for i, risk in enumerate(risks) if risk < threshold and risk <= safe_enough]
+        best = max(likely, key=lambda i: (_or(log_probs[i], -math.inf), -risks[i]), default=best)
     return Choice(best, risks[best], risks[best] < threshold)
+
+
+def _or(value: float, instead: float) -> float:
+    return instead if math.isnan(value) else value

@@ -114,7 +114,9 @@ class Row(Transcript):
         first_revocable = bisect_right(starts, self.num_settled) - 1 - self.policy.rollback_segments
         if first_revocable >= 0:
             self.num_final = max(self.num_final, starts[first_revocable])
-            self.pooled.forget_before(self.num_scored(self.num_final))
+            self.pooled.forget_before(self.num_scored(starts[first_revocable]))
+        if self.policy.policy == "observe":
+            self.num_final = len(self.tokens)
 
     def roll_back(self, flagged: int) -> tuple[int, int]:
         """Takes back the segment of token `flagged` and the segments before it that the policy gives up.

@@ -57,10 +57,13 @@ class Attachment:
 def find_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
     """The threshold that a policy asks for: a number, one of the head's operating points, or the head's own.
 
+    What earlier turns carry over lowers it.
+
     Raises:
         UnsupportedRequestError: If the head has no such operating point.
     """
     try:
-        return policy.risk_threshold or head.config.threshold_at(policy.operating_point)
+        threshold = policy.risk_threshold or head.config.threshold_at(policy.operating_point)
     except ValueError as error:
         raise UnsupportedRequestError(str(error)) from error
+    return threshold * (1 - policy.carried_risk)

@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from ..answer.rows import Row
 from ..answer.segments import find_boundaries
@@ -34,6 +35,8 @@ from .attachment import Attachment
 from .loop import Decoder
 from .plan import Plan, check_context
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -86,6 +89,11 @@ class GuardedCall:
             is_monitored=self.is_monitored,
         )
         check_context(rows, plan)
+        if plan.observes:
+            logger.warning_once(
+                "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed "
+                "whatever its risk, and what is flagged is only reported, in `events`."
+            )
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config)

@@ -22,23 +22,29 @@ class CandidateScores:
         row ([`Row`]): The row.
         monitor ([`RiskMonitor`]): Scores the risk.
         threshold (`float`): A token is unsafe iff its risk is >= this.
+        safe_enough (`float`, *optional*): Up to this risk the likeliest segment is wanted, not the safest.
 
     Attributes:
+        segments (`Sequence[Sequence[int]]`): The segments.
         risks (`list[list[float]]`): Of each segment's tokens, in [0, 1].
         pooled (`list[torch.Tensor]`): The pooled states after them, and after the row's that waited for a risk.
         log_probs (`list[float]`): Mean log-probability of each segment's tokens, in nats.
         states (`list[torch.Tensor]`): All tapped states that were read for each segment, each of shape `(T, F)`.
+        given_up (`set[int]`): Safe segments that `watch` said can't be chosen.
         seconds (`float`): Host time that the head took.
     """
 
-    def __init__(self, row: Row, monitor: RiskMonitor, threshold: float):
+    def __init__(self, row: Row, monitor: RiskMonitor, threshold: float, safe_enough: float | None = None):
         self.row = row
         self.monitor = monitor
         self.threshold = threshold
+        self.safe_enough = -math.inf if safe_enough is None else safe_enough
+        self.segments: Sequence[Sequence[int]] = []
         self.risks: list[list[float]] = []
         self.pooled: list[Tensor] = []
         self.log_probs: list[float] = []
         self.states: list[Tensor] = []
+        self.given_up: set[int] = set()
         self.seconds = 0.0
         self._log_probs_KV: Tensor | None = None
 
@@ -51,6 +57,7 @@ class CandidateScores:
             output ([`BlockOutput`]): Of the forward, aligned to the right.
         """
         assert output.hidden_BTF is not None
+        self.segments = segments
         sizes = [num_waiting + len(tokens) for tokens in segments]
         self.states = [states_TF[-size:] for states_TF, size in zip(output.hidden_BTF, sizes, strict=True)]
         self.risks, self.pooled = [[] for _ in segments], [torch.empty(0) for _ in segments]
@@ -67,10 +74,11 @@ class CandidateScores:
             output ([`BlockOutput`]): Of the forward.
 
         Returns:
-            `list[bool]`: Which open segments may still become the safest. A segment is as unsafe as its worst token,
-            so it is out once it is unsafe, or worse than one that has ended.
+            `list[bool]`: Which open segments may still be chosen. A segment is as unsafe as its worst token, so it is
+            out once it is unsafe, or worse than one that has ended and not safe enough.
         """
         assert output.hidden_BTF is not None
+        self.segments = segments
         log_probs_KV = output.logits_BTV[:, -1].float().log_softmax(dim=-1)
         if self._log_probs_KV is None:
             self.risks, self.states = [[] for _ in segments], list(output.hidden_BTF)
@@ -90,7 +98,9 @@ class CandidateScores:
         self._score(segments, read)
         worst = self.worst()
         safe = [risk < self.threshold for risk in worst]
-        bound = min((worst[k] for k, open_ in enumerate(is_open) if safe[k] and not open_), default=math.inf)
+        ended = [worst[k] for k, open_ in enumerate(is_open) if safe[k] and not open_]
+        bound = max(min(ended, default=math.inf), self.safe_enough)
+        self.given_up |= {k for k, open_ in enumerate(is_open) if open_ and safe[k] and worst[k] > bound}
         return [open_ and safe[k] and worst[k] <= bound for k, open_ in enumerate(is_open)]
 
     def worst(self) -> list[float]:
@@ -99,6 +109,16 @@ class CandidateScores:
         return [
             max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk) for risks in self.risks
         ]
+
+    def count(self, max_tokens: int) -> tuple[int, int]:
+        """How many segments are safe to their end, and how many unsafe; of the others that is not known.
+
+        Args:
+            max_tokens (`int`): Tokens that a segment has at most.
+        """
+        safe = [k for k, risk in enumerate(self.worst()) if risk < self.threshold]
+        num_unknown = sum(k in self.given_up and len(self.segments[k]) < max_tokens for k in safe)
+        return len(safe) - num_unknown, len(self.segments) - len(safe)
 
     def _score(self, segments: Sequence[Sequence[int]], which: Sequence[int]) -> None:
         start = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..answer.rows import Row
-from ..outputs import Provenance, SafeSpecStatistics
+from ..outputs import Provenance, SafeSpecEvent, SafeSpecStatistics
 from .plan import Plan
 from .stopping import Stopping
 
@@ -77,16 +77,29 @@ class Committer:
         return None
 
     def settle(self, row: Row, risks: Sequence[float], pooled_TF: Tensor | None, reason: str | None) -> Pending:
-        """Records the risks of the oldest tokens that had none, up to the first unsafe one."""
+        """Records the risks of the oldest tokens that had none, up to the first unsafe one unless that may stand."""
         if pooled_TF is None:
             if self.plan.monitor is None:
                 row.num_settled = len(row.tokens)
             return Pending(reason, None)
-        # not "risk >= threshold": a nan must never pass for safe
-        unsafe = [index for index, risk in enumerate(risks) if not risk < self.plan.risk_threshold]
+        unsafe = [] if self.plan.observes else self._unsafe(risks)
         num_safe = unsafe[0] if unsafe else len(risks)
         row.settle(risks[:num_safe], pooled_TF[:num_safe])
         return Pending(reason, risks[num_safe] if unsafe else None)
+
+    def _unsafe(self, risks: Sequence[float]) -> list[int]:
+        # not "risk >= threshold": a nan must never pass for safe
+        return [index for index, risk in enumerate(risks) if not risk < self.plan.risk_threshold]
+
+    def report(self) -> None:
+        """Where risks are only observed: makes events of what is unsafe in the finished answers."""
+        if not self.plan.observes or self.plan.monitor is None:
+            return
+        for row in self.rows:
+            # nothing was inserted, so every token is visible
+            for index in self._unsafe(row.risks[: row.num_settled]):
+                row.events.append(SafeSpecEvent(index, row.risks[index], index + 1, 0, outcome="observed"))
+            self.statistics.num_flags += len(row.events)
 
     def decide(self, rows: Sequence[Row], pending: Sequence[Pending]) -> list[Flag | None]:
         """Ends rows, or takes back what is unsafe.
@@ -125,7 +138,8 @@ class Committer:
     def _num_ready(self, row: Row, pending: Pending | None) -> int:
         """Visible tokens that criteria may see: no unsafe one, and none whose risk is still to come."""
         is_unsafe = pending is not None and pending.unsafe_risk is not None
-        is_awaited = self.plan.monitor is not None and self.plan.policy.score_last_token is not False
+        is_guarded = self.plan.monitor is not None and not self.plan.observes
+        is_awaited = is_guarded and self.plan.policy.score_last_token is not False
         num_ready, is_live = row.num_visible, row.finish_reason is None
         if is_live and (is_unsafe or is_awaited):
             num_ready -= len(row.visible(row.num_settled))
@@ -145,8 +159,9 @@ class Committer:
         wish = self.plan.policy.score_last_token
         if wish is False:
             # who asks for one token at a time would otherwise get a whole answer without any score
-            return row.num_settled == 0 and reason != "eos"
-        return bool(wish) or reason != "eos"
+            return row.num_settled == 0 and reason != "eos" and not self.plan.observes
+        # what is only reported is not worth a forward of its own, unless it is asked for
+        return bool(wish) or (reason != "eos" and not self.plan.observes)
 
     def roll_back(self, row: Row, flagged: int, risk: float) -> Flag:
         """Takes back an unsafe token with its segment, and what the policy gives up before it."""

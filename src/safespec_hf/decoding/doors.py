@@ -23,13 +23,15 @@ def check_attachable(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     policy: SafeSpecConfig | None,
+    always: bool,
     unused: Mapping[str, Any],
 ) -> None:
     """Raises for arguments of `attach_safety_head` that would be of no effect, or of another one than was meant.
 
     Raises:
         TypeError: Names the argument.
-        UnsupportedRequestError: If the instance's own `generate` would go before the guarded one.
+        UnsupportedRequestError: If the instance's own `generate` would go before the guarded one, or if `always` is to
+            guard with a policy that only observes.
     """
     if unused:
         raise TypeError(f"{sorted(unused)} are for loading a head, but `head` is loaded already. Take them off.")
@@ -37,6 +39,8 @@ def check_attachable(
         raise TypeError(f"`tokenizer` must be a transformers tokenizer, but it is a {type(tokenizer).__name__}.")
     if policy is not None and not isinstance(policy, SafeSpecConfig):
         raise TypeError(f"`policy` must be a SafeSpecConfig, but it is a {type(policy).__name__}.")
+    if always and policy is not None and policy.policy == "observe":
+        raise UnsupportedRequestError("`policy='observe'` guards nothing, and so contradicts `always=True`.")
     own = sorted(name for name in GENERATING if name in vars(model))
     if own and "_safespec" not in vars(model):
         raise UnsupportedRequestError(
@@ -72,6 +76,11 @@ def choose_policy(
     if safespec is False and attachment.always:
         raise UnsupportedRequestError(
             "`safespec=False` on a model whose head was attached with `always=True`. Use `detach_safety_head` first."
+        )
+    if isinstance(safespec, SafeSpecConfig) and safespec.policy == "observe" and attachment.always:
+        raise UnsupportedRequestError(
+            "`policy='observe'` guards nothing, and this model's head was attached with `always=True`. Attach it "
+            "again without."
         )
     if isinstance(safespec, SafeSpecConfig):
         return safespec

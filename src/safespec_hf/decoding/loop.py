@@ -91,6 +91,7 @@ class Decoder:
         try:
             while self.live:
                 self._round()
+            self.commits.report()
         finally:
             self._leave_consistent()
 

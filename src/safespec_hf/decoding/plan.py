@@ -18,7 +18,7 @@ class Plan:
     """Everything about a call that stays the same while it runs.
 
     Attributes:
-        policy ([`SafeSpecConfig`]): What to do on risk.
+        policy ([`SafeSpecConfig`]): What to do on risk, resolved.
         monitor ([`RiskMonitor`], *optional*): Scores the risk. `None` decodes unguarded, to measure what safety costs.
         risk_threshold (`float`): A token is unsafe iff its risk is >= this.
         num_draft_tokens (`int`): Drafts per round at most.
@@ -49,6 +49,18 @@ class Plan:
     seeds: list[int]
     answer_seeds: list[int] = field(default_factory=list)
     pad_token_id: int = 0
+
+    @property
+    def observes(self) -> bool:
+        """Whether risks are only reported."""
+        return self.policy.policy == "observe"
+
+    @property
+    def safe_enough(self) -> float | None:
+        """Up to which risk the likeliest candidate is taken instead of the safest, if at all."""
+        policy = self.policy
+        is_likeliest = policy.candidate_choice == "likeliest_safe"
+        return self.risk_threshold * (1 - policy.safe_margin) if is_likeliest else None
 
 
 def check_context(rows: Sequence[Row], plan: Plan) -> None:

@@ -279,6 +279,7 @@ def make_plan(
     is_monitored: bool,
 ) -> Plan:
     """Everything about a call that stays the same while it runs."""
+    policy = policy.resolved()
     ends, do_sample = eos_ids(criteria), bool(config.do_sample)
     given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
     refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)

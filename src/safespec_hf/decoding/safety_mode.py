@@ -1,4 +1,4 @@
-"""Safety Mode: what happens to a row after a flag. Reflect, sample K continuations, keep the safest, or refuse.
+"""Safety Mode: what happens to a row after a flag. Reflect, sample K continuations, keep a safe one, or end there.
 
 An attack makes unsafe continuations likely, not safe ones impossible. If one sampled segment is safe with probability
 p, one of K is with probability 1 - (1 - p)^K: the rollback before this and the reflection raise p, sampling raises K.
@@ -7,12 +7,13 @@ p, one of K is with probability 1 - (1 - p)^K: the rollback before this and the 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
 from ..answer.characters import character_edges
 from ..answer.logits import SafeSpecLogitsProcessor
-from ..answer.recovery import choose, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, next_step
 from ..answer.rows import Row
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
@@ -52,7 +53,7 @@ class SafetyMode:
         self._generators: dict[int, torch.Generator] = {}
 
     def recover(self, index: int, row: Row, flag: Flag) -> None:
-        """Reflects, and tries to find a safe continuation; refuses when attempts run out.
+        """Reflects, and tries to find a safe continuation; ends the answer when attempts run out, or are not wanted.
 
         Args:
             index (`int`): Where the row lies in the target's batch.
@@ -76,29 +77,36 @@ class SafetyMode:
             self.statistics.num_recovery_attempts += 1
             if self._resample(index, row, flag, room):
                 return
-        self._refuse(row, flag)
+        self._end(row, flag)
 
     def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """One attempt: sample, score, choose. Returns whether a safe continuation was found."""
-        scores = CandidateScores(row, self.monitor, self.plan.risk_threshold)
+        plan, tried, choice = self.plan, list[CandidateScores](), Choice(0, 1.0, False)
+        for num in batch_sizes(plan.policy.num_candidates, plan.policy.candidates_per_batch):
+            scores = CandidateScores(row, self.monitor, plan.risk_threshold, plan.safe_enough)
+            scorer = self._sample(index, row, flag, max_tokens, scores, num)
+            tried.append(scores)
+            choice = choose(scores.worst(), scores.log_probs, plan.risk_threshold, plan.safe_enough)
+            if choice.is_safe:
+                self._record_attempt(row, flag, tried, max_tokens, choice.candidate)
+                self._take(index, row, scores, scorer, choice.candidate)
+                return True
+        self._record_attempt(row, flag, tried, max_tokens)
+        # how a segment begins decides most of it: the next attempt steers away from these beginnings
+        firsts = {tokens[0] for scores in tried for tokens in scores.segments if tokens}
+        row.flagged_first_tokens.setdefault(flag.kept, set()).update(firsts)
+        return False
+
+    def _take(self, index: int, row: Row, scores: CandidateScores, scorer: CachedModel, candidate: int) -> None:
+        """The row goes on with a candidate."""
         start = self.target.lengths[index]
-        segments, scorer = self._sample(index, row, flag, max_tokens, scores)
-        self.statistics.head_seconds += scores.seconds
-        choice = choose(scores.worst(), scores.log_probs, self.plan.risk_threshold)
-        outcome = "recovered" if choice.is_safe else "retried"
-        chosen = choice.candidate if choice.is_safe else None
-        self._record(row, flag, outcome, tuple(scores.worst()), tuple(scores.log_probs), chosen)
-        if not choice.is_safe:
-            # how a segment begins decides most of it: the next attempt steers away from these beginnings
-            row.flagged_first_tokens.setdefault(flag.kept, set()).update(tokens[0] for tokens in segments if tokens)
-            return False
         # committed like any other tokens: an end token, a criterion or the length limit may end the answer in it
-        reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in segments[choice.candidate]])
-        risks, states_TF = scores.risks[choice.candidate], scores.states[choice.candidate]
-        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[choice.candidate], reason)
+        reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in scores.segments[candidate]])
+        risks, states_TF = scores.risks[candidate], scores.states[candidate]
+        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[candidate], reason)
         self.commits.decide([row], [pending])
         # the target has read all candidates; the row goes on with the states of the chosen one
-        self.target.replace(index, scorer, choice.candidate)
+        self.target.replace(index, scorer, candidate)
         # those of the safety head's layers come first, and then those of the draft head's
         if states_TF.shape[1] > self.monitor.num_tapped:
             self.drafter.observe(index, start, states_TF[:, self.monitor.num_tapped :])
@@ -106,12 +114,11 @@ class SafetyMode:
         lengths[index] = row.num_context - 1
         self.target.keep(lengths)
         self.drafter.keep(lengths)
-        return True
 
     def _sample(
-        self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores
-    ) -> tuple[list[list[int]], CachedModel]:
-        """K candidate segments, in one batch, scored; and the target's cache of them."""
+        self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores, num_candidates: int
+    ) -> CachedModel:
+        """Samples candidate segments in one batch, and scores them; returns the target's cache of them."""
         # a draft samples K segments for less than the target would take for one, and one forward reads them all
         start, policy = time.perf_counter(), self.plan.policy
         is_target = policy.candidate_source == "target"
@@ -122,7 +129,7 @@ class SafetyMode:
         segments, scorer = sample_segments(
             (self.target if draft is None else draft).fork(index, 1),
             row,
-            num_segments=policy.num_candidates,
+            num_segments=num_candidates,
             max_tokens=max_tokens,
             vocab_size=self.drafter.vocab_size,
             end_ids=self.plan.eos_ids,
@@ -133,11 +140,14 @@ class SafetyMode:
         )
         if draft is not None:
             self.statistics.draft_seconds += time.perf_counter() - start
-            scorer = self.target.fork(index, policy.num_candidates)
+            scorer = self.target.fork(index, num_candidates)
             waiting = row.context(scorer.lengths[0])
             output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(map(len, segments)))
             scores.read(segments, len(waiting), output)
-        return segments, scorer
+        self.statistics.head_seconds += scores.seconds
+        self.statistics.num_candidates += num_candidates
+        self.statistics.num_candidate_batches += 1
+        return scorer
 
     def _generator(self, row: Row) -> torch.Generator:
         """Each row has its own, so that a row recovers in a batch as it would alone."""
@@ -145,9 +155,13 @@ class SafetyMode:
             self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
         return self._generators[row.index]
 
-    def _refuse(self, row: Row, flag: Flag) -> None:
-        """Ends the answer with the refusal, after what was kept: all of that was found safe, and reads on its own."""
+    def _end(self, row: Row, flag: Flag) -> None:
+        """Ends the answer after what was kept, with the refusal: all of that was found safe, and reads on its own."""
         row.truncate(flag.kept)  # the reflection goes as well: it was for candidates only
+        if self.plan.policy.policy == "stop":
+            row.finish_reason = "safety_stop"
+            self._record(row, flag, "stopped")
+            return
         tokens = [*(self.plan.separator_ids if row.num_visible else []), *self.plan.refusal_ids][: max(row.room, 0)]
         # where there is no room for all of it, it ends with a whole character like anything that we write
         edges, _ = character_edges(0, tokens, row.segments.pieces)
@@ -158,15 +172,22 @@ class SafetyMode:
         row.finish_reason = "safety_refusal"
         self._record(row, flag, "refused")
 
-    def _record(
-        self,
-        row: Row,
-        flag: Flag,
-        outcome: str,
-        risks: tuple[float, ...] = (),
-        log_probs: tuple[float, ...] = (),
-        chosen: int | None = None,
+    def _record_attempt(
+        self, row: Row, flag: Flag, tried: list[CandidateScores], max_tokens: int, chosen: int | None = None
     ) -> None:
+        """Makes an event of an attempt; `chosen` is one of its last batch."""
+        counts = [scores.count(max_tokens) for scores in tried]
+        self._record(
+            row,
+            flag,
+            "retried" if chosen is None else "recovered",
+            candidate_risks=tuple(risk for scores in tried for risk in scores.worst()),
+            candidate_log_probs=tuple(log_prob for scores in tried for log_prob in scores.log_probs),
+            chosen=None if chosen is None else sum(len(scores.segments) for scores in tried[:-1]) + chosen,
+            num_safe_candidates=sum(num_safe for num_safe, _ in counts),
+            num_unsafe_candidates=sum(num_unsafe for _, num_unsafe in counts),
+        )
+
+    def _record(self, row: Row, flag: Flag, outcome: str, **found: Any) -> None:
         kept = len(row.visible(0, flag.kept))
-        event = SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, risks, log_probs, chosen, outcome)
-        row.events.append(event)
+        row.events.append(SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, outcome=outcome, **found))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..config import _check
+from ..checks import _check
 from ..errors import UnsupportedRequestError
 from .loading import StrictModel
 from .safety_head import check_binding, target_binding
