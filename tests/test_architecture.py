@@ -45,6 +45,7 @@ PUBLIC_NAMES = [
     "SafeSpecEvent",
     "SafeSpecLogitsProcessor",
     "SafeSpecOutput",
+    "SafeSpecSegment",
     "SafeSpecStatistics",
     "SafetyHead",
     "SafetyHeadConfig",

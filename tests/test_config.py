@@ -32,6 +32,13 @@ ILLEGAL_POLICY = [
     ("seed", 2**64),
     ("flagged_token_penalty", -0.1),
     ("flagged_token_penalty", math.nan),
+    ("verification", "sentence"),
+    ("quality_threshold", -0.1),
+    ("quality_threshold", 9.1),
+    ("quality_threshold", math.nan),
+    ("quality_prompt", " \n"),
+    ("quality_reading", "median"),
+    ("num_target_segments", -1),
 ]
 ILLEGAL_HEAD = [
     ("hidden_size", -1),
@@ -74,6 +81,10 @@ WRONG_TYPE_POLICY = [
     ("candidate_source", None),
     ("flagged_token_penalty", np.float32(3)),
     ("seed", 1.5),
+    ("verification", None),
+    ("quality_threshold", "9"),
+    ("quality_prompt", None),
+    ("num_target_segments", 1.0),
 ]
 WRONG_TYPE_HEAD = [
     ("hidden_size", 8.0),
@@ -100,6 +111,9 @@ BOUNDARY_POLICY = [
     ("recovery_temperature", 1e-3),
     ("flagged_token_penalty", 0.0),
     ("flagged_token_penalty", math.inf),
+    ("quality_threshold", 0),
+    ("quality_threshold", 9),
+    ("num_target_segments", 0),
 ]
 
 
@@ -127,6 +141,7 @@ POLICIES = [
     SafeSpecConfig(),
     SafeSpecConfig(risk_threshold=0.25, num_candidates=20, reflection="", seed=7, candidate_source="target"),
     SafeSpecConfig(flagged_token_penalty=math.inf, pack_weights=False),
+    SafeSpecConfig(verification="segment", quality_threshold=7.5, quality_reading="expected", num_target_segments=1),
 ]
 
 
@@ -145,7 +160,7 @@ def test_a_policy_is_saved_with_a_generation_config(policy, tmp_path):
 
 def test_generation_configs_of_different_policies_differ():
     configs = [GenerationConfig(safespec=policy) for policy in POLICIES]
-    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == 3
+    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == len(POLICIES)
     assert configs[0] == copy.deepcopy(configs[0]) != configs[1]
     assert configs[1].to_dict()["safespec"] == configs[1].to_diff_dict()["safespec"] == POLICIES[1]
 

@@ -95,10 +95,7 @@ class CandidateScores:
 
     def worst(self) -> list[float]:
         """The highest risk along each segment; an unknown one is higher than any, as is that of an empty segment."""
-        # not max(): a nan must never pass for safe
-        return [
-            max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk) for risks in self.risks
-        ]
+        return [worst_risk(risks) for risks in self.risks]
 
     def _score(self, segments: Sequence[Sequence[int]], which: Sequence[int]) -> None:
         start = time.perf_counter()
@@ -108,3 +105,14 @@ class CandidateScores:
         for k in which:
             self.risks[k] = [next(values) for _ in segments[k]]
         self.seconds += time.perf_counter() - start
+
+
+def worst_risk(risks: Sequence[float]) -> float:
+    """The highest of some risks; `nan` where one is unknown, or there are none: a nan must never pass for safe.
+
+    Example:
+
+        >>> worst_risk([0.2, 0.7]), worst_risk([0.2, math.nan])
+        (0.7, nan)
+    """
+    return max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk)
