@@ -32,7 +32,7 @@ from invariants import TIE, TINY_POLICY, Result, compare_after_rollbacks, count_
 from prompts import PROMPTS
 from provenance import write_json
 from refusals import not_refused, segment_refusals
-from segments import Judged, recorded_segments, separate_quality, separate_risks
+from segments import Judged, recorded_segments, separate_grades, separate_risks
 from tqdm import tqdm
 
 from safespec_hf import SafeSpecConfig, attach_safety_head, load_truncated_draft
@@ -89,19 +89,26 @@ def judge_all(
     return judged, f"{', '.join(parts)}; {num_forwards} forwards, in {written[0]} of them the target wrote"
 
 
-def check_passes(model: Any, tokenizer: Any, judged: list[Judged], policy: SafeSpecConfig) -> Counter[str]:
-    """Counts the segments of which the one forward said something else than separate ones, or the outcome is wrong."""
-    wrong, head, threshold = Counter[str](), model.safety.head, policy.risk_threshold or 1.0
+def check_passes(
+    model: Any, tokenizer: Any, judged: list[Judged], policy: SafeSpecConfig
+) -> tuple[Counter[str], list[float]]:
+    """Counts segments of which the one forward said something else than separate ones, or whose outcome is wrong.
+
+    Gives the expected grades as well, whatever the policy reads.
+    """
+    wrong, expected, threshold = Counter[str](), [], policy.risk_threshold or 1.0
     for segment in tqdm(judged, desc="separate passes", disable=None):
-        quality = separate_quality(model, tokenizer, segment, policy.quality_prompt, policy.quality_reading)
-        pairs = zip(segment.risks, separate_risks(model, head, segment), strict=True)
+        grades = separate_grades(model, tokenizer, segment, policy.quality_prompt)
+        risks = separate_risks(model, model.safety.head, segment)
         is_safe = max(segment.risks) < threshold
         is_good = segment.quality >= policy.quality_threshold
         outcome = "flagged" if not is_safe else "accepted" if is_good else "rewritten"
-        wrong["grades"] += abs(quality - segment.quality) > (0 if policy.quality_reading == "argmax" else 1e-3)
-        wrong["risks"] += max(abs(one - other) for one, other in pairs) > TIE
+        difference = abs(grades[policy.quality_reading] - segment.quality)
+        wrong["grades"] += difference > (0 if policy.quality_reading == "argmax" else 1e-3)
+        wrong["risks"] += max(abs(one - other) for one, other in zip(segment.risks, risks, strict=True)) > TIE
         wrong["outcomes"] += outcome != segment.outcome
-    return +wrong
+        expected.append(grades["expected"])
+    return +wrong, expected
 
 
 def segments(options: argparse.Namespace) -> Result:
@@ -110,19 +117,18 @@ def segments(options: argparse.Namespace) -> Result:
     draft = load_truncated_draft(model, num_layers=options.draft_layers)
     figures: list[str] = []
 
-    def run(policy: SafeSpecConfig) -> tuple[list[Judged], Counter[str]]:
+    def run(policy: SafeSpecConfig) -> tuple[list[Judged], Counter[str], list[float]]:
         judged, counts = judge_all(model, tokenizer, draft, policy, options)
         grades = dict(sorted(Counter(round(segment.quality) for segment in judged).items()))
         figures.append(f"{policy.quality_reading} >= {policy.quality_threshold:.2f}: {counts}; grades {grades}")
         print("    " + figures[-1], flush=True)
-        return judged, check_passes(model, tokenizer, judged, policy)
+        return judged, *check_passes(model, tokenizer, judged, policy)
 
-    first, wrong = run(replace(SEGMENTS, risk_threshold=1.0))
+    first, wrong, expected = run(replace(SEGMENTS, risk_threshold=1.0))
     # and once more so that some are accepted, some are not, and some are flagged
-    grades = [separate_quality(model, tokenizer, one, SEGMENTS.quality_prompt, "expected") for one in first]
     risk_threshold = sorted(max(segment.risks) for segment in first)[len(first) * 9 // 10]
-    middle = replace(SEGMENTS, quality_threshold=statistics.median(grades), risk_threshold=risk_threshold)
-    second, more = run(replace(middle, quality_reading="expected"))
+    middle = replace(SEGMENTS, quality_threshold=statistics.median(expected), risk_threshold=risk_threshold)
+    second, more, _ = run(replace(middle, quality_reading="expected"))
     num, wrong = len(first) + len(second), wrong + more
     figures.append(f"{num} compared with separate passes, wrong: {dict(wrong) or 'none'}")
     return Result(num >= 200 and not wrong, "; ".join(figures))

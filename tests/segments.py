@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import torch
@@ -62,10 +62,9 @@ def separate_risks(model: Any, head: Any, segment: Judged) -> list[float]:
 
 
 @torch.no_grad()
-def separate_quality(
-    model: Any, tokenizer: Any, segment: Judged, prompt: str, reading: QualityReading = "argmax"
-) -> float:
-    """A segment's grade, from a forward over all of the text."""
+def separate_grades(model: Any, tokenizer: Any, segment: Judged, prompt: str) -> dict[QualityReading, float]:
+    """A segment's grade by each reading, from a forward over all of the text."""
     ids: Sequence[int] = segment.context + segment.tokens + tokenizer.encode(prompt, add_special_tokens=False)
-    logits = model(torch.tensor([ids])).logits[:, -1]
-    return float(read_quality(logits, find_digit_ids(tokenizer, logits.shape[-1]), reading))
+    logits = model(torch.tensor([ids]), logits_to_keep=1).logits[:, -1]
+    digit_ids = find_digit_ids(tokenizer, logits.shape[-1])
+    return {reading: float(read_quality(logits, digit_ids, reading)) for reading in get_args(QualityReading)}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from segments import recorded_segments, separate_quality, separate_risks
+from segments import recorded_segments, separate_grades, separate_risks
 from tiny import (
     CONFIGS,
     POLICY,
@@ -58,8 +58,8 @@ def test_risks_and_grades_are_those_of_separate_passes(tokenizer, kind, reading,
     assert {segment.outcome for segment in judged} == {"accepted", "rewritten", "flagged"}
     for segment in judged:
         assert segment.risks == pytest.approx(separate_risks(model, head, segment), abs=ROUNDING)
-        quality = separate_quality(model, tokenizer, segment, ASK, reading)
-        assert segment.quality == pytest.approx(quality, abs=ROUNDING)
+        grades = separate_grades(model, tokenizer, segment, ASK)
+        assert segment.quality == pytest.approx(grades[reading], abs=ROUNDING)
         is_safe, is_good = max(segment.risks) < head.config.risk_threshold, segment.quality >= 4
         assert segment.outcome == ("flagged" if not is_safe else "accepted" if is_good else "rewritten")
 
@@ -259,7 +259,7 @@ def test_under_random_flags_nothing_flagged_is_returned_or_streamed(tokenizer, p
 def test_samples_of_an_always_good_draft_are_the_drafts(tokenizer):
     target, draft = build_model(vocab_size=40), build_model(seed=3)
     attach(target, tokenizer)
-    prompt, num = torch.tensor([[11, 17]]).expand(3000, -1), 3000
+    prompt, num = torch.tensor([[11, 17]]).expand(1200, -1), 1200
     policy = replace(SEGMENTS, quality_threshold=0, max_segment_tokens=2)
     output = ask(target, draft, policy, prompt, max_new_tokens=1, do_sample=True, top_k=0)
     counts = torch.bincount(output.sequences[:, 2], minlength=40).double()
@@ -269,7 +269,7 @@ def test_samples_of_an_always_good_draft_are_the_drafts(tokenizer):
 
 def test_samples_of_a_target_that_writes_all_itself_are_the_targets(tokenizer):
     target = build_model()
-    draft, num = perturb(target, 0.1), 3000
+    draft, num = perturb(target, 0.1), 1200
     attach(target, tokenizer)
     prompt = torch.tensor([[11, 17]]).expand(num, -1)
     policy = replace(SEGMENTS, quality_threshold=9, quality_reading="expected", max_segment_tokens=2)

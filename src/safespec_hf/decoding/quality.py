@@ -58,8 +58,9 @@ def read_quality(logits_BV: Tensor, digit_ids: Sequence[Sequence[int]], reading:
         >>> read_quality(logits, ids, "argmax")
         tensor([1.])
     """
-    parts = [logits_BV[:, torch.tensor(ids, device=logits_BV.device)].float().logsumexp(dim=-1) for ids in digit_ids]
-    probs_BD = torch.stack(parts, dim=-1).softmax(dim=-1)
+    all_ids = torch.tensor([token for ids in digit_ids for token in ids], device=logits_BV.device)
+    spellings = logits_BV[:, all_ids].float().split([len(ids) for ids in digit_ids], dim=-1)
+    probs_BD = torch.stack([logits_BS.logsumexp(dim=-1) for logits_BS in spellings], dim=-1).softmax(dim=-1)
     if reading == "expected":
         return probs_BD @ torch.arange(10.0, device=probs_BD.device)
     # softmax makes a row without any finite score, or with one that is not a number, all nan

@@ -144,7 +144,8 @@ class SegmentDecoder(Decoder):
             parts, risks = to_host(parts), [[] for _ in turns]
         nothing: list[tuple[list[int], int]] = [([], 0) for _ in turns]
         written = self._accepted(guesses, parts[1:]) if len(parts) > 1 else nothing
-        triples = zip(written, risks, pooled or [None for _ in turns], strict=True)
+        states: Sequence[Tensor | None] = pooled or [None for _ in turns]
+        triples = zip(written, risks, states, strict=True)
         self.statistics.head_seconds += time.perf_counter() - start
         return [Reading(*pair, risks_T, states_TF) for pair, risks_T, states_TF in triples], parts[0].tolist()
 

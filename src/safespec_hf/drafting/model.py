@@ -118,7 +118,7 @@ class ModelDrafter:
         blocks, nums = self._divide(rows, num_tokens)
         if max(nums) <= 0:
             return texts
-        is_open, columns = [num > 0 for num in nums], []
+        is_open, columns = [num > 0 for num in nums], list[Tensor]()
         with self._fresh_after_errors(rows):
             self._forget_idle(blocks)
             output = self._begin([block or [FILLER] for block in blocks])
