@@ -88,7 +88,6 @@ def segment_refusals() -> list[Case]:
         ("prompt lookup", ask(prompt_lookup_num_tokens=3)),
         ("prompt lookup beside a draft", ask(prompt_lookup_num_tokens=3, assistant_model=draft)),
         ("tokenizer without digits", ask(wordy, assistant_model=draft)),
-        ("draft of another vocabulary", ask(assistant_model=tiny.build_model(vocab_size=30))),
         ("threshold out of range", lambda: SafeSpecConfig(quality_threshold=10)),
     ]
 

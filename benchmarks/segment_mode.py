@@ -39,7 +39,8 @@ from safespec_hf import SafeSpecConfig, attach_safety_head, load_truncated_draft
 from safespec_hf.decoding.segment_mode import SegmentDecoder
 from safespec_hf.modeling import GuardedCall
 
-SEGMENTS = SafeSpecConfig(verification="segment", seed=0)
+# short segments: there are more of them to judge in as many tokens
+SEGMENTS = SafeSpecConfig(verification="segment", seed=0, max_segment_tokens=16)
 TINY_SEGMENTS = SafeSpecConfig(
     **TINY_POLICY, verification="segment", quality_prompt="pause w12 w13", quality_threshold=4, max_recoveries=8
 )
@@ -206,8 +207,9 @@ def i5(options: argparse.Namespace) -> Result:
     """What segment mode can't do raises, before any forward."""
     cases = segment_refusals()
     missed = not_refused(cases)
-    names = ", ".join(name for name, _ in cases)
-    return Result(not missed, f"{len(cases) - len(missed)} of {len(cases)} refused before a forward: {names}")
+    figures = f"{len(cases) - len(missed)} of {len(cases)} refused before a forward: "
+    figures += ", ".join(name for name, _ in cases)
+    return Result(not missed, figures + (f"; NOT refused: {missed}" if missed else ""))
 
 
 def i6(options: argparse.Namespace) -> Result:
@@ -239,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="prompts for S")
-    parser.add_argument("--tokens", type=int, default=160, help="new tokens per prompt for S")
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens per prompt for S")
     parser.add_argument("--runs", type=int, default=300, help="runs for I3")
     parser.add_argument("--repeats", type=int, default=3, help="repeats for I6")
     parser.add_argument("--draft-layers", type=int, default=20, help="layers of the truncated draft")

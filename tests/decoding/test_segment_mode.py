@@ -83,9 +83,9 @@ def test_what_is_not_good_enough_is_written_by_the_target(tokenizer):
     assert [one.quality for one in output.segments[0]] == [GOOD, BAD, GOOD]
     statistics = output.statistics
     assert (statistics.num_segments, statistics.num_segments_accepted, statistics.num_segments_by_target) == (3, 2, 1)
-    # one for each segment; one says that 20 is not what the target writes, and one that 15 and 16 are
+    # one for each segment; one says that it is 14 and not 20, and one that it is 15 and then 16
     assert output.model.num_forwards == 3 + 2
-    assert output.provenance.tolist() == [[DRAFTED] * 3 + [TARGET] + [DRAFTED] * 5]
+    assert output.provenance.tolist() == [[DRAFTED] * 3 + [TARGET, DRAFTED, TARGET] + [DRAFTED] * 3]
 
 
 def test_the_target_accepts_of_a_bad_segment_what_it_would_have_written(tokenizer):

@@ -48,6 +48,7 @@ class SegmentDecoder(Decoder):
         self.segments: list[list[SafeSpecSegment]] = [[] for _ in self.rows]
         self._writing: dict[int, int] = {}  # of rows, the segment that the target writes or wrote last
         self._guesses: dict[int, list[int]] = {}  # and what it may begin with
+        self._num_right: dict[int, int] = {}  # of its last guess, the tokens that were right
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s a whole segment, P_eval the quality prompt."""
@@ -107,7 +108,9 @@ class SegmentDecoder(Decoder):
         if row.closing is not None or self._guesses.get(row.index):
             return 0
         if is_writing:
-            return min(self.plan.num_draft_tokens, self._room(row, 0))
+            # a draft that was not good enough before is rarely right: it must not cost more than it gives
+            likely = 1 + 2 * self._num_right.get(row.index, self.plan.num_draft_tokens)
+            return min(self.plan.num_draft_tokens, likely, self._room(row, 0))
         num_left = max(self.plan.policy.max_segment_tokens - row.segments.num_open, 0)
         return min(num_left + MAX_BROKEN, self._room(row, len(self.plan.quality_ids)))
 
@@ -176,6 +179,7 @@ class SegmentDecoder(Decoder):
         """What of the guess stands, and the target's own token after it, unless that begins another segment."""
         tokens = [(guess[index], Provenance.DRAFTED) for index in reading.path]
         self.statistics.num_accepted_tokens += len(tokens)
+        self._num_right[row.index] = len(tokens)
         is_whole = bool(tokens) and row.segments.closes_after(guess[: len(tokens)])
         if not is_whole:
             tokens.append((reading.next_token, Provenance.TARGET))
