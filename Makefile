@@ -55,6 +55,7 @@ bench: env
 
 bench-invariants: env
 	$(BIN)/python benchmarks/invariants.py
+	$(BIN)/python benchmarks/segment_mode.py
 
 # Leaves .venv and the converted default target, which are slow to make again.
 clean:

@@ -70,6 +70,28 @@ def refusals(streamer: BaseStreamer) -> list[Case]:
     ]  # fmt: skip
 
 
+def segment_refusals() -> list[Case]:
+    """What segment mode can't do."""
+    digits, words = tiny.build_tokenizer(has_digits=True), tiny.build_tokenizer()
+    target, draft = tiny.build_model(), tiny.build_model(seed=1)
+    head = tiny.build_head(target)
+    attach_safety_head(target, head, tokenizer=digits)
+    wordy = attach_safety_head(tiny.build_model(), head, tokenizer=words)
+    ids, policy = torch.randint(9, 28, (2, 6)), SafeSpecConfig(verification="segment")
+
+    def ask(model: Any = target, **kwargs: Any) -> Callable[[], object]:
+        return lambda: model.generate(ids, safespec=policy, max_new_tokens=4, **kwargs)
+
+    return [
+        ("no draft", ask()),
+        ("draft head", ask(assistant_model=tiny.build_draft_head(target))),
+        ("prompt lookup", ask(prompt_lookup_num_tokens=3)),
+        ("prompt lookup beside a draft", ask(prompt_lookup_num_tokens=3, assistant_model=draft)),
+        ("tokenizer without digits", ask(wordy, assistant_model=draft)),
+        ("threshold out of range", lambda: SafeSpecConfig(quality_threshold=10)),
+    ]
+
+
 def not_refused(cases: list[Case]) -> list[str]:
     """The cases that raise nothing, or only after a forward."""
     missed = []

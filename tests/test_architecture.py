@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "SafeSpecEvent",
     "SafeSpecLogitsProcessor",
     "SafeSpecOutput",
+    "SafeSpecSegment",
     "SafeSpecStatistics",
     "SafetyHead",
     "SafetyHeadConfig",

@@ -42,6 +42,13 @@ ILLEGAL_POLICY = [
     ("seed", 2**64),
     ("flagged_token_penalty", -0.1),
     ("flagged_token_penalty", math.nan),
+    ("verification", "sentence"),
+    ("quality_threshold", -0.1),
+    ("quality_threshold", 9.1),
+    ("quality_threshold", math.nan),
+    ("quality_prompt", " \n"),
+    ("quality_reading", "median"),
+    ("num_target_segments", -1),
 ]
 ILLEGAL_HEAD = [
     ("hidden_size", -1),
@@ -84,6 +91,10 @@ WRONG_TYPE_POLICY = [
     ("candidate_source", None),
     ("flagged_token_penalty", np.float32(3)),
     ("seed", 1.5),
+    ("verification", None),
+    ("quality_threshold", "9"),
+    ("quality_prompt", None),
+    ("num_target_segments", 1.0),
 ]
 WRONG_TYPE_HEAD = [
     ("hidden_size", 8.0),
@@ -113,6 +124,9 @@ BOUNDARY_POLICY = [
     ("safe_margin", 0.0),
     ("candidates_per_batch", 1),
     ("candidates_per_batch", 8),
+    ("quality_threshold", 0),
+    ("quality_threshold", 9),
+    ("num_target_segments", 0),
 ]
 
 
@@ -180,6 +194,7 @@ POLICIES = [
     SafeSpecConfig(risk_threshold=0.25, num_candidates=20, reflection="", seed=7, candidate_source="target"),
     SafeSpecConfig(flagged_token_penalty=math.inf, pack_weights=False),
     SafeSpecConfig(policy="stop", candidate_choice="likeliest_safe", safe_margin=0.5, candidates_per_batch=2),
+    SafeSpecConfig(verification="segment", quality_threshold=7.5, quality_reading="expected", num_target_segments=1),
 ]
 
 
@@ -198,7 +213,7 @@ def test_a_policy_is_saved_with_a_generation_config(policy, tmp_path):
 
 def test_generation_configs_of_different_policies_differ():
     configs = [GenerationConfig(safespec=policy) for policy in POLICIES]
-    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == 4
+    assert len({config.to_json_string() for config in configs}) == len(set(configs)) == len(POLICIES)
     assert configs[0] == copy.deepcopy(configs[0]) != configs[1]
     assert configs[1].to_dict()["safespec"] == configs[1].to_diff_dict()["safespec"] == POLICIES[1]
 

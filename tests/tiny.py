@@ -36,6 +36,7 @@ from safespec_hf.drafting.draft_length import DraftCosts
 VOCAB_SIZE = 40
 PAUSE, THINK, NO, THANKS = 4, 5, 6, 9  # the words of the stand-in reflection and refusal
 NEWLINES = (7, 8)
+FIRST_DIGIT = 29
 REFLECTION, REFUSAL = "pause think", "no thanks"
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -90,10 +91,12 @@ def perturb(model: PreTrainedModel, noise: float = 0.003, seed: int = 1) -> PreT
     return draft
 
 
-def build_tokenizer(num_words: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """One token per word, split at spaces; a newline is a word of its own."""
+def build_tokenizer(num_words: int = VOCAB_SIZE, has_digits: bool = False) -> PreTrainedTokenizerFast:
+    """One token per word, split at spaces; a newline is a word of its own. Digits, if any, are the last but one."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "pause", "think", "no", "\n", "\n\n", "thanks"]
     words += [f"w{index}" for index in range(10, num_words - 1)] + ["abcdef"]  # what stop strings probe decoding with
+    if has_digits:
+        words[FIRST_DIGIT : FIRST_DIGIT + 10] = map(str, range(10))
     vocabulary = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from .heads.draft_head import DraftHead, DraftHeadConfig
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
-    from .outputs import Provenance, SafeSpecEvent, SafeSpecOutput, SafeSpecStatistics, carried_risk
+    from .outputs import (
+        Provenance,
+        SafeSpecEvent,
+        SafeSpecOutput,
+        SafeSpecSegment,
+        SafeSpecStatistics,
+        carried_risk,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,6 +49,7 @@ __all__ = [
     "SafeSpecEvent",
     "SafeSpecLogitsProcessor",
     "SafeSpecOutput",
+    "SafeSpecSegment",
     "SafeSpecStatistics",
     "SafetyHead",
     "SafetyHeadConfig",
@@ -75,7 +83,14 @@ _HOMES = {
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
-    "outputs": ["Provenance", "SafeSpecEvent", "SafeSpecOutput", "SafeSpecStatistics", "carried_risk"],
+    "outputs": [
+        "Provenance",
+        "SafeSpecEvent",
+        "SafeSpecOutput",
+        "SafeSpecSegment",
+        "SafeSpecStatistics",
+        "carried_risk",
+    ],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,6 +17,8 @@ Costs = Literal["measured", "weights"]
 CandidateSource = Literal["auto", "draft", "target"]
 CandidateChoice = Literal["safest", "likeliest_safe"]
 SafetyPolicy = Literal["recover", "recover_single", "recover_unreflected", "refuse", "stop", "observe"]
+Verification = Literal["token", "segment"]
+QualityReading = Literal["argmax", "expected"]
 
 DEFAULT_REFLECTION = (
     "\n\nWait. Before I go on I should check whether this could help someone cause harm. If it could, I will not "
@@ -30,6 +32,10 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
     **{name: {"max_recoveries": 0} for name in ("refuse", "stop", "observe")},
 }
 """What a safety policy means for other fields."""
+DEFAULT_QUALITY_PROMPT = (
+    "\n\nNow grade the passage just above, and nothing else: is what it says correct, and does it follow from what "
+    "came before? Length, style and tone don't count. On a scale from 0 (wrong) to 9 (entirely right) its grade is:"
+)
 
 
 class SafetyHeadConfig(PreTrainedConfig):
@@ -210,6 +216,19 @@ class SafeSpecConfig:
             risk. Default: one more target forward scores it, unless it is an end token. `True` scores an end token
             as well. `False` lets the token out unscored (its risk is `nan`), but for an answer of that token alone.
             With `policy="observe"` only `True` has it scored.
+        verification (`"token"` or `"segment"`, defaults to `"token"`):
+            How drafts are accepted. `"token"`: one by one, without loss. `"segment"`, as in the paper: a segment that
+            the `assistant_model`, a language model, wrote is taken whole if it is safe and the target finds it good
+            enough; else the target writes that segment itself. Faster where the draft is good, but the words are then
+            the draft's; `adaptive_drafts`, `costs` and `lookup_drafts` have no part in it.
+        quality_threshold (`float`, defaults to 9):
+            A segment is good enough iff the target's grade for it is >= this, in [0, 9]; 0 takes every safe one.
+        quality_prompt (`str`):
+            The target reads it right after the segment, and its next token is the grade. Nobody sees it afterwards.
+        quality_reading (`"argmax"` or `"expected"`, defaults to `"argmax"`):
+            The grade is the likeliest digit, or the mean of the ten digits by their probabilities.
+        num_target_segments (`int`, defaults to 0):
+            So many segments, from the first one on, are written by the target whatever the draft has, >= 0.
 
     Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
 
@@ -250,6 +269,11 @@ class SafeSpecConfig:
     flagged_token_penalty: float = 3.0
     seed: int | None = None
     score_last_token: bool | None = None
+    verification: Verification = "token"
+    quality_threshold: float = 9.0
+    quality_prompt: str = DEFAULT_QUALITY_PROMPT
+    quality_reading: QualityReading = "argmax"
+    num_target_segments: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self, _field_types(SafeSpecConfig))
@@ -273,6 +297,12 @@ class SafeSpecConfig:
         _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
+        ways, readings = get_args(Verification), get_args(QualityReading)
+        _check("verification", self.verification, self.verification in ways, f"one of {ways}")
+        _check("quality_threshold", self.quality_threshold, 0 <= self.quality_threshold <= 9, "in [0, 9]")
+        _check("quality_prompt", self.quality_prompt, bool(self.quality_prompt.strip()), "a text that is not blank")
+        _check("quality_reading", self.quality_reading, self.quality_reading in readings, f"one of {readings}")
+        _check("num_target_segments", self.num_target_segments, self.num_target_segments >= 0, ">= 0")
 
     def _check_policy(self) -> None:
         """Raises where the policy after a flag is unknown, or other fields say something else."""

@@ -67,6 +67,27 @@ class SafeSpecEvent:
         return len(self.candidate_risks)
 
 
+@dataclass(frozen=True, slots=True)
+class SafeSpecSegment:
+    """A segment that the draft proposed to the target, with `verification="segment"`, and what became of it.
+
+    Attributes:
+        position (`int`): Index, among the answer's returned tokens, at which it began.
+        num_tokens (`int`): Its tokens.
+        risk (`float`): The highest along it, in [0, 1]; `nan` if one is unknown.
+        quality (`float`): The target's grade for it, in [0, 9]; `nan` if there is none.
+        outcome (`str`):
+            `"accepted"`; `"rewritten"`, by the target, which found it safe but not good enough; `"flagged"`, for a
+            token that is unsafe; or `"dropped"`, because what came before it was flagged or ended the answer.
+    """
+
+    position: int
+    num_tokens: int
+    risk: float
+    quality: float
+    outcome: str
+
+
 @dataclass(slots=True)
 class SafeSpecStatistics:
     """Counts and seconds of one `generate` call, over all its rows.
@@ -89,6 +110,9 @@ class SafeSpecStatistics:
         head_seconds (`float`): Host time in pooling and in the safety head.
         measuring_seconds (`float`): Spent on measuring what forwards take here: once on a machine, 0 afterwards.
         num_watch_pauses (`int`): How often speculation was stopped because it took longer than plain steps would have.
+        num_segments (`int`): Segments that the draft proposed, with `verification="segment"`.
+        num_segments_accepted (`int`): Those of them that were taken whole.
+        num_segments_by_target (`int`): Segments that the target wrote or began to write, instead of them or without.
     """
 
     num_rounds: int = 0
@@ -108,6 +132,9 @@ class SafeSpecStatistics:
     head_seconds: float = 0.0
     measuring_seconds: float = 0.0
     num_watch_pauses: int = 0
+    num_segments: int = 0
+    num_segments_accepted: int = 0
+    num_segments_by_target: int = 0
 
     @property
     def acceptance_rate(self) -> float:
@@ -131,6 +158,9 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
         finish_reasons (`list[str]`):
             For each row `"eos"`, `"length"`, `"stop"`, `"safety_refusal"` or, with `policy="stop"`, `"safety_stop"`.
         statistics ([`SafeSpecStatistics`]): Counts and seconds.
+        segments (`list[list[SafeSpecSegment]]`, *optional*):
+            With `verification="segment"`, for each row what the draft proposed, in that order. What was accepted may
+            have been taken back later, by an event.
     """
 
     risks: torch.FloatTensor | None = None
@@ -138,6 +168,7 @@ class SafeSpecOutput(GenerateDecoderOnlyOutput):
     events: list[list[SafeSpecEvent]] | None = None
     finish_reasons: list[str] | None = None
     statistics: SafeSpecStatistics | None = None
+    segments: list[list[SafeSpecSegment]] | None = None
 
 
 def carried_risk(outputs: Sequence[SafeSpecOutput], row: int | None = None, *, decay: float = 0.5) -> float:

@@ -47,6 +47,42 @@ def test_drafting_goes_on_right_after_a_rollback(target):
     assert router.draft([row], [5]).drafts == fresh.drafts
 
 
+def greedy(model, prompt, num):
+    return model.generate(torch.tensor([prompt]), max_new_tokens=num, do_sample=False)[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_rows_are_written_until_that_is_enough_and_then_go_on(target):
+    prompts = [[11, 12, 13], [15], [16, 17]]
+    rows, router = [make_row(prompt, index) for index, prompt in enumerate(prompts)], DraftRouter(target, num_rows=3)
+    texts = router.write(rows, [6, 3, 0], lambda index, tokens: index == 0 and len(tokens) == 5)
+    assert texts == [greedy(target, [11, 12, 13], 5), greedy(target, [15], 3), []]
+    assert router.model.cached.lengths == [3 + 4, 1 + 3, 2]  # the longest row's last token has not been read
+    for row, tokens in zip(rows, texts, strict=True):
+        for token in tokens:
+            row.append(token, Provenance.DRAFTED)
+    router.keep([row.num_context - 1 for row in rows])
+    again = router.write(rows, [2, 2, 2], lambda index, tokens: False)
+    assert again == [greedy(target, row.context(0), 2) for row in rows]
+
+
+@torch.no_grad()
+def test_nothing_is_written_where_the_draft_has_no_score_for_any_token():
+    processors = LogitsProcessorList([FromToken(20)])
+    router = DraftRouter(ScriptedModel(count_up, vocab_size=20), vocab_size=VOCAB_SIZE)
+    assert router.write([make_row([10, 11], processors=processors)], [3], lambda *_: False) == [[]]
+
+
+class FromToken(LogitsProcessor):
+    """Leaves only tokens from one on."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.arange(self.first), -torch.inf)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_sampled_drafts_come_with_the_distribution_they_were_drawn_from(num_rows):

@@ -64,6 +64,15 @@ class Segments:
         """Scored tokens in the open segment."""
         return self._num_open[-1] if self._num_open else 0
 
+    @property
+    def index(self) -> int:
+        """Which segment the next token belongs to, from 0."""
+        return len(self.starts) - 1
+
+    def closes_after(self, tokens: Sequence[int]) -> bool:
+        """Whether the next tokens end a segment with their last one."""
+        return self._look_ahead(tokens)[1] == 0
+
     def counts_ahead(self, tokens: Sequence[int]) -> list[int]:
         """For each of the next tokens, how many scored tokens of its segment come before it."""
         return self._look_ahead(tokens)[0]

@@ -35,6 +35,7 @@ from .attachment import Attachment
 from .loop import Decoder
 from .plan import Plan, check_context
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
+from .segment_mode import SegmentDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +144,8 @@ class GuardedCall:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
         drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
-        return Decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
+        decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
+        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:

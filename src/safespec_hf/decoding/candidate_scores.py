@@ -105,10 +105,7 @@ class CandidateScores:
 
     def worst(self) -> list[float]:
         """The highest risk along each segment; an unknown one is higher than any, as is that of an empty segment."""
-        # not max(): a nan must never pass for safe
-        return [
-            max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk) for risks in self.risks
-        ]
+        return [worst_risk(risks) for risks in self.risks]
 
     def count(self, max_tokens: int) -> tuple[int, int]:
         """How many segments are safe to their end, and how many unsafe; of the others that is not known.
@@ -128,3 +125,14 @@ class CandidateScores:
         for k in which:
             self.risks[k] = [next(values) for _ in segments[k]]
         self.seconds += time.perf_counter() - start
+
+
+def worst_risk(risks: Sequence[float]) -> float:
+    """The highest of some risks; `nan` where one is unknown, or there are none: a nan must never pass for safe.
+
+    Example:
+
+        >>> worst_risk([0.2, 0.7]), worst_risk([0.2, math.nan])
+        (0.7, nan)
+    """
+    return max(risks or [math.nan], key=lambda risk: math.inf if math.isnan(risk) else risk)

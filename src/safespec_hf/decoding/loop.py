@@ -22,7 +22,7 @@ from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
-from ..outputs import Provenance, SafeSpecOutput, SafeSpecStatistics
+from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
 from .commit import NO_TOKEN, Committer, Flag
 from .plan import Plan
 from .safety_mode import SafetyMode
@@ -81,6 +81,7 @@ class Decoder:
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
+        self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
@@ -333,5 +334,6 @@ class Decoder:
             events=[row.events for row in self.rows],
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
+            segments=self.segments,
             **{CACHE_NAME: self.target.give_cache() if with_cache and self._is_plain(prompt_ids) else None},
         )

@@ -32,6 +32,8 @@ class Plan:
         seeds (`list[int]`): Of candidate sampling, per row.
         answer_seeds (`list[int]`): Of what the target samples, per row; none for a greedy call.
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
+        quality_ids (`list[int]`): The policy's quality prompt, tokenised; none where tokens are verified.
+        digit_ids (`list[list[int]]`): Of each digit the tokens that spell it; none where tokens are verified.
     """
 
     policy: SafeSpecConfig
@@ -49,6 +51,8 @@ class Plan:
     seeds: list[int]
     answer_seeds: list[int] = field(default_factory=list)
     pad_token_id: int = 0
+    quality_ids: list[int] = field(default_factory=list)
+    digit_ids: list[list[int]] = field(default_factory=list)
 
     @property
     def observes(self) -> bool:

@@ -50,6 +50,7 @@ from .attachment import find_threshold
 from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
+from .quality import find_digit_ids
 from .support import check_positions, check_prompt, max_context
 from .watch import Watch
 
@@ -105,6 +106,8 @@ def check_request(
             "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
             f"{'none' if assistant is None else 'a draft head'}."
         )
+    if policy.verification == "segment":
+        check_segment_mode(assistant, config, tokenizer, model.config.get_text_config().vocab_size)
     check_assistant(model, assistant, tokenizer, assistant_tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
@@ -115,6 +118,29 @@ def check_request(
     is_real = is_real.to(input_device(model))
     check_positions(model_kwargs.get("position_ids"), is_real)
     return is_real
+
+
+def check_segment_mode(
+    assistant: PreTrainedModel | None, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    """Raises unless there is a draft that can write whole segments, and digits to grade them with.
+
+    Raises:
+        UnsupportedRequestError: Says what is missing.
+    """
+    is_lookup = config.prompt_lookup_num_tokens is not None
+    if is_lookup or assistant is None or isinstance(assistant, DraftHead):
+        found = "prompt lookup" if is_lookup else "none" if assistant is None else "a draft head"
+        raise UnsupportedRequestError(
+            "`verification='segment'` needs an `assistant_model` that is a language model, which can write a whole "
+            f"segment by itself, but the draft is {found}. Pass such a model, or use `verification='token'`."
+        )
+    missing = [digit for digit, ids in enumerate(find_digit_ids(tokenizer, vocab_size)) if not ids]
+    if missing:
+        raise UnsupportedRequestError(
+            f"`verification='segment'` reads a grade from 0 to 9, but the tokenizer has no token for {missing}. Use "
+            "`verification='token'`."
+        )
 
 
 def check_generation_config(config: GenerationConfig) -> None:
@@ -244,11 +270,12 @@ def make_drafting(
 
     `num_context`: tokens that a row will have about.
     """
+    is_by_token = policy.verification == "token"
     if config.prompt_lookup_num_tokens is not None:
         assistant, ngram_size = None, config.max_matching_ngram_size or 2
     else:
-        ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts else 0
-    is_adaptive = policy.adaptive_drafts and (assistant is not None or ngram_size > 0)
+        ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts and is_by_token else 0
+    is_adaptive = policy.adaptive_drafts and is_by_token and (assistant is not None or ngram_size > 0)
     return DraftRouter(
         assistant,
         num_rows=num_rows,
@@ -283,6 +310,7 @@ def make_plan(
     ends, do_sample = eos_ids(criteria), bool(config.do_sample)
     given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
     refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
+    is_by_segment, vocab_size = policy.verification == "segment", model.config.get_text_config().vocab_size
     return Plan(
         policy=policy,
         monitor=RiskMonitor(head) if is_monitored else None,
@@ -299,6 +327,8 @@ def make_plan(
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
         pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        quality_ids=tokenizer.encode(policy.quality_prompt, add_special_tokens=False) if is_by_segment else [],
+        digit_ids=find_digit_ids(tokenizer, vocab_size) if is_by_segment else [],
     )
 
 

@@ -62,6 +62,16 @@ class Stopping:
             self._ask_batch(num_ready, is_open, ends)
         return ends
 
+    def num_before_end(self, row: Row, tokens: Sequence[int]) -> int:
+        """How many of the next tokens of a row there are up to where one of its own criteria would end the answer.
+
+        Criteria of the batch are not asked: they may only hear of what is kept.
+        """
+        for length in range(1, len(tokens) + 1) if self._of_row else ():
+            if bool(self._of_row(cast("LongTensor", row.visible_ids(tokens[:length])), None).all()):
+                return length
+        return len(tokens)
+
     def roll_back(self, row: Row) -> None:
         """Makes the criteria forget the tokens of a row that are gone."""
         kept = row.num_visible

@@ -9,7 +9,7 @@ Shapes: B rows, G drafts at most, S guesses for a token, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,8 @@ from .drafters import Found, Proposal, fit_vocabulary
 MAX_TREE = 32
 """Drafts of a row at most, other guesses included, where they are a tree."""
 Value = TypeVar("Value")
+IsWhole = Callable[[int, list[int]], bool]
+"""Whether the tokens that were written for a row, which is named by its place, are enough."""
 FILLER = 0  # read by rows that sit a round out, and forgotten again
 
 
@@ -103,6 +105,41 @@ class ModelDrafter:
         # a tree's mask grows with the block, and the first one holds the whole prompt
         has_others = self.num_others > 0 and all(row.tokens for row in rows)
         return self._propose(guesses, nums, has_others)
+
+    def write(self, rows: Sequence[Row], num_tokens: Sequence[int], is_whole: IsWhole) -> list[list[int]]:
+        """Goes on with each row until that is enough, or has `num_tokens[row]` tokens; whatever it costs.
+
+        A row that the draft can't go on with, now or after some tokens, gets none or fewer.
+
+        Args:
+            is_whole (`Callable`): Is told a row's place and the tokens for it so far.
+        """
+        texts: list[list[int]] = [[] for _ in rows]
+        blocks, nums = self._divide(rows, num_tokens)
+        if max(nums) <= 0:
+            return texts
+        is_open, columns = [num > 0 for num in nums], list[Tensor]()
+        with self._fresh_after_errors(rows):
+            self._forget_idle(blocks)
+            output = self._begin([block or [FILLER] for block in blocks])
+            starts = list(self.cached.lengths)
+            while True:
+                guess = self._guess(rows, columns, output.logits_BTV[:, -1])
+                columns.append(guess.tokens_BS[:, 0])
+                pairs = zip(columns[-1].tolist(), guess.chances_BS[:, 0].tolist(), strict=True)
+                for index, (token, chance) in enumerate(pairs):
+                    # nobody verifies these, so none may be a token that has no score
+                    is_open[index] &= chance > -math.inf
+                    if is_open[index]:
+                        texts[index].append(token)
+                        is_open[index] = len(texts[index]) < nums[index] and not is_whole(index, texts[index])
+                if not any(is_open):
+                    break
+                output = self._go_on(columns[-1], output)
+            # a row that was done went on with the others
+            kept = [start + len(tokens) for start, tokens in zip(starts, texts, strict=True)]
+            self.cached.keep([length if block else 0 for length, block in zip(kept, blocks, strict=True)])
+        return texts
 
     @contextmanager
     def _fresh_after_errors(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from .draft_length import DraftCosts, DraftLength, Pace
 from .drafters import Drafter, Found, Proposal, fill_gaps
 from .head import HeadDrafter
 from .lookup import LookupDrafter
-from .model import ModelDrafter
+from .model import IsWhole, ModelDrafter
 
 NUM_OTHERS = 3
 """Guesses for a token that may be verified beside the draft's first one."""
@@ -91,6 +91,11 @@ class DraftRouter:
             num_tokens (`int`): At most so many, >= 1.
         """
         return None if self.model is None else self.model.sampler(index, row, num_tokens)
+
+    def write(self, rows: Sequence[Row], num_tokens: Sequence[int], is_whole: IsWhole) -> list[list[int]]:
+        """What the draft model goes on with, at most `num_tokens[row]` tokens; see [`ModelDrafter`]."""
+        assert self.model is not None
+        return self.model.write(rows, num_tokens, is_whole)
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
         """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
