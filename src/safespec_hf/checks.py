@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
+def check_value(name: str, value: object, is_legal: bool, legal: str) -> None:
     """Raises unless a value is legal.
 
     Raises:
@@ -17,7 +17,7 @@ def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
 
     Example:
 
-        >>> _check("num_candidates", 0, False, ">= 1")
+        >>> check_value("num_candidates", 0, False, ">= 1")
         Traceback (most recent call last):
         ValueError: `num_candidates` must be >= 1, but it is 0.
     """
@@ -26,13 +26,13 @@ def _check(name: str, value: object, is_legal: bool, legal: str) -> None:
 
 
 @cache
-def _field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """Field names of a config class to their types, without inherited ones: transformers' can't be evaluated."""
     own = SimpleNamespace(__annotations__=dict(cls.__annotations__))
     return get_type_hints(own, globalns=vars(sys.modules[cls.__module__]))
 
 
-def _check_types(config: object, hints: Mapping[str, Any]) -> None:
+def check_types(config: object, hints: Mapping[str, Any]) -> None:
     """Raises unless all fields are of their types.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from .checks import _check, _check_types, _field_types
+from .checks import check_types, check_value, field_types
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
@@ -101,23 +101,23 @@ class SafetyHeadConfig(PreTrainedConfig):
             TypeError: Names the field, its legal type and its value.
             ValueError: Names the field, its legal range and its value.
         """
-        _check_types(self, _field_types(SafetyHeadConfig))
-        _check("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
+        check_types(self, field_types(SafetyHeadConfig))
+        check_value("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
         layers = self.hidden_layers
-        _check("hidden_layers", layers, layers is None or (bool(layers) and min(layers) >= 0), "indices >= 0")
-        _check("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "> 0")
-        _check("num_mlp_layers", self.num_mlp_layers, self.num_mlp_layers >= 1, ">= 1")
-        _check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        check_value("hidden_layers", layers, layers is None or (bool(layers) and min(layers) >= 0), "indices >= 0")
+        check_value("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "> 0")
+        check_value("num_mlp_layers", self.num_mlp_layers, self.num_mlp_layers >= 1, ">= 1")
+        check_value("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         ways, known = self.pooling.split("+"), get_args(Pooling)
         is_sound = set(ways) <= set(known) and len(set(ways)) == len(ways)
-        _check("pooling", self.pooling, is_sound, f"one of {known}, or several of them joined by '+'")
-        _check("ewma_decay", self.ewma_decay, 0 < self.ewma_decay < 1, "in (0, 1)")
-        _check("span", self.span, self.span in get_args(Span), f"one of {get_args(Span)}")
-        _check("unsafe_label", self.unsafe_label, self.unsafe_label in (0, 1), "0 or 1")
-        _check("risk_threshold", self.risk_threshold, 0 < self.risk_threshold <= 1, "in (0, 1]")
+        check_value("pooling", self.pooling, is_sound, f"one of {known}, or several of them joined by '+'")
+        check_value("ewma_decay", self.ewma_decay, 0 < self.ewma_decay < 1, "in (0, 1)")
+        check_value("span", self.span, self.span in get_args(Span), f"one of {get_args(Span)}")
+        check_value("unsafe_label", self.unsafe_label, self.unsafe_label in (0, 1), "0 or 1")
+        check_value("risk_threshold", self.risk_threshold, 0 < self.risk_threshold <= 1, "in (0, 1]")
         points = self.operating_points or {}
         is_sound = all(_is_threshold(_get(point, "risk_threshold")) for point in points.values())
-        _check("operating_points", points, is_sound, "dicts with a `risk_threshold` in (0, 1], by name")
+        check_value("operating_points", points, is_sound, "dicts with a `risk_threshold` in (0, 1], by name")
 
     def threshold_at(self, operating_point: str | None = None) -> float:
         """The threshold of an operating point; the head's own without one.
@@ -276,49 +276,51 @@ class SafeSpecConfig:
     num_target_segments: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self, _field_types(SafeSpecConfig))
+        check_types(self, field_types(SafeSpecConfig))
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
-        _check("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
+        check_value("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         is_one = threshold is None or self.operating_point is None
-        _check("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
-        _check("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
-        _check("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
-        _check("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
-        _check("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
-        _check("min_segment_tokens", self.min_segment_tokens, self.min_segment_tokens >= 1, ">= 1")
-        _check("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
-        _check("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
-        _check("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
+        check_value("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
+        check_value("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
+        check_value("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
+        check_value("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
+        check_value("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
+        check_value("min_segment_tokens", self.min_segment_tokens, self.min_segment_tokens >= 1, ">= 1")
+        check_value("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
+        check_value("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
+        check_value("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
         self._check_policy()
-        _check("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
+        check_value("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
         temperature = self.recovery_temperature
-        _check("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
+        check_value("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
         sources = get_args(CandidateSource)
-        _check("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
-        _check("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
+        check_value("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
+        check_value("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
+        check_value("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
         ways, readings = get_args(Verification), get_args(QualityReading)
-        _check("verification", self.verification, self.verification in ways, f"one of {ways}")
-        _check("quality_threshold", self.quality_threshold, 0 <= self.quality_threshold <= 9, "in [0, 9]")
-        _check("quality_prompt", self.quality_prompt, bool(self.quality_prompt.strip()), "a text that is not blank")
-        _check("quality_reading", self.quality_reading, self.quality_reading in readings, f"one of {readings}")
-        _check("num_target_segments", self.num_target_segments, self.num_target_segments >= 0, ">= 0")
+        check_value("verification", self.verification, self.verification in ways, f"one of {ways}")
+        check_value("quality_threshold", self.quality_threshold, 0 <= self.quality_threshold <= 9, "in [0, 9]")
+        check_value(
+            "quality_prompt", self.quality_prompt, bool(self.quality_prompt.strip()), "a text that is not blank"
+        )
+        check_value("quality_reading", self.quality_reading, self.quality_reading in readings, f"one of {readings}")
+        check_value("num_target_segments", self.num_target_segments, self.num_target_segments >= 0, ">= 0")
 
     def _check_policy(self) -> None:
         """Raises where the policy after a flag is unknown, or other fields say something else."""
         policy, choices, batch = self.policy, get_args(CandidateChoice), self.candidates_per_batch
-        _check("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
-        _check("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
-        _check("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
+        check_value("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
+        check_value("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
+        check_value("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
         defaults = {field.name: field.default for field in fields(self)}
         for name, meant in STANDS_FOR[policy].items():
             value, default = getattr(self, name), defaults[name]
-            _check(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
+            check_value(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
         is_variant = policy.startswith("recover_")
         is_sound = self.max_recoveries > 0 or not is_variant
-        _check("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
+        check_value("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
         is_sound = batch is None or 1 <= batch <= self.num_candidates
-        _check("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")
+        check_value("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")
 
     def resolved(self) -> SafeSpecConfig:
         """The same with the other fields as `policy` means them.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..checks import _check
+from ..checks import check_value
 from ..errors import UnsupportedRequestError
 from .loading import StrictModel
 from .safety_head import check_binding, target_binding
@@ -75,18 +75,20 @@ class DraftHeadConfig(PreTrainedConfig):
         layers, sizes = self.hidden_layers, ("intermediate_size", "num_key_value_heads", "max_position_embeddings")
         is_layers = layers is None or (len(layers) >= 2 and min(layers) >= 0)
         # with one layer a tapped state could not be told from the head's own by its size
-        _check("hidden_layers", layers, is_layers, "at least two indices >= 0")
-        _check("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
+        check_value("hidden_layers", layers, is_layers, "at least two indices >= 0")
+        check_value("hidden_size", self.hidden_size, self.hidden_size >= 0, "an integer >= 0")
         for name in sizes:
-            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
+            check_value(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         heads, legal = self.num_attention_heads, f"a multiple of {self.num_key_value_heads} key heads"
-        _check("num_attention_heads", heads, heads > 0 and heads % self.num_key_value_heads == 0, legal)
-        _check("head_dim", self.head_dim, self.head_dim > 0 and self.head_dim % 2 == 0, "even and > 0")
-        _check("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps > 0, "> 0")
-        _check("rope_theta", self.rope_theta, self.rope_theta > 0, "> 0")
-        _check("num_hidden_layers", self.num_hidden_layers, self.num_hidden_layers == 1, "1")
+        check_value("num_attention_heads", heads, heads > 0 and heads % self.num_key_value_heads == 0, legal)
+        check_value("head_dim", self.head_dim, self.head_dim > 0 and self.head_dim % 2 == 0, "even and > 0")
+        check_value("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps > 0, "> 0")
+        check_value("rope_theta", self.rope_theta, self.rope_theta > 0, "> 0")
+        check_value("num_hidden_layers", self.num_hidden_layers, self.num_hidden_layers == 1, "1")
         size = self.draft_vocab_size
-        _check("draft_vocab_size", size, 0 <= size <= self.vocab_size, f"at most the vocabulary's {self.vocab_size}")
+        check_value(
+            "draft_vocab_size", size, 0 <= size <= self.vocab_size, f"at most the vocabulary's {self.vocab_size}"
+        )
 
     @property
     def num_features(self) -> int:
