@@ -51,6 +51,7 @@ COMMANDS = {
     "report": ["{head}", "{data}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
     "distill-draft": ["{prompts}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
     "make-head": ["{target}", "--prompts", "{many}", "--labelled", "{data}", "--out", "{new}"],
+    "make-judge": ["--measured-on", "{data}", "--out", "{new}", "--embedder", "{target}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
@@ -117,6 +118,14 @@ OPTIONS = {
         "--max-response-tokens": COUNTS,
         "--batch-size": COUNTS,
         "--seed": SEEDS,
+    },
+    "make-judge": {
+        "--measured-on": [*NO_DATA, "{benign}", "{prompts}"],
+        "--labelled": [*NO_DATA, "{data}", "{prompts}"],
+        "--embedder": [*NO_FOLDERS, "{empty}"],
+        "--out": NO_FOLDERS,
+        "--work": NO_FOLDERS,
+        "--folds": [*COUNTS, "1", "101", "13"],
     },
     "push": {"--revision": NO_BRANCHES, "--license": NO_LICENSES, "--report": [*NO_FOLDERS, "{empty}", "{target}"]},
     "show": {},

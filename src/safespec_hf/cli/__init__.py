@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import SafeSpecError
 from .make_head import make_head
+from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
 from .sharing import push, show
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (make_head, collect, features, train, calibrate, report, distill_draft, push, show):
+for command in (make_head, collect, features, train, calibrate, report, distill_draft, make_judge, push, show):
     app.command()(command)
 
 
