@@ -28,6 +28,7 @@ ORDER = [
     "__init__",
     "training",
     "distilling",
+    "evaluation",
     "cli",
 ]
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})

@@ -1,0 +1,82 @@
+"""What a guard model lets through of the answers of the target alone, and what that costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..config import DEFAULT_REFUSAL
+from .engine import Engine, Reply
+
+if TYPE_CHECKING:
+    from .methods import Screened, Turn
+
+
+def screen(method: Screened, engine: Engine, turn: Turn) -> list[Reply]:
+    """The target's own answers as a guard model lets them through.
+
+    Args:
+        method ([`Screened`]): The guard, its threshold, and how often it reads.
+        engine ([`Engine`]): For its tokenizer.
+        turn ([`Turn`]): With the target's own answers; they are made if they are not there.
+
+    Returns:
+        `list[Reply]`: Refusals, where the guard stopped an answer. Seconds are the target's up to the verdict, and the
+        guard's share of every reading.
+    """
+    undefended = turn.undefended or engine.plain(turn.chats)
+    longest = max((len(reply.tokens) for reply in undefended), default=0)
+    every = method.every or max(longest, 1)
+    stopped_at: dict[int, int] = {}
+    guard_seconds = [0.0] * len(undefended)
+    for num_read in range(1, max(1, math.ceil(longest / every)) + 1):
+        # an answer is read at its end as well, and then no more
+        alive = [
+            index
+            for index, reply in enumerate(undefended)
+            if index not in stopped_at and (num_read - 1) * every < max(len(reply.tokens), 1)
+        ]
+        prefixes = [_prefix(engine, undefended[index], num_read * every) for index in alive]
+        requests = [turn.requests[index] for index in alive]
+        verdicts, seconds = _timed(lambda requests=requests, prefixes=prefixes: method.guard.judge(requests, prefixes))
+        for index, risk in zip(alive, verdicts, strict=True):
+            guard_seconds[index] += seconds / len(alive)
+            if risk >= method.threshold:
+                stopped_at[index] = min(num_read * every, len(undefended[index].tokens))
+    return [
+        _reply(engine, reply, stopped_at.get(index), guard_seconds[index]) for index, reply in enumerate(undefended)
+    ]
+
+
+def _prefix(engine: Engine, reply: Reply, num_tokens: int) -> str:
+    if num_tokens >= len(reply.tokens):
+        return reply.text
+    return str(engine.tokenizer.decode(reply.tokens[:num_tokens], skip_special_tokens=True))
+
+
+def _reply(engine: Engine, reply: Reply, stopped_at: int | None, guard_seconds: float) -> Reply:
+    if stopped_at is None:
+        seconds = reply.seconds + guard_seconds
+        return Reply(
+            text=reply.text,
+            tokens=reply.tokens,
+            finish_reason=reply.finish_reason,
+            seconds=seconds,
+            guard_seconds=guard_seconds,
+        )
+    share = stopped_at / max(len(reply.tokens), 1)
+    return Reply(
+        text=DEFAULT_REFUSAL,
+        tokens=engine.tokenizer(DEFAULT_REFUSAL, add_special_tokens=False)["input_ids"],
+        finish_reason="safety_refusal",
+        seconds=reply.seconds * share + guard_seconds,
+        guard_seconds=guard_seconds,
+    )
+
+
+def _timed(do: Callable[[], list[float]]) -> tuple[list[float], float]:
+    start = time.perf_counter()
+    result = do()
+    return result, time.perf_counter() - start
