@@ -43,7 +43,7 @@ def test_every_method_answers_every_turn_of_every_prompt(evaluate, sets, tmp_pat
 def test_rows_are_in_order_of_method_set_and_prompt(evaluate, tmp_path):
     evaluate(tmp_path / "x.jsonl")
     rows = rows_of(tmp_path / "x.jsonl")
-    places = [(METHODS.index(r["method"]), "attack calm talks sums".split().index(r["set"])) for r in rows]
+    places = [(METHODS.index(r["method"]), ["attack", "calm", "talks", "sums"].index(r["set"])) for r in rows]
     assert [place[0] for place in places] == sorted(place[0] for place in places)
     assert [r["number"] for r in rows if r["method"] == "target" and r["set"] == "attack"] == [0, 1, 2, 3, 4]
 
