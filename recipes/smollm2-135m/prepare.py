@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safespec_hf.training.metrics import REFUSAL, is_refusal
+from safespec_hf.training.refusals import REFUSAL, is_refusal
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
