@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SafeSpecConfig
+from ..decoding.attachment import find_threshold
 from ..decoding.call import GuardedCall
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
@@ -33,6 +34,7 @@ class Reply:
         finish_reason (`str`): As in [`SafeSpecOutput`].
         seconds (`float`): Its share of the time that its batch took.
         risk_max (`float`, *optional*): The highest risk of a returned token.
+        risk_threshold (`float`, *optional*): At or above it a token was unsafe.
         events (`list[dict]`): What was flagged, and what was done.
         statistics (`dict`, *optional*): Of the call; with the first reply of a batch only, so that sums are right.
         log_prob (`float`, *optional*): Mean log-probability per token under the plain target, in nats.
@@ -45,6 +47,7 @@ class Reply:
     finish_reason: str
     seconds: float
     risk_max: float | None = None
+    risk_threshold: float | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, Any] | None = None
     log_prob: float | None = None
@@ -101,7 +104,7 @@ class Engine:
         Raises:
             SafeSpecError: If the target has no head.
         """
-        check_guarded(self.model)
+        threshold = find_threshold(policy, check_guarded(self.model).safety.head)
         prompts = self.encode(chats)
         call = GuardedCall(policy, self.draft, None, self.lookup_tokens, is_monitored)
         lookup = {} if self.lookup_tokens is None else {"prompt_lookup_num_tokens": self.lookup_tokens}
@@ -110,6 +113,8 @@ class Engine:
         )
         seconds -= output.statistics.measuring_seconds  # once on a machine
         replies = [self._read(output, index, prompt, seconds / len(prompts)) for index, prompt in enumerate(prompts)]
+        for reply in replies:
+            reply.risk_threshold = threshold if is_monitored else None
         replies[0].statistics = asdict(output.statistics)
         return replies
 
