@@ -21,6 +21,7 @@ METHOD_HELP = (
     "What is compared, such as safespec:num_candidates=20. Repeatable. Default: " + ", ".join(DEFAULT_METHODS) + "."
 )
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
+ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces. Repeatable."
 JUDGE_HELP = "Who says what is harmful: phrases, or a guard model, a Hub id or folder. Repeatable."
 
 
@@ -42,6 +43,7 @@ def evaluate(
         Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmful conversations of several turns.")
     ] = None,
     method: Annotated[list[str] | None, typer.Option(parser=parse_name, metavar="METHOD", help=METHOD_HELP)] = None,
+    attacker: Annotated[list[str] | None, typer.Option(metavar="NAME", help=ATTACKER_HELP)] = None,
     target: Target = None,
     head: Annotated[
         str | None,
@@ -69,6 +71,7 @@ def evaluate(
 
     Example: `accelerate launch --num_processes 2 -m safespec_hf.cli evaluate --attacks attacks.jsonl --out a.jsonl`
     """
+    from ..evaluation.attackers import attack
     from ..evaluation.prompts import load_prompt_sets
     from ..evaluation.runs import RunSettings, run_evaluation
     from ..evaluation.specs import parse_method
@@ -84,6 +87,7 @@ def evaluate(
         },
         limit=limit,
     )
+    sets = attack(sets, attacker or [])
     settings = RunSettings(batch_size=batch_size, seed=seed)
     judge = None if guard is None else load_judge(guard)
     methods = [parse_method(spec, judge) for spec in method or DEFAULT_METHODS]

@@ -1,0 +1,119 @@
+"""Does it stop harm? Measures the default pair against its bars and its baselines; exits with 1 if a bar fails.
+
+    python benchmarks/safety.py --data DATA
+
+DATA holds attacks/, prompts/, benign/, labelled/ and v2/, see the recipe of the default head. Answers and verdicts
+are kept below `--work`: a killed run goes on, and a second one only reports. `--short` answers few prompts, in
+minutes, and holds nothing against its bars; without DATA it has harmless prompts only. Writes `safety.json` into
+`--out`, and the tables of `docs/results.md` from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import Figure
+from provenance import write_json
+from rich.console import Console
+from rich.table import Table
+from safety_bars import find_bars, to_page, update_page
+from safety_parts import Part, load_guard, parts
+
+from safespec_hf import load_default
+from safespec_hf.evaluation.engine import Engine
+from safespec_hf.evaluation.judges import Judge, RefusalPhrases
+from safespec_hf.evaluation.report import write_evaluation_report
+from safespec_hf.evaluation.runs import RunSettings, run_evaluation
+from safespec_hf.evaluation.specs import parse_method
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+SHORT = {"limit": 2, "single": 1, "tokens": 48}
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="without it, harmless prompts only")
+    parser.add_argument("--short", action="store_true", help="few prompts and short answers; holds no bar")
+    parser.add_argument("--limit", type=int, default=40, help="prompts of each set")
+    parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of target and draft")
+    parser.add_argument("--work", type=Path, help="for answers and verdicts; default: below ~/.cache/safespec-hf")
+    parser.add_argument("--out", type=Path, help="folder for safety.json; the page is written for docs/results only")
+    options = parser.parse_args()
+    if options.short:
+        vars(options).update(SHORT)
+    name = f"bench-safety{'-short' if options.short else ''}{'' if options.data else '-own'}"
+    options.work = (options.work or Path("~/.cache/safespec-hf") / name).expanduser()
+    options.work.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
+    """Lets all methods answer, as far as they have not yet."""
+    model, tokenizer, draft = load_default(dtype=getattr(torch, options.dtype))
+    engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
+    guard = load_guard(options)
+    for part in todo:
+        print(f"{part.name}: {', '.join(part.methods)}", flush=True)
+        methods = [parse_method(spec, guard) for spec in part.methods]
+        settings = RunSettings(batch_size=part.batch_size)
+        run_evaluation(engine, methods, part.sets, options.work / part.file, settings=settings)
+
+
+def load_judges(options: argparse.Namespace) -> list[Judge]:
+    return [RefusalPhrases()]
+
+
+def report(options: argparse.Namespace, todo: Sequence[Part]) -> dict[str, dict[str, Any]]:
+    """A report on each file of answers, by its name."""
+    judges = load_judges(options)
+    names = dict.fromkeys(part.file for part in todo)
+    return {
+        name: write_evaluation_report(options.work / name, judges, options.work / Path(name).stem)["results"]
+        for name in names
+    }
+
+
+def count_hours(options: argparse.Namespace, todo: Sequence[Part]) -> float:
+    """What answering took, over all runs that it took."""
+    files = dict.fromkeys(part.file for part in todo)
+    lines = [line for name in files for line in (options.work / name).read_text(encoding="utf-8").splitlines()]
+    return sum(json.loads(line)["seconds"] for line in lines) / 3600
+
+
+def show(figures: Sequence[Figure], is_short: bool) -> None:
+    table = Table("figure", "bar", "measured", "")
+    for figure in figures:
+        is_open = figure.limit is None or figure.measured is None or is_short
+        verdict = "" if is_open else "[green]PASS" if figure.passes else "[red]FAIL"
+        bar = "" if figure.limit is None else f"{'≥' if figure.is_at_least else '≤'} {figure.limit}"
+        table.add_row(figure.name, bar, "" if figure.measured is None else f"{figure.measured:.4f}", verdict)
+    Console(width=110).print(table)
+
+
+def main() -> int:
+    options = read_options()
+    todo = list(parts(options))
+    answer(options, todo)
+    results = report(options, todo)
+    main_results, singly = results[todo[0].file], results[todo[-1].file]
+    figures = find_bars(main_results, singly, count_hours(options, todo))
+    show(figures, options.short)
+    if options.out:
+        rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]
+        write_json(options.out / "safety.json", {"figures": rows, "main": main_results, "singly": singly})
+        if options.out.resolve() == (PAGE.parent / "results").resolve():
+            update_page(PAGE, to_page(figures, main_results))
+    return 0 if options.short or all(figure.passes for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
