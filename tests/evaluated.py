@@ -31,3 +31,11 @@ def write_sets(folder):
     tasks = [{"question": f"w{12 + i} w10", "answer": f"so #### {i}"} for i in range(2)]
     rows = {"attack": attacks, "calm": benign, "talks": talks, "sums": tasks}
     return {name: write_lines(folder / f"{name}.jsonl", part) for name, part in rows.items()}
+
+
+def answer_row(method, prompt, answer, kind="attacks", **fields):
+    """A row as `safespec evaluate` writes it."""
+    where = {"method": method, "set": f"{kind} set", "kind": kind, "prompt": prompt, "number": 0, "turn": 0}
+    said = {"request": "w10", "reference": None, "answer": answer, "tokens": [1] * 10, "finish_reason": "eos"}
+    found = {"seconds": 1.0, "events": [], "risk_threshold": None, "log_prob": -1.0, "num_recovered": 0}
+    return where | said | found | {"recovered_log_prob": None} | fields

@@ -16,7 +16,8 @@ from safespec_hf.heads import hub
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.features import READINGS
 
-COMMANDS = ["make-head", "collect", "features", "train", "calibrate", "report", "distill-draft", "push", "show"]
+COMMANDS = ["make-head", "collect", "features", "train", "calibrate", "report", "distill-draft"]
+COMMANDS += ["evaluate", "report-evaluation", "push", "show"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,6 +86,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
         ("report", "matplotlib", "train"),
         ("distill-draft", "sklearn", "train"),
         ("make-head", "matplotlib", "train"),
+        ("report-evaluation", "matplotlib", "train"),
     ],
 )
 def test_a_missing_package_is_told_with_how_to_install_it(verb, package, extra, monkeypatch, capsys, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from evaluated import METHODS, WordGuard
+from evaluated import answer_row as row
 
 from safespec_hf import SafeSpecError
 from safespec_hf.evaluation.judges import RefusalPhrases
@@ -20,13 +21,6 @@ from safespec_hf.evaluation.summaries import (
     set_figures,
     usefulness_table,
 )
-
-
-def row(method, prompt, answer, kind="attacks", **fields):
-    where = {"method": method, "set": f"{kind} set", "kind": kind, "prompt": prompt, "number": 0, "turn": 0}
-    said = {"request": "w10", "reference": None, "answer": answer, "tokens": [1] * 10, "finish_reason": "eos"}
-    found = {"seconds": 1.0, "events": [], "risk_threshold": None, "log_prob": -1.0, "num_recovered": 0}
-    return where | said | found | {"recovered_log_prob": None} | fields
 
 
 @dataclass

@@ -79,7 +79,7 @@ def emulated(num_processes):
         )
         for index in range(num_processes)
     ]
-    return states.pop
+    return lambda **_: states.pop()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])

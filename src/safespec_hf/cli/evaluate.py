@@ -69,7 +69,7 @@ def evaluate(
 
     Example: `safespec evaluate --attacks attacks.jsonl --benign benign.jsonl --out answers.jsonl`
 
-    Example: `accelerate launch --num_processes 2 -m safespec_hf.cli evaluate --attacks attacks.jsonl --out a.jsonl`
+    Example: `torchrun --nproc_per_node 2 -m safespec_hf.cli evaluate --attacks attacks.jsonl --out answers.jsonl`
     """
     from ..evaluation.attackers import attack
     from ..evaluation.prompts import load_prompt_sets
@@ -108,16 +108,15 @@ def _load_engine(
     *,
     needs_head: bool,
 ) -> Any:
-    from accelerate import PartialState
-
     from ..defaults.default_target import load_default_head
     from ..evaluation.engine import Engine
+    from ..evaluation.runs import processes
     from ..heads.safety_head import SafetyHead
     from ..modeling import attach_safety_head
 
     if needs_head and head is None and target is not None:
         raise SafeSpecError("Guarded methods need the target's head: `--head FOLDER`, or an id on the Hub.")
-    PartialState()  # each process takes its own device, before anything is put on one
+    processes()  # each process takes its own device, before anything is put on one
     safety_head = SafetyHead.from_pretrained(head) if head is not None else None
     model, tokenizer = load_target(target, dtype, chat_template)
     if needs_head:

@@ -1,7 +1,7 @@
 """Attackers who know of the guard: requests rewritten so that a monitor of what is written sees less.
 
-What they ask for comes from files of prompts; nothing harmful is spelled out here. A suffix that is optimised against a
-head is not among them.
+What they ask for comes from files of prompts; nothing harmful is spelled out here. A suffix that is optimised against
+a head is not among them.
 """
 
 from __future__ import annotations

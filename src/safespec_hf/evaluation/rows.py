@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SafeSpecError
-from ..training.files import read_rows, write_whole
+from ..training.files import DataError, read_rows, write_whole
 from .engine import Reply
 
 SETTINGS_SUFFIX, PART = ".settings.json", ".part-"
@@ -91,7 +91,10 @@ class AnswerFile:
         file = self._settings_file()
         if not file.exists():
             return {}
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SafeSpecError(f"{file} is not JSON: {error}. Give another file for the answers.") from error
         return settings
 
     def check_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,9 +143,9 @@ def read_answers(path: str | os.PathLike[str]) -> list[Row]:
     """
     rows = []
     for raw in read_rows(str(path)):
-        missing = next((field for field in FIELDS if field not in raw.values), None)
-        if missing is not None:
-            raise raw.error(missing, "missing: this is no row that `safespec evaluate` wrote")
+        bad = next((field for field, kind in FIELDS.items() if not isinstance(raw.values.get(field), kind)), None)
+        if bad is not None:
+            raise raw.error(bad, "missing, or of another type: this is no row that `safespec evaluate` wrote")
         rows.append(raw.values)
     if not rows:
         raise SafeSpecError(f"No rows in {path}: nothing to report.")
@@ -166,5 +169,8 @@ def _read_lines(path: Path) -> Iterator[Row]:
     if not path.exists():
         return
     content = path.read_bytes()
-    for line in content[: content.rfind(b"\n") + 1].splitlines():
-        yield json.loads(line)
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(str(path), number, "*", f"not JSON: {error}") from error

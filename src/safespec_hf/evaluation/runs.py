@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
@@ -74,8 +75,8 @@ def run_evaluation(
 ) -> int:
     """Lets every method answer every prompt, into a file of JSON lines.
 
-    Rows that are there are not made again, so a killed run goes on where it was. Under `accelerate launch` the batches
-    are spread over the processes; the rows are the same for any number of them, but for the times.
+    Rows that are there are not made again, so a killed run goes on where it was. Under `accelerate launch` or `torchrun`
+    the batches are spread over the processes; the rows are the same for any number of them, but for the times.
 
     Args:
         engine ([`Engine`]): The target.
@@ -92,7 +93,7 @@ def run_evaluation(
             prompt, if the file can't be written to, or if it was begun with other settings. All before the first
             answer.
     """
-    settings, path, state = settings or RunSettings(), Path(out), PartialState()
+    settings, path, state = settings or RunSettings(), Path(out), processes()
     _check(engine, methods, sets)
     check_writable_file(path)
     file = AnswerFile(path, state.process_index, state.num_processes)
@@ -123,6 +124,11 @@ def run_evaluation(
         file.merge()
     state.wait_for_everyone()
     return len(file.read())
+
+
+def processes() -> PartialState:
+    """The processes of this run; on CPUs, too, where each would otherwise believe that it is alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def plan(methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]], batch_size: int) -> list[Unit]:
