@@ -75,8 +75,8 @@ def run_evaluation(
 ) -> int:
     """Lets every method answer every prompt, into a file of JSON lines.
 
-    Rows that are there are not made again, so a killed run goes on where it was. Under `accelerate launch` or `torchrun`
-    the batches are spread over the processes; the rows are the same for any number of them, but for the times.
+    Rows that are there are not made again, so a killed run goes on where it was. Under `accelerate launch` or
+    `torchrun` the batches are spread over the processes; the rows are the same for any number, but for the times.
 
     Args:
         engine ([`Engine`]): The target.
