@@ -14,8 +14,9 @@ from head_words import BagOfWords
 from prompts import PROMPTS
 
 from safespec_hf import SafeSpecConfig
-from safespec_hf.evaluation.methods import Guard
+from safespec_hf.evaluation.judges import Judge
 from safespec_hf.evaluation.prompts import Kind, Prompt, load_prompt_sets
+from safespec_hf.evaluation.statistics import JudgeErrors
 from safespec_hf.training.data import Example, load_examples
 
 ATTACKS = ("AttentionShift", "CodeChameleon", "DeepInception", "ReNeLLM")
@@ -69,7 +70,8 @@ class WordGuard:
     Its threshold lets so many of long harmless answers be stopped as the shipped head may flag.
     """
 
-    errors = None
+    errors: JudgeErrors | None = None
+    threshold = 0.5
 
     def __init__(self, data: Path):
         examples = load_examples([data / path for path in GUARD_TRAINED_ON], label=0)
@@ -84,7 +86,7 @@ class WordGuard:
         return [float(risk >= self._limit) for risk in risks]
 
 
-def load_guard(options: argparse.Namespace) -> Guard | None:
+def load_guard(options: argparse.Namespace) -> Judge | None:
     return None if options.data is None else WordGuard(options.data)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import SafeSpecConfig
 from ..heads.safety_head import SafetyHead
 from .engine import Engine, Reply, check_guarded
+from .judges import Judge
 from .prompts import Message
 
 REMINDER_BEFORE = (
@@ -60,17 +61,6 @@ class Method(Protocol):
 
     def answer(self, engine: Engine, turn: Turn) -> list[Reply]:
         """One reply for each conversation."""
-
-
-class Guard(Protocol):
-    """A model that reads answers, such as a `Judge` of [`safespec_hf.evaluation.judges`]."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    def judge(self, requests: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """For each answer the probability that it is harmful."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,15 +163,16 @@ class Screened:
     """
 
     name: str
-    guard: Guard
-    threshold: float = 0.5
+    guard: Judge
+    threshold: float
     every: int | None = None
     needs_head: bool = False
     uses_undefended: bool = True
 
     def settings(self) -> dict[str, Any]:
         """All that its answers depend on."""
-        return {"guard": self.guard.name, "threshold": self.threshold, "every": self.every}
+        errors = None if self.guard.errors is None else asdict(self.guard.errors)
+        return {"guard": self.guard.name, "errors": errors, "threshold": self.threshold, "every": self.every}
 
     def answer(self, engine: Engine, turn: Turn) -> list[Reply]:
         """The target's answers, screened."""

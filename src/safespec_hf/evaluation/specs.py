@@ -12,13 +12,14 @@ from .. import config
 from ..config import SafeSpecConfig
 from ..errors import SafeSpecError
 from ..training.settings import check_number
-from .methods import Forced, Guard, Guarded, Method, Plain, Screened
+from .judges import Judge
+from .methods import Forced, Guarded, Method, Plain, Screened
 
-Make = Callable[[str, Mapping[str, str | Any], Guard | None], Method]
+Make = Callable[[str, Mapping[str, str | Any], Judge | None], Method]
 DEFAULT_EVERY = 16
 
 
-def parse_method(spec: str, guard: Guard | None = None) -> Method:
+def parse_method(spec: str, guard: Judge | None = None) -> Method:
     """The method that a specification names.
 
     Args:
@@ -26,7 +27,7 @@ def parse_method(spec: str, guard: Guard | None = None) -> Method:
             A name of [`METHODS`]; or the name, a colon, and its options: `name=value,...`, or a JSON object, for texts
             with commas in them. Options are fields of [`SafeSpecConfig`] for guarded methods, `threshold` and `every`
             for those with a guard model.
-        guard ([`Guard`], *optional*): For `guard_finished` and `guard_every_n`.
+        guard ([`Judge`], *optional*): For `guard_finished` and `guard_every_n`.
 
     Raises:
         SafeSpecError: If there is no such method or option, or a value is out of its range.
@@ -81,7 +82,7 @@ def _read(text: str, hint: Any) -> Any:
         return str(text)  # of a wrong type, and the policy says so
 
 
-def _plain(spec: str, options: Mapping[str, Any], guard: Guard | None, *, is_reminded: bool = False) -> Method:
+def _plain(spec: str, options: Mapping[str, Any], guard: Judge | None, *, is_reminded: bool = False) -> Method:
     if options:
         raise ValueError("it has no options.")
     return Plain(name=spec, is_reminded=is_reminded)
@@ -90,7 +91,7 @@ def _plain(spec: str, options: Mapping[str, Any], guard: Guard | None, *, is_rem
 def _guarded(
     spec: str,
     options: Mapping[str, Any],
-    guard: Guard | None,
+    guard: Judge | None,
     *,
     own: Mapping[str, Any] | None = None,
     is_monitored: bool = True,
@@ -103,14 +104,14 @@ def _guarded(
     return Guarded(name=spec, policy=policy, is_monitored=is_monitored, is_reminded=is_reminded)
 
 
-def _forced(spec: str, options: Mapping[str, Any], guard: Guard | None) -> Method:
+def _forced(spec: str, options: Mapping[str, Any], guard: Judge | None) -> Method:
     return Forced(name=spec, policy=_policy(options))
 
 
-def _screened(spec: str, options: Mapping[str, Any], guard: Guard | None, *, is_streamed: bool) -> Method:
+def _screened(spec: str, options: Mapping[str, Any], guard: Judge | None, *, is_streamed: bool) -> Method:
     if guard is None:
         raise ValueError("it needs a guard model: give one with `--guard`.")
-    values = {"threshold": 0.5, "every": DEFAULT_EVERY if is_streamed else None}
+    values: dict[str, Any] = {"threshold": guard.threshold, "every": DEFAULT_EVERY if is_streamed else None}
     legal = [name for name in values if name != "every" or is_streamed]
     unknown = [name for name in options if name not in legal]
     if unknown:
@@ -119,7 +120,7 @@ def _screened(spec: str, options: Mapping[str, Any], guard: Guard | None, *, is_
     check_number("threshold", values["threshold"], "(0, 1]")
     if is_streamed:
         check_number("every", values["every"], "[1, inf)", "an integer")
-    return Screened(name=spec, guard=guard, threshold=float(values["threshold"] or 0), every=values["every"])  # type: ignore[arg-type]
+    return Screened(name=spec, guard=guard, threshold=float(values["threshold"]), every=values["every"])
 
 
 METHODS: dict[str, Make] = {
