@@ -146,7 +146,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[Row]:
         bad = next((field for field, kind in FIELDS.items() if not isinstance(raw.values.get(field), kind)), None)
         if bad is not None:
             raise raw.error(bad, "missing, or of another type: this is no row that `safespec evaluate` wrote")
-        rows.append(raw.values)
+        rows.append({**dict.fromkeys(MAY_BE_NULL), **raw.values})  # which a reader of any data leaves out
     if not rows:
         raise SafeSpecError(f"No rows in {path}: nothing to report.")
     return rows
