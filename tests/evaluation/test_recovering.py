@@ -28,9 +28,10 @@ def test_only_the_first_attempt_after_a_flag_counts():
     assert attempts_of(rows) == [Attempt(2, 1), Attempt(3, 1)]
 
 
-def test_what_an_event_says_of_its_safe_candidates_is_believed():
-    rows = [{"events": [event(9, [0.9, 0.2]) | {"num_safe": 0}], "risk_threshold": 0.5}]
-    assert attempts_of(rows) == [Attempt(2, 0)]
+def test_candidates_that_ended_early_are_not_counted():
+    told = {"num_safe_candidates": 1, "num_unsafe_candidates": 2}
+    rows = [{"events": [event(9, [0.9, 0.9, 0.2, 0.3]) | told], "risk_threshold": 0.5}]
+    assert attempts_of(rows) == [Attempt(3, 1)]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3])

@@ -18,6 +18,7 @@ from safespec_hf.evaluation.summaries import (
     attack_rates,
     missing_answers,
     overview,
+    recovery_tables,
     set_figures,
     usefulness_table,
 )
@@ -95,6 +96,13 @@ def test_usefulness_is_of_answers_in_which_something_was_flagged():
     assert (table["flagged answers"], table["useful"], table["finished"]) == (2, 0.5, 0.5)
     assert table["log-probability lost"] == pytest.approx(0.5)
     assert table["about the request"] == 0.25
+
+
+def test_candidates_are_counted_where_their_number_says_nothing_of_them():
+    event = {"position": 3, "rolled_back_to": 0, "candidate_risks": [0.1, 0.9]}
+    rows = [row(m, "0", "w10", events=[event], risk_threshold=0.5) for m in ("safespec", "forced", "safespec:few")]
+    methods = {"safespec:few": {"policy": {"candidates_per_batch": 2}}}
+    assert list(recovery_tables(Answers(rows), methods)) == ["safespec"]
 
 
 def test_what_a_comparison_lacks_is_said():

@@ -60,7 +60,7 @@ def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeyp
             return answer(*args)
 
     monkeypatch.setattr(runs, "_answer", alone)
-    monkeypatch.setattr(runs.Engine, "warm_up", lambda _: None)
+    monkeypatch.setattr(runs, "warm_up", lambda *_: None)
     with ThreadPoolExecutor(num_processes) as pool:
         for run in [pool.submit(evaluate, tmp_path / "many.jsonl") for _ in range(num_processes)]:
             run.result()
@@ -154,6 +154,12 @@ def test_a_guarded_method_needs_a_head_and_others_do_not(evaluate, engine, tmp_p
     with pytest.raises(SafeSpecError, match="need a safety head"):
         evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
     assert evaluate(tmp_path / "x.jsonl", ["target", "self_reminder"]) > 0
+
+
+def test_a_policy_that_can_not_be_had_is_told_before_the_first_answer(evaluate, tmp_path):
+    with pytest.raises(SafeSpecError, match="no operating point 'strict'"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec:operating_point=strict"])
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_rows_do_not_depend_on_the_batch(evaluate, tmp_path):

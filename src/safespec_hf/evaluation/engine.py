@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -117,11 +117,6 @@ class Engine:
             reply.risk_threshold = threshold if is_monitored else None
         replies[0].statistics = asdict(output.statistics)
         return replies
-
-    def warm_up(self) -> None:
-        """One short guarded answer: what the first call does once, such as packing weights, is no answer's cost."""
-        short = replace(self, max_new_tokens=2)
-        short.guarded([[{"role": "user", "content": "When to prune roses?"}]], SafeSpecConfig())
 
     def _read(self, output: SafeSpecOutput, index: int, prompt: list[int], seconds: float) -> Reply:
         """One row of what a guarded call returned."""

@@ -20,7 +20,10 @@ class Attempt(NamedTuple):
 
 
 def attempts_of(rows: Sequence[Row]) -> list[Attempt]:
-    """The first attempt after each flag. Later ones steer away from what was found unsafe: they are other draws."""
+    """The first attempt after each flag. Later ones steer away from what was found unsafe: they are other draws.
+
+    Attempts that stop sampling at the first safe candidate would flatter p: their rows don't belong here.
+    """
     attempts = []
     for row in rows:
         before: Any = None
@@ -33,9 +36,11 @@ def attempts_of(rows: Sequence[Row]) -> list[Attempt]:
 
 
 def _attempt(event: dict[str, Any], threshold: float) -> Attempt:
+    if num_unsafe := event.get("num_unsafe_candidates", 0):
+        # the rest ended early, and nobody knows
+        return Attempt(event["num_safe_candidates"] + num_unsafe, event["num_safe_candidates"])
     risks = event["candidate_risks"]
-    counted = sum(risk is not None and risk < threshold for risk in risks)
-    return Attempt(len(risks), event.get("num_safe", counted))
+    return Attempt(len(risks), sum(risk is not None and risk < threshold for risk in risks))
 
 
 def success_at(attempts: Sequence[Attempt], k: int) -> Interval:

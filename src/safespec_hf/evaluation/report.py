@@ -60,8 +60,8 @@ def write_evaluation_report(
     rows = read_answers(path)
     out = Path(folder)
     check_writable_folder(out)
-    results = measure(rows, judges, f"{path}{VERDICTS_SUFFIX}", similarity=similarity)
-    results["settings"] = AnswerFile(Path(path)).read_settings()
+    settings = AnswerFile(Path(path)).read_settings()
+    results = measure(rows, judges, f"{path}{VERDICTS_SUFFIX}", settings, similarity=similarity)
     pictures = draw_all(results, out)
     report = {"provenance": provenance([path]), "results": results}
     (out / "report.json").write_text(to_json(report), encoding="utf-8")
@@ -73,6 +73,7 @@ def measure(
     rows: Sequence[Row],
     judges: Sequence[Judge],
     verdicts: str | os.PathLike[str],
+    settings: Mapping[str, Any],
     *,
     similarity: Similarity | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def measure(
         rows (`Sequence[Mapping]`): The answers.
         judges (`Sequence[Judge]`): The first one is the one of the overview.
         verdicts (`str` or `os.PathLike`): File that keeps what judges have said.
+        settings (`Mapping[str, Any]`): What the file of answers was begun with.
         similarity (`Callable`, *optional*): Of requests and answers.
     """
     answers = Answers(rows)
@@ -98,7 +100,8 @@ def measure(
         "attacks": attacks,
         "sets": set_figures(answers),
         "usefulness": usefulness_table(answers, similarity),
-        "recovery": recovery_tables(answers),
+        "recovery": recovery_tables(answers, settings.get("methods", {})),
+        "settings": dict(settings),
     }
 
 

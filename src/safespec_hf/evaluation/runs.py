@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .prompts import Message, Prompt, hash_prompts
 from .rows import AnswerFile, Key, Row, key_of, to_reply
 
 UNDEFENDED = "target"
+WARM_UP = "When to prune roses?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +108,7 @@ def run_evaluation(
     todo = [unit for unit in plan(methods, sets, settings.batch_size) if any(key not in done for key in unit.rows())]
     state.wait_for_everyone()  # nobody writes before each has seen what is missing, or their plans would differ
     mine = todo[state.process_index :: state.num_processes]
-    if any(unit.method.needs_head for unit in mine):
-        engine.warm_up()
+    warm_up(engine, [unit.method for unit in mine])
     with tqdm(
         total=sum(len(unit.prompts) for unit in mine),
         desc=f"answers > {path.name}",
@@ -129,6 +129,17 @@ def run_evaluation(
 def processes() -> PartialState:
     """The processes of this run; on CPUs, too, where each would otherwise believe that it is alone."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def warm_up(engine: Engine, methods: Sequence[Method]) -> None:
+    """A short answer by each guarded method.
+
+    What a first call does once, such as packing weights, is no answer's cost; and a policy that this target and draft
+    can't have is told now, not after hours.
+    """
+    short = replace(engine, max_new_tokens=2)
+    for method in {method.name: method for method in methods if method.needs_head}.values():
+        method.answer(short, Turn([[{"role": "user", "content": WARM_UP}]], [WARM_UP], 0, []))
 
 
 def plan(methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]], batch_size: int) -> list[Unit]:
