@@ -14,19 +14,13 @@ from .engine import Reply
 
 SETTINGS_SUFFIX, PART = ".settings.json", ".part-"
 Row = Mapping[str, Any]
-FIELDS = (
-    "method",
-    "set",
-    "kind",
-    "prompt",
-    "number",
-    "turn",
-    "request",
-    "answer",
-    "tokens",
-    "finish_reason",
-    "seconds",
-)
+FIELDS: dict[str, type] = {
+    **dict.fromkeys(("method", "set", "kind", "prompt", "request", "answer", "finish_reason"), str),
+    **dict.fromkeys(("number", "turn", "num_recovered"), int),
+    **dict.fromkeys(("tokens", "events"), list),
+    "seconds": float,
+}
+MAY_BE_NULL = ("reference", "risk_max", "risk_threshold", "statistics", "log_prob", "recovered_log_prob")
 
 
 class Key(NamedTuple):
