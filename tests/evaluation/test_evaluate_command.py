@@ -75,7 +75,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_report(arguments, tmp_pa
 def test_two_processes_give_the_rows_of_one(arguments, tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     run("evaluate", *arguments, "--out", one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finish(start(*launch, "-m", "safespec_hf.cli", "evaluate", *arguments, "--out", str(two)))
     assert rows_of(two) == rows_of(one)
     assert list(tmp_path.glob("*.part-*")) == []

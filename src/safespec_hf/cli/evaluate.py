@@ -69,7 +69,7 @@ def evaluate(
 
     Example: `safespec evaluate --attacks attacks.jsonl --benign benign.jsonl --out answers.jsonl`
 
-    Example: `torchrun --nproc_per_node 2 -m safespec_hf.cli evaluate --attacks attacks.jsonl --out answers.jsonl`
+    Example: `torchrun --standalone --nproc_per_node 2 -m safespec_hf.cli evaluate --attacks a.jsonl --out b.jsonl`
     """
     from ..evaluation.attackers import attack
     from ..evaluation.prompts import load_prompt_sets
