@@ -26,6 +26,7 @@ from safety_bars import find_bars, to_page, update_page
 from safety_parts import Part, load_guard, parts
 
 from safespec_hf import load_default
+from safespec_hf.cli.loading import load_draft
 from safespec_hf.evaluation.engine import Engine
 from safespec_hf.evaluation.judges import Judge, RefusalPhrases
 from safespec_hf.evaluation.report import write_evaluation_report
@@ -45,6 +46,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="float32", help="of target and draft")
+    parser.add_argument(
+        "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
+    )
     parser.add_argument("--work", type=Path, help="for answers and verdicts; default: below ~/.cache/safespec-hf")
     parser.add_argument("--out", type=Path, help="folder for safety.json; the page is written for docs/results only")
     options = parser.parse_args()
@@ -62,6 +66,7 @@ def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
     engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
     guard = load_guard(options)
     for part in todo:
+        engine.draft = draft if part.draft is None else load_draft(part.draft, model, is_default_target=True)
         print(f"{part.name}: {', '.join(part.methods)}", flush=True)
         methods = [parse_method(spec, guard) for spec in part.methods]
         settings = RunSettings(batch_size=part.batch_size)
@@ -104,12 +109,12 @@ def main() -> int:
     todo = list(parts(options))
     answer(options, todo)
     results = report(options, todo)
-    main_results, singly = results[todo[0].file], results[todo[-1].file]
+    main_results, singly = results["answers.jsonl"], results["singly.jsonl"]
     figures = find_bars(main_results, singly, count_hours(options, todo))
     show(figures, options.short)
     if options.out:
         rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]
-        write_json(options.out / "safety.json", {"figures": rows, "main": main_results, "singly": singly})
+        write_json(options.out / "safety.json", {"figures": rows, **results})
         if options.out.resolve() == (PAGE.parent / "results").resolve():
             update_page(PAGE, to_page(figures, main_results))
     return 0 if options.short or all(figure.passes for figure in figures) else 1

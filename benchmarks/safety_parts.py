@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 from head_words import BagOfWords
 from prompts import PROMPTS
 
-from safespec_hf import SafeSpecConfig
 from safespec_hf.evaluation.judges import Judge
 from safespec_hf.evaluation.prompts import Kind, Prompt, load_prompt_sets
 from safespec_hf.evaluation.statistics import JudgeErrors
@@ -52,6 +50,8 @@ SENSITIVITY = (
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
 FORCED = "forced"
+# the paper's own acceptance, which takes a draft that is a language model
+SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
 
 
 class Part(NamedTuple):
@@ -62,6 +62,8 @@ class Part(NamedTuple):
     methods: tuple[str, ...]
     sets: dict[str, list[Prompt]]
     batch_size: int
+    draft: str | None = None
+    """A language model that drafts instead of the default draft."""
 
 
 class WordGuard:
@@ -116,11 +118,12 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         file = "answers" if batch_size is None else name
         return Part(name, f"{file}.jsonl", tuple(known), chosen, batch_size or options.batch_size)
 
-    has_segments = any(field.name == "verification" for field in fields(SafeSpecConfig))
-    yield part("methods", [*METHODS, *(["specreason"] if has_segments else [])], sets)
+    yield part("methods", METHODS, sets)
     yield part("a forced flag", [FORCED], of("benign", "tasks"))
     if attacked := of("attacks", "borderline"):
         yield part("ablations", [*ABLATIONS, *SENSITIVITY], attacked)
     # files of their own: what goes together in a batch is part of an answer's settings
     singly = {name: [*prompts] for name, prompts in of("attacks", "benign", limit=options.single).items()}
     yield part("singly", SINGLY, singly, 1)
+    if options.segment_draft is not None:
+        yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)
