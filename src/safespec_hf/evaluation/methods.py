@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -42,19 +42,20 @@ class Turn(NamedTuple):
     undefended: list[Reply]
 
 
-@runtime_checkable
 class Method(Protocol):
-    """Answers conversations in some way.
+    """Answers conversations in some way."""
 
-    Attributes:
-        name (`str`): Its specification.
-        needs_head (`bool`): Whether the target must be guarded.
-        uses_undefended (`bool`): Whether it works on the answers of the target alone.
-    """
+    @property
+    def name(self) -> str:
+        """Its specification."""
 
-    name: str
-    needs_head: bool
-    uses_undefended: bool
+    @property
+    def needs_head(self) -> bool:
+        """Whether the target must be guarded."""
+
+    @property
+    def uses_undefended(self) -> bool:
+        """Whether it works on the answers of the target alone."""
 
     def settings(self) -> dict[str, Any]:
         """All that its answers depend on, as JSON can hold it."""
@@ -136,7 +137,7 @@ class ForcedHead(SafetyHead):
     @classmethod
     def like(cls, head: SafetyHead) -> ForcedHead:
         """One with the weights of another head."""
-        forced = cls(head.config)
+        forced: Any = cls(head.config)
         forced.load_state_dict(head.state_dict())
         return forced.to(next(head.parameters()).device).eval()
 

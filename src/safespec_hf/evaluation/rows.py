@@ -135,7 +135,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[Row]:
         DataError: If a row is none of these; names its place.
         SafeSpecError: If there are none.
     """
-    rows = []
+    rows: list[Row] = []
     for raw in read_rows(str(path)):
         bad = next((field for field, kind in FIELDS.items() if not isinstance(raw.values.get(field), kind)), None)
         if bad is not None:

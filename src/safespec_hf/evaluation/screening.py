@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..config import DEFAULT_REFUSAL
@@ -40,7 +39,9 @@ def screen(method: Screened, engine: Engine, turn: Turn) -> list[Reply]:
         ]
         prefixes = [_prefix(engine, undefended[index], num_read * every) for index in alive]
         requests = [turn.requests[index] for index in alive]
-        verdicts, seconds = _timed(lambda requests=requests, prefixes=prefixes: method.guard.judge(requests, prefixes))
+        start = time.perf_counter()
+        verdicts = method.guard.judge(requests, prefixes)
+        seconds = time.perf_counter() - start
         for index, risk in zip(alive, verdicts, strict=True):
             guard_seconds[index] += seconds / len(alive)
             if risk >= method.threshold:
@@ -74,9 +75,3 @@ def _reply(engine: Engine, reply: Reply, stopped_at: int | None, guard_seconds: 
         seconds=reply.seconds * share + guard_seconds,
         guard_seconds=guard_seconds,
     )
-
-
-def _timed(do: Callable[[], list[float]]) -> tuple[list[float], float]:
-    start = time.perf_counter()
-    result = do()
-    return result, time.perf_counter() - start
