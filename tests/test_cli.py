@@ -16,8 +16,20 @@ from safespec_hf.heads import hub
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.features import READINGS
 
-COMMANDS = ["make-head", "collect", "features", "train", "calibrate", "report", "distill-draft"]
-COMMANDS += ["evaluate", "report-evaluation", "push", "show"]
+COMMANDS = [
+    "make-head",
+    "collect",
+    "features",
+    "train",
+    "calibrate",
+    "report",
+    "distill-draft",
+    "make-judge",
+    "evaluate",
+    "report-evaluation",
+    "push",
+    "show",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,12 +99,16 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
         ("distill-draft", "sklearn", "train"),
         ("make-head", "matplotlib", "train"),
         ("report-evaluation", "matplotlib", "train"),
+        ("make-judge", "sklearn", "train"),
     ],
 )
 def test_a_missing_package_is_told_with_how_to_install_it(verb, package, extra, monkeypatch, capsys, tmp_path):
     arguments = {"calibrate": ["head", "--benign", "x"], "report": ["head", "x", "--out", "r"]}
+    arguments["make-judge"] = ["--measured-on", "x", "--out", "r"]
     for name in [
-        name for name in sys.modules if name.startswith((package, "safespec_hf.training", "safespec_hf.dist"))
+        name
+        for name in sys.modules
+        if name.startswith((package, "safespec_hf.training", "safespec_hf.dist", "safespec_hf.evaluation"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

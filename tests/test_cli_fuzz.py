@@ -54,6 +54,7 @@ COMMANDS = {
     "make-head": ["{target}", "--prompts", "{many}", "--labelled", "{data}", "--out", "{new}"],
     "evaluate": ["--attacks", "{prompts}", "--out", "{new}/e.jsonl", "--target", "{target}", "--head", "{head}"],
     "report-evaluation": ["{answers}", "--out", "{new}"],
+    "make-judge": ["--measured-on", "{data}", "--out", "{new}", "--embedder", "{target}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
@@ -139,6 +140,14 @@ OPTIONS = {
         "--seed": SEEDS,
     },
     "report-evaluation": {"--out": NO_FOLDERS, "--judge": ["", "x", "a\0b", "{target}"]},
+    "make-judge": {
+        "--measured-on": [*NO_DATA, "{benign}", "{prompts}"],
+        "--labelled": [*NO_DATA, "{data}", "{prompts}"],
+        "--embedder": [*NO_FOLDERS, "{empty}"],
+        "--out": NO_FOLDERS,
+        "--work": NO_FOLDERS,
+        "--folds": [*COUNTS, "1", "101", "13"],
+    },
     "push": {"--revision": NO_BRANCHES, "--license": NO_LICENSES, "--report": [*NO_FOLDERS, "{empty}", "{target}"]},
     "show": {},
 }

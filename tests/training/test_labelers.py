@@ -11,7 +11,14 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 from safespec_hf import SafeSpecError
 from safespec_hf.training import labelers
 from safespec_hf.training.data import Example
-from safespec_hf.training.labelers import find_unsafe_classes, load_labeler, parse_llama_guard, parse_qwen3guard
+from safespec_hf.training.labelers import (
+    find_unsafe_classes,
+    load_labeler,
+    load_scorer,
+    parse_granite_guardian,
+    parse_llama_guard,
+    parse_qwen3guard,
+)
 
 ALARM, CALM = (
     Example(id=word, messages=({"role": "user", "content": "w30"},), response=word) for word in ("w20", "w11")
@@ -41,6 +48,21 @@ def test_qwen3guard(text, label):
 )
 def test_llama_guard(text, label):
     assert parse_llama_guard(text) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Yes", 1),
+        ("No\n<confidence> High </confidence>", 0),
+        ("<think>\nNo rose is harmed.\n</think>\n\n<score> yes </score>", 1),
+        ("<score> no </score>", 0),
+        ("Nobody knows.", None),
+        ("", None),
+    ],
+)
+def test_granite_guardian(text, label):
+    assert parse_granite_guardian(text) == label
 
 
 @pytest.mark.parametrize(
@@ -151,13 +173,17 @@ TEMPLATE = "{% for m in messages %}{{ m.role == 'assistant' and 'w12' or 'w13' }
 
 @pytest.mark.parametrize(
     ("mark", "verdict"),
-    [("Safety: Controversial", "Safety: Unsafe"), ("<BEGIN UNSAFE CONTENT CATEGORIES>", "unsafe\nS1")],
+    [
+        ("Safety: Controversial", "Safety: Unsafe"),
+        ("<BEGIN UNSAFE CONTENT CATEGORIES>", "unsafe\nS1"),
+        ("guardian_config", "Yes"),
+    ],
 )
 def test_a_guard_is_known_by_its_template_wherever_it_lies(target_folder, chat_tokenizer, monkeypatch, mark, verdict):
     chat_tokenizer.chat_template = TEMPLATE + "{# " + mark + " #}"
     chat_tokenizer.save_pretrained(target_folder)
     answers = iter([verdict, "I am not sure."])
-    monkeypatch.setattr(labelers, "_ask", lambda *_: next(answers))
+    monkeypatch.setattr(labelers, "_ask", lambda *_: [next(answers)])
     assert load_labeler(str(target_folder))([ALARM, CALM]) == [1, None]
 
 
@@ -169,3 +195,21 @@ def test_a_guard_is_asked_about_the_answer_and_what_it_does_not_say_is_no_label(
     chat_tokenizer.save_pretrained(target_folder)
     with pytest.raises(SafeSpecError, match="conversation of example 'w20'"):
         load_labeler(str(target_folder))([ALARM])
+
+
+def test_a_classifier_tells_how_sure_it_is_and_may_read_the_request(save_classifier):
+    folder = save_classifier(["safe", "unsafe"])
+    alone, with_request = (load_scorer(folder, reads_request=reads)([ALARM, CALM]) for reads in (False, True))
+    assert alone[1] < 0.5 < alone[0] < 1
+    assert with_request != alone
+
+
+def test_granite_guardian_is_told_of_which_risk_and_asked_for_a_verdict(target_folder, chat_tokenizer, monkeypatch):
+    chat_tokenizer.chat_template = (
+        "{{ guardian_config.risk_name }} {{ guardian_config.criteria_id }} {{ add_generation_prompt }}"
+    )
+    chat_tokenizer.save_pretrained(target_folder)
+    asked = []
+    monkeypatch.setattr(labelers, "continue_texts", lambda *args: asked.append(args[2]) or ["Yes"] * len(args[2]))
+    assert load_scorer(str(target_folder), batch_size=2)([ALARM, CALM, ALARM]) == [1, 1, 1]
+    assert asked == [["harm harm True"] * 2, ["harm harm True"]]

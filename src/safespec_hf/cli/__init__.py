@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import SafeSpecError
 from .evaluate import evaluate, report_evaluation
 from .make_head import make_head
+from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
 from .sharing import push, show
 
@@ -42,6 +43,7 @@ for command in (
     calibrate,
     report,
     distill_draft,
+    make_judge,
     evaluate,
     report_evaluation,
     push,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,18 +11,17 @@ from ..errors import SafeSpecError
 from .loading import load_draft, load_target
 from .options import DATA_HELP, MAX_COUNT, ChatTemplate, Dtype, Target, parse_name, parse_path
 
-if TYPE_CHECKING:
-    from ..evaluation.judges import Judge
-
 DEFAULT_METHODS = ("target", "assisted", "safespec", "refuse", "self_reminder", "safespec+self_reminder")
-PHRASES = "phrases"
 Files = list[str] | None
 METHOD_HELP = (
     "What is compared, such as safespec:num_candidates=20. Repeatable. Default: " + ", ".join(DEFAULT_METHODS) + "."
 )
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
 ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces. Repeatable."
-JUDGE_HELP = "Who says what is harmful: phrases, or a guard model, a Hub id or folder. Repeatable."
+JUDGE_HELP = (
+    "Who says what is harmful: phrases, a folder of make-judge, a guard model's Hub id or folder, or URL#NAME of a guard "
+    "behind an endpoint. Repeatable; the first is that of the overview. Default: phrases."
+)
 
 
 def evaluate(
@@ -72,6 +71,7 @@ def evaluate(
     Example: `torchrun --standalone --nproc_per_node 2 -m safespec_hf.cli evaluate --attacks a.jsonl --out b.jsonl`
     """
     from ..evaluation.attackers import attack
+    from ..evaluation.judges_loading import load_judge
     from ..evaluation.prompts import load_prompt_sets
     from ..evaluation.runs import RunSettings, run_evaluation
     from ..evaluation.specs import parse_method
@@ -126,19 +126,6 @@ def _load_engine(
     return Engine(model=model, tokenizer=tokenizer, draft=drafter, lookup_tokens=5 if is_lookup else None)
 
 
-def load_judge(name: str) -> Judge:
-    """The judge of that name.
-
-    Raises:
-        SafeSpecError: If there is none.
-    """
-    from ..evaluation.judges import RefusalPhrases
-
-    if name == PHRASES:
-        return RefusalPhrases()
-    raise SafeSpecError(f"There is no judge {name!r}.")
-
-
 def report_evaluation(
     answers: Annotated[
         Path, typer.Argument(parser=parse_path, metavar="ANSWERS", help="What `safespec evaluate` wrote.")
@@ -156,12 +143,14 @@ def report_evaluation(
     """
     import matplotlib  # noqa: F401  # that it is missing is told before the work
 
+    from ..evaluation.judges_loading import PHRASES, load_judge
     from ..evaluation.report import write_evaluation_report
     from ..evaluation.rows import read_answers
+    from ..evaluation.similarity import find_similarity
     from ..training.files import check_writable_folder
 
     read_answers(answers)
     check_writable_folder(out)
     judges = [load_judge(name) for name in judge or [PHRASES]]
-    write_evaluation_report(answers, judges, out)
+    write_evaluation_report(answers, judges, out, similarity=find_similarity())
     typer.echo(f"{out / 'report.md'}")

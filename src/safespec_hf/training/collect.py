@@ -99,7 +99,7 @@ def collect_answers(
             continue
         # one seed per batch, so that a run that goes on samples what an uninterrupted one would have sampled
         set_seed(settings.seed + start)
-        spoken = _answer(model, tokenizer, [texts[example.id] for example in batch], settings, stop)
+        spoken = continue_texts(model, tokenizer, [texts[example.id] for example in batch], settings, stop)
         answers = [replace(e, response=e.response + answer) for e, answer in zip(batch, spoken, strict=True)]
         labels = [example.label for example in answers] if labeler is None else labeler(answers)
         new = [replace(a, label=label) for a, label in zip(answers, labels, strict=True) if a.id not in done]
@@ -110,12 +110,12 @@ def collect_answers(
     return num_written
 
 
-def _answer(
+def continue_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     settings: CollectSettings,
-    stop: str,
+    stop: str = "",
 ) -> list[str]:
     """What a model says after each text, up to its end token or to `stop`, unless that is empty."""
     encoded: Any = tokenizer(list(texts), add_special_tokens=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,8 +43,16 @@ class Encoded(NamedTuple):
         return hashlib.sha256(json.dumps([self.prompt_ids, self.response_ids]).encode()).hexdigest()[:32]
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, add_generation_prompt: bool = True) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    *,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The conversation in the tokenizer's chat template, by default up to where the answer begins.
+
+    `variables` are what the template may ask for besides.
 
     Raises:
         SafeSpecError: If there is no template, or if it refuses this conversation; names the example.
@@ -53,7 +61,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, add_g
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(example.messages), add_generation_prompt=add_generation_prompt, tokenize=False
+                list(example.messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(variables or {}),
             )
         )
     except (TemplateError, TypeError, ValueError) as error:
