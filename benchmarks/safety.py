@@ -41,11 +41,13 @@ from safespec_hf.evaluation.specs import parse_method
 from safespec_hf.training.data import load_examples
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-# answers that the head's weights were not fitted to
-JUDGE_READS = ("labelled/gptfuzz_evaluate.jsonl",)
-JUDGE_MEASURED_ON = tuple(
-    f"v2/choose/{name}.jsonl" for name in ("jailjudge_mini", "cipherchat_human", "arenahard_benign", "korean_orbench")
+# answers that the head's weights were not fitted to; people labelled the latter
+JUDGE_READS = (
+    "labelled/gptfuzz_evaluate.jsonl",
+    "v2/choose/arenahard_benign.jsonl",
+    "v2/choose/korean_orbench.jsonl",
 )
+JUDGE_MEASURED_ON = ("v2/choose/jailjudge_mini.jsonl", "v2/choose/cipherchat_human.jsonl")
 SHORT = {"limit": 2, "single": 1, "tokens": 48}
 
 
