@@ -48,7 +48,7 @@ JUDGE_READS = (
     "v2/choose/korean_orbench.jsonl",
 )
 JUDGE_MEASURED_ON = ("v2/choose/jailjudge_mini.jsonl", "v2/choose/cipherchat_human.jsonl")
-SHORT = {"limit": 2, "single": 1, "tokens": 48}
+SHORT = {"limit": 1, "single": 1, "tokens": 32}
 
 
 def read_options() -> argparse.Namespace:

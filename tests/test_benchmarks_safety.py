@@ -70,12 +70,12 @@ def test_ours_is_held_against_baselines_that_refuse_no_more(results):
 
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
     page = tmp_path / "results.md"
-    page.write_text(f"# Results\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    page.write_text(f"# Results\n\n{BEGIN}\nroses\n{END}\n\nThe end.\n")
     update_page(page, to_page(find_bars(results, results, hours=1.0), results))
     text = page.read_text()
     assert text.startswith("# Results\n\n")
     assert text.endswith(f"{END}\n\nThe end.\n")
-    assert "old" not in text
+    assert "roses" not in text
     assert "| safespec | 0.10 [0.00, 0.30] |" in text
 
 

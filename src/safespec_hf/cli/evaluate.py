@@ -16,45 +16,50 @@ Files = list[str] | None
 METHOD_HELP = (
     "What is compared, such as safespec:num_candidates=20. Repeatable. Default: " + ", ".join(DEFAULT_METHODS) + "."
 )
+HEAD_HELP = "Folder or Hub id. Default: the default target's own, else none."
+GUARD_HELP = "For guard_finished and guard_every_n: as --judge of report-evaluation."
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
 ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces. Repeatable."
 JUDGE_HELP = (
     "Who says what is harmful: phrases, a folder of make-judge, a guard model's Hub id or folder, or URL#NAME of a "
     "guard behind an endpoint. Repeatable; the first is that of the overview. Default: phrases."
 )
+Answers = Annotated[
+    Path, typer.Option(parser=parse_path, metavar="FILE", help="JSON lines of answers; what is there is kept.")
+]
+Attacks = Annotated[
+    Files, typer.Option(parser=parse_name, metavar="DATA", help=f"Harmful requests. Repeatable. {DATA_HELP}")
+]
+Benign = Annotated[Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmless requests.")]
+Borderline = Annotated[
+    Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmless requests that look harmful.")
+]
+Tasks = Annotated[
+    Files, typer.Option(parser=parse_name, metavar="DATA", help="Requests with a right answer, such as GSM8K.")
+]
+MultiTurn = Annotated[
+    Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmful conversations of several turns.")
+]
+Methods = Annotated[Files, typer.Option(parser=parse_name, metavar="METHOD", help=METHOD_HELP)]
+Attackers = Annotated[Files, typer.Option(metavar="NAME", help=ATTACKER_HELP)]
+EvaluatedHead = Annotated[str | None, typer.Option(parser=parse_name, metavar="HEAD", help=HEAD_HELP)]
+Draft = Annotated[str | None, typer.Option(parser=parse_name, metavar="DRAFT", help=DRAFT_HELP)]
+Guard = Annotated[str | None, typer.Option(parser=parse_name, metavar="JUDGE", help=GUARD_HELP)]
 
 
 def evaluate(
-    out: Annotated[
-        Path, typer.Option(parser=parse_path, metavar="FILE", help="JSON lines of answers; what is there is kept.")
-    ],
-    attacks: Annotated[
-        Files, typer.Option(parser=parse_name, metavar="DATA", help=f"Harmful requests. Repeatable. {DATA_HELP}")
-    ] = None,
-    benign: Annotated[Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmless requests.")] = None,
-    borderline: Annotated[
-        Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmless requests that look harmful.")
-    ] = None,
-    tasks: Annotated[
-        Files, typer.Option(parser=parse_name, metavar="DATA", help="Requests with a right answer, such as GSM8K.")
-    ] = None,
-    multi_turn: Annotated[
-        Files, typer.Option(parser=parse_name, metavar="DATA", help="Harmful conversations of several turns.")
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option(parser=parse_name, metavar="METHOD", help=METHOD_HELP)] = None,
-    attacker: Annotated[list[str] | None, typer.Option(metavar="NAME", help=ATTACKER_HELP)] = None,
+    out: Answers,
+    attacks: Attacks = None,
+    benign: Benign = None,
+    borderline: Borderline = None,
+    tasks: Tasks = None,
+    multi_turn: MultiTurn = None,
+    method: Methods = None,
+    attacker: Attackers = None,
     target: Target = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            parser=parse_name, metavar="HEAD", help="Folder or Hub id. Default: the default target's own, else none."
-        ),
-    ] = None,
-    draft: Annotated[str | None, typer.Option(parser=parse_name, metavar="DRAFT", help=DRAFT_HELP)] = None,
-    guard: Annotated[
-        str | None,
-        typer.Option(parser=parse_name, metavar="MODEL", help="For guard_finished and guard_every_n; see --judge."),
-    ] = None,
+    head: EvaluatedHead = None,
+    draft: Draft = None,
+    guard: Guard = None,
     chat_template: ChatTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Of an answer.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Prompts answered at once.")] = 8,

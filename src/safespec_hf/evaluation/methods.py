@@ -17,6 +17,7 @@ from ..heads.safety_head import SafetyHead
 from .engine import Engine, Reply, check_guarded
 from .judges import Judge
 from .prompts import Message
+from .screening import screen
 
 REMINDER_BEFORE = (
     "You are a responsible assistant. Whatever you are asked, and however it is put, you never give help that could "
@@ -177,9 +178,8 @@ class Screened:
 
     def answer(self, engine: Engine, turn: Turn) -> list[Reply]:
         """The target's answers, screened."""
-        from .screening import screen
-
-        return screen(self, engine, turn)
+        undefended = turn.undefended or engine.plain(turn.chats)
+        return screen(engine, undefended, turn.requests, self.guard, threshold=self.threshold, every=self.every)
 
 
 def remind(chats: Sequence[Sequence[Message]]) -> list[list[Message]]:

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from ..config import DEFAULT_REFUSAL
 from .engine import Engine, Reply
-
-if TYPE_CHECKING:
-    from .methods import Screened, Turn
+from .judges import Judge
 
 
-def screen(method: Screened, engine: Engine, turn: Turn) -> list[Reply]:
+def screen(
+    engine: Engine,
+    undefended: Sequence[Reply],
+    requests: Sequence[str],
+    guard: Judge,
+    *,
+    threshold: float,
+    every: int | None = None,
+) -> list[Reply]:
     """The target's own answers as a guard model lets them through.
 
     Args:
-        method ([`Screened`]): The guard, its threshold, and how often it reads.
         engine ([`Engine`]): For its tokenizer.
-        turn ([`Turn`]): With the target's own answers; they are made if they are not there.
+        undefended (`Sequence[Reply]`): The target's own answers.
+        requests (`Sequence[str]`): What is really wanted in each.
+        guard ([`Judge`]): Who reads them.
+        threshold (`float`): At or above it an answer is stopped.
+        every (`int`, *optional*): Tokens after which it reads what there is. Default: finished answers only.
 
     Returns:
         `list[Reply]`: Refusals, where the guard stopped an answer. Seconds are the target's up to the verdict, and the
         guard's share of every reading.
     """
-    undefended = turn.undefended or engine.plain(turn.chats)
     longest = max((len(reply.tokens) for reply in undefended), default=0)
-    every = method.every or max(longest, 1)
+    every = every or max(longest, 1)
     stopped_at: dict[int, int] = {}
     guard_seconds = [0.0] * len(undefended)
     for num_read in range(1, max(1, math.ceil(longest / every)) + 1):
@@ -38,13 +46,13 @@ def screen(method: Screened, engine: Engine, turn: Turn) -> list[Reply]:
             if index not in stopped_at and (num_read - 1) * every < max(len(reply.tokens), 1)
         ]
         prefixes = [_prefix(engine, undefended[index], num_read * every) for index in alive]
-        requests = [turn.requests[index] for index in alive]
+        asked = [requests[index] for index in alive]
         start = time.perf_counter()
-        verdicts = method.guard.judge(requests, prefixes)
+        verdicts = guard.judge(asked, prefixes)
         seconds = time.perf_counter() - start
         for index, risk in zip(alive, verdicts, strict=True):
             guard_seconds[index] += seconds / len(alive)
-            if risk >= method.threshold:
+            if risk >= threshold:
                 stopped_at[index] = min(num_read * every, len(undefended[index].tokens))
     return [
         _reply(engine, reply, stopped_at.get(index), guard_seconds[index]) for index, reply in enumerate(undefended)
