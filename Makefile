@@ -49,9 +49,10 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Some minutes. The whole benchmark needs data and hours: see docs/performance.md.
+# Some minutes. The whole benchmark needs data and hours: see docs/performance.md and docs/results.md.
 bench: env
 	$(BIN)/python benchmarks/speed.py --prompts 3 --tokens 32 --tuning-prompts 1
+	$(BIN)/python benchmarks/safety.py --short
 
 bench-invariants: env
 	$(BIN)/python benchmarks/invariants.py

@@ -25,6 +25,8 @@ COMMANDS = [
     "report",
     "distill-draft",
     "make-judge",
+    "evaluate",
+    "report-evaluation",
     "push",
     "show",
 ]
@@ -96,6 +98,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
         ("report", "matplotlib", "train"),
         ("distill-draft", "sklearn", "train"),
         ("make-head", "matplotlib", "train"),
+        ("report-evaluation", "matplotlib", "train"),
         ("make-judge", "sklearn", "train"),
     ],
 )

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from evaluated import answer_row
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from samples import make_examples, write_lines
@@ -51,6 +52,8 @@ COMMANDS = {
     "report": ["{head}", "{data}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
     "distill-draft": ["{prompts}", "--out", "{new}", "--target", "{target}", "--cache", "{new}"],
     "make-head": ["{target}", "--prompts", "{many}", "--labelled", "{data}", "--out", "{new}"],
+    "evaluate": ["--attacks", "{prompts}", "--out", "{new}/e.jsonl", "--target", "{target}", "--head", "{head}"],
+    "report-evaluation": ["{answers}", "--out", "{new}"],
     "make-judge": ["--measured-on", "{data}", "--out", "{new}", "--embedder", "{target}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
@@ -119,6 +122,24 @@ OPTIONS = {
         "--batch-size": COUNTS,
         "--seed": SEEDS,
     },
+    "evaluate": {
+        **MODEL,
+        "--attacks": NO_DATA,
+        "--benign": NO_DATA,
+        "--tasks": [*NO_DATA, "{prompts}"],  # already there
+        "--multi-turn": NO_DATA,
+        "--out": NO_FILES,
+        "--head": NO_HEADS,
+        "--draft": [name for name in NO_HEADS if name != "{target}"] + ["{head}"],
+        "--method": ["", "x", "safespec:x=1", "safespec:num_candidates=0", "target:x=1", "guard_finished", "refuse:x"],
+        "--attacker": ["", "x", "Cipher"],
+        "--guard": ["", "x", "a\0b"],
+        "--max-new-tokens": COUNTS,
+        "--batch-size": COUNTS,
+        "--limit": COUNTS,
+        "--seed": SEEDS,
+    },
+    "report-evaluation": {"--out": NO_FOLDERS, "--judge": ["", "x", "a\0b", "{target}"]},
     "make-judge": {
         "--measured-on": [*NO_DATA, "{benign}", "{prompts}"],
         "--labelled": [*NO_DATA, "{data}", "{prompts}"],
@@ -138,6 +159,8 @@ ARGUMENTS = {
     "report": [NO_HEADS, NO_DATA],
     "distill-draft": [NO_DATA],
     "make-head": [NO_MODELS],
+    "evaluate": [],
+    "report-evaluation": [[*NO_DATA, "{data}"]],
     "push": [NO_HEADS, NO_IDS],
     "show": [NO_HEADS],
 }
@@ -191,9 +214,10 @@ def world(tmp_path_factory):
     write_lines(
         root / "many.jsonl", [{"prompt": f"w{10 + index % 25} {'no ' * (index // 25)}"} for index in range(170)]
     )
+    write_lines(root / "answers.jsonl", [answer_row("target", "0", "w10")])
     (root / "empty").mkdir()
     (root / "blank").write_text("\n")
-    files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts", "many")}
+    files = {name: root / f"{name}.jsonl" for name in ("data", "benign", "prompts", "many", "answers")}
     return {**{name: root / name for name in ("target", "head", "empty", "blank", "new")}, **files}
 
 
@@ -247,7 +271,7 @@ def with_argument(verb, place, value):
 
 
 def damaged_command_lines(verb):
-    required = {"push": [0, 1], "report": [0, 1], "make-head": []}.get(verb, [0])
+    required = {"push": [0, 1], "report": [0, 1], "make-head": [], "evaluate": []}.get(verb, [0])
     yield from [[verb, *COMMANDS[verb][:place], *COMMANDS[verb][place + 1 :]] for place in required]
     yield from [
         [verb, *COMMANDS[verb], *extra] for extra in (["--nothing"], ["--out"], ["-x"], ["--alpha=", "--target"])
@@ -279,9 +303,21 @@ def test_wrong_values_are_told_in_one_line(name, world):
     assert complaints(CASES[name], world) == []
 
 
-@pytest.mark.parametrize("verb", ["collect", "features", "train", "calibrate", "report", "distill-draft"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "collect",
+        "features",
+        "train",
+        "calibrate",
+        "report",
+        "distill-draft",
+        "evaluate",
+        "report-evaluation",
+    ],
+)
 def test_wrong_data_is_told_in_one_line(verb, world, tmp_path):
-    place = 2 if verb == "calibrate" else 1 if verb == "report" else 0
+    place = {"calibrate": 2, "report": 1, "evaluate": 1}.get(verb, 0)
     contents = [*(json.dumps(row).encode() for row in BAD_ROWS), *BAD_FILES]
     if verb != "train":  # which stands for all that read labelled answers by the same function
         contents = [json.dumps(row).encode() for row in BAD_ROWS if not isinstance(row, dict)] + BAD_FILES[:9]

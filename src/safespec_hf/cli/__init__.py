@@ -1,4 +1,5 @@
-"""The command `safespec`: from labelled text to a calibrated, published head. Thin: the work is in `training`.
+"""The command `safespec`: from labelled text to a calibrated, published head. Thin: the work is in `training` and
+`evaluation`.
 
 Nothing here imports torch, transformers or an extra at its top: `safespec --help` answers at once, in any install.
 """
@@ -13,6 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import SafeSpecError
+from .evaluate import evaluate, report_evaluation
 from .make_head import make_head
 from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
@@ -27,13 +29,26 @@ INTERRUPTED = "interrupted; the same command goes on where it was."
 
 app = typer.Typer(
     name="safespec",
-    help="Safety heads for speculative decoding: collect answers, train a head, calibrate, measure and publish it.",
+    help="Safety heads for speculative decoding: collect answers, train, calibrate, measure, publish, and evaluate.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (make_head, collect, features, train, calibrate, report, distill_draft, make_judge, push, show):
+for command in (
+    make_head,
+    collect,
+    features,
+    train,
+    calibrate,
+    report,
+    distill_draft,
+    make_judge,
+    evaluate,
+    report_evaluation,
+    push,
+    show,
+):
     app.command()(command)
 
 

@@ -72,3 +72,36 @@ def _prepare(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> N
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     check_chat_template(tokenizer)
+
+
+def load_draft(name: str | None, target: PreTrainedModel, *, is_default_target: bool) -> Any:
+    """What drafts for a target: a draft head or model, or `None` for nothing.
+
+    Args:
+        name (`str`, *optional*): Its Hub id or folder, or `"none"`. Default: the default target's own, else none.
+        target ([`~transformers.PreTrainedModel`]): The target.
+        is_default_target (`bool`): Whether it is the default one.
+
+    Raises:
+        SafeSpecError: If there is no such draft; says why.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..defaults.default_target import load_default_draft
+    from ..heads.draft_head import DraftHead, DraftHeadConfig
+    from ..heads.loading import explain_hub_error, hub_arguments
+
+    if name is None or name == "none":
+        return load_default_draft(target) if name is None and is_default_target else None
+    try:
+        where = hub_arguments(name, {}, "draft")
+        if isinstance(AutoConfig.from_pretrained(name, **where), DraftHeadConfig):
+            head: Any = DraftHead.from_pretrained(name)
+            return head.to(device=target.device, dtype=target.dtype).eval().bind(target)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **where, dtype=target.dtype)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        why = explain_hub_error(name, error, {}) or error
+        raise SafeSpecError(f"No draft could be loaded from {name!r}: {why}") from error
+    return model.to(target.device).eval()

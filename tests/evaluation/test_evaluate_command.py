@@ -1,0 +1,81 @@
+"""The commands as they are run: in processes of their own, several of them, and killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from evaluated import KINDS, POLICY, write_sets
+from samples import run
+
+METHODS = ["target", f"safespec:{POLICY}", "self_reminder"]
+TIMES = ("seconds", "guard_seconds", "statistics")
+TIMED = ("speed", "time", "second")
+
+
+@pytest.fixture
+def arguments(tmp_path, target_folder, target, chat_tokenizer):
+    """All but where the answers go."""
+    tiny.build_noisy_head(target).save_pretrained(tmp_path / "head")
+    files = write_sets(tmp_path)
+    sets = [part for name, path in files.items() for part in (f"--{KINDS[name]}", path)]
+    methods = [part for spec in METHODS for part in ("--method", spec)]
+    common = ["--target", target_folder, "--head", tmp_path / "head", "--max-new-tokens", 8, "--batch-size", 2]
+    return [str(part) for part in (*sets, *methods, *common)]
+
+
+def rows_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def report_of(answers, folder):
+    """What a report says, but for the times and where it comes from."""
+    run("report-evaluation", answers, "--out", folder)
+
+    def without_times(value):
+        if isinstance(value, dict):
+            return {k: without_times(v) for k, v in value.items() if not any(word in k for word in TIMED)}
+        return [without_times(item) for item in value] if isinstance(value, list) else value
+
+    return without_times(json.loads((folder / "report.json").read_text())["results"])
+
+
+def start(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_report(arguments, tmp_path):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    run("evaluate", *arguments, "--out", whole)
+    process = start(sys.executable, "-m", "safespec_hf.cli", "evaluate", *arguments, "--out", str(killed))
+    num_lines = random.Random(0).randint(5, 25)
+    while process.poll() is None and len(killed.read_bytes().splitlines() if killed.exists() else ()) < num_lines:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = len(killed.read_bytes().splitlines())
+    assert left < len(rows_of(whole))
+    run("evaluate", *arguments, "--out", killed)
+    assert rows_of(killed) == rows_of(whole)
+    assert report_of(killed, tmp_path / "b") == report_of(whole, tmp_path / "a")
+
+
+def test_two_processes_give_the_rows_of_one(arguments, tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run("evaluate", *arguments, "--out", one)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finish(start(*launch, "-m", "safespec_hf.cli", "evaluate", *arguments, "--out", str(two)))
+    assert rows_of(two) == rows_of(one)
+    assert list(tmp_path.glob("*.part-*")) == []

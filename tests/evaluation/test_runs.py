@@ -1,0 +1,183 @@
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from evaluated import METHODS, WordGuard
+
+from safespec_hf import SafeSpecError, detach_safety_head
+from safespec_hf.evaluation import runs
+from safespec_hf.evaluation.rows import AnswerFile, read_answers
+from safespec_hf.evaluation.runs import RunSettings, run_evaluation
+from safespec_hf.evaluation.specs import parse_method
+
+SETTINGS = RunSettings(batch_size=2)
+TIMES = ("seconds", "guard_seconds", "statistics")
+
+
+@pytest.fixture
+def evaluate(engine, sets):
+    def evaluate(out, methods=METHODS, settings=SETTINGS, **kwargs):
+        chosen = [parse_method(spec, WordGuard()) for spec in methods]
+        return run_evaluation(kwargs.get("engine", engine), chosen, kwargs.get("sets", sets), out, settings=settings)
+
+    return evaluate
+
+
+def rows_of(path):
+    """What must be the same whatever happened on the way: all but the times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def test_every_method_answers_every_turn_of_every_prompt(evaluate, sets, tmp_path):
+    num = sum(prompt.num_turns for prompts in sets.values() for prompt in prompts)
+    assert evaluate(tmp_path / "x.jsonl") == num * len(METHODS)
+    rows = read_answers(tmp_path / "x.jsonl")
+    assert {row["method"] for row in rows} == set(METHODS)
+    assert any(row["events"] for row in rows)
+    assert [row["seconds"] > 0 for row in rows] == [True] * len(rows)
+
+
+def test_rows_are_in_order_of_method_set_and_prompt(evaluate, tmp_path):
+    evaluate(tmp_path / "x.jsonl")
+    rows = rows_of(tmp_path / "x.jsonl")
+    places = [(METHODS.index(r["method"]), ["attack", "calm", "talks", "sums"].index(r["set"])) for r in rows]
+    assert [place[0] for place in places] == sorted(place[0] for place in places)
+    assert [r["number"] for r in rows if r["method"] == "target" and r["set"] == "attack"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeypatch, num_processes):
+    evaluate(tmp_path / "one.jsonl")
+    monkeypatch.setattr(runs, "PartialState", emulated(num_processes))
+    lock = threading.Lock()  # these share one model, which processes do not
+    answer = runs._answer
+
+    def alone(*args):
+        with lock:
+            return answer(*args)
+
+    monkeypatch.setattr(runs, "_answer", alone)
+    monkeypatch.setattr(runs, "warm_up", lambda *_: None)
+    with ThreadPoolExecutor(num_processes) as pool:
+        for run in [pool.submit(evaluate, tmp_path / "many.jsonl") for _ in range(num_processes)]:
+            run.result()
+    assert rows_of(tmp_path / "many.jsonl") == rows_of(tmp_path / "one.jsonl")
+    assert list(tmp_path.glob("*.part-*")) == []
+
+
+def emulated(num_processes):
+    barrier = threading.Barrier(num_processes)
+    states = [
+        SimpleNamespace(
+            process_index=index,
+            num_processes=num_processes,
+            is_main_process=index == 0,
+            wait_for_everyone=barrier.wait,
+        )
+        for index in range(num_processes)
+    ]
+    return lambda **_: states.pop()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+def test_a_killed_run_goes_on_and_gives_the_same_rows(evaluate, tmp_path, share):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    evaluate(whole)
+    evaluate(killed)
+    lines = killed.read_bytes().splitlines(keepends=True)
+    num_kept = int(share * len(lines))
+    # one process had its whole lines in the file, one was in the middle of a line of its part
+    killed.write_bytes(b"".join(lines[: num_kept // 2]) + lines[-1][:9])
+    part = killed.with_name("killed.jsonl.part-1")
+    part.write_bytes(b"".join(lines[num_kept // 2 : num_kept]) + lines[num_kept][:20])
+    evaluate(killed)
+    assert rows_of(killed) == rows_of(whole)
+
+
+def test_what_is_there_is_not_asked_again(evaluate, engine, tmp_path, monkeypatch):
+    evaluate(tmp_path / "x.jsonl")
+    before = (tmp_path / "x.jsonl").read_bytes()
+    monkeypatch.setattr(runs, "_answer", None)
+    evaluate(tmp_path / "x.jsonl")
+    assert (tmp_path / "x.jsonl").read_bytes() == before
+
+
+def test_methods_and_sets_can_be_added(evaluate, sets, tmp_path):
+    evaluate(tmp_path / "whole.jsonl")
+    evaluate(tmp_path / "x.jsonl", METHODS[:2], sets={"attack": sets["attack"]})
+    evaluate(tmp_path / "x.jsonl", METHODS[1:3])
+    evaluate(tmp_path / "x.jsonl")
+    assert rows_of(tmp_path / "x.jsonl") == rows_of(tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "new_tokens", "said"),
+    [
+        (RunSettings(batch_size=3), 12, "in common, 'batch_size' was 2 and is 3 now"),
+        (SETTINGS, 13, "'max_new_tokens' was 12"),
+    ],
+)
+def test_other_settings_are_refused(evaluate, engine, tmp_path, settings, new_tokens, said):
+    evaluate(tmp_path / "x.jsonl", ["target"])
+    engine.max_new_tokens = new_tokens
+    with pytest.raises(SafeSpecError, match=said):
+        evaluate(tmp_path / "x.jsonl", ["target"], settings)
+
+
+def test_other_prompts_of_one_name_are_refused(evaluate, sets, tmp_path):
+    evaluate(tmp_path / "x.jsonl", ["target"])
+    with pytest.raises(SafeSpecError, match="in sets, 'attack' was"):
+        evaluate(tmp_path / "x.jsonl", ["target"], sets={"attack": sets["attack"][:2]})
+
+
+def test_a_file_of_something_else_is_left_alone(evaluate, tmp_path):
+    (tmp_path / "x.jsonl").write_text("roses\n")
+    with pytest.raises(SafeSpecError, match="not begun by"):
+        evaluate(tmp_path / "x.jsonl", ["target"])
+    assert (tmp_path / "x.jsonl").read_text() == "roses\n"
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"), [([], "at least one method"), (["target", "target"], "'target' is given twice")]
+)
+def test_methods_are_checked_before_an_answer(evaluate, tmp_path, methods, said):
+    with pytest.raises(SafeSpecError, match=said):
+        evaluate(tmp_path / "x.jsonl", methods)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_guarded_method_needs_a_head_and_others_do_not(evaluate, engine, tmp_path):
+    detach_safety_head(engine.model)
+    with pytest.raises(SafeSpecError, match="need a safety head"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    assert evaluate(tmp_path / "x.jsonl", ["target", "self_reminder"]) > 0
+
+
+def test_a_policy_that_can_not_be_had_is_told_before_the_first_answer(evaluate, tmp_path):
+    with pytest.raises(SafeSpecError, match="no operating point 'strict'"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec:operating_point=strict"])
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_rows_do_not_depend_on_the_batch(evaluate, tmp_path):
+    """But for sampled candidates, whose seed is that of a batch."""
+    evaluate(tmp_path / "two.jsonl", ["target", "assisted"])
+    evaluate(tmp_path / "four.jsonl", ["target", "assisted"], RunSettings(batch_size=4))
+    two, four = rows_of(tmp_path / "two.jsonl"), rows_of(tmp_path / "four.jsonl")
+    assert [row["answer"] for row in two] == [row["answer"] for row in four]
+
+
+def test_speculation_without_the_head_says_what_the_target_says(evaluate, tmp_path):
+    evaluate(tmp_path / "x.jsonl", ["target", "assisted"])
+    rows = rows_of(tmp_path / "x.jsonl")
+    half = len(rows) // 2
+    assert [row["answer"] for row in rows[:half]] == [row["answer"] for row in rows[half:]]
+
+
+def test_a_part_that_was_not_merged_is_read(tmp_path):
+    file = AnswerFile(tmp_path / "x.jsonl", 1, 2)
+    file.append([{"method": "target", "set": "calm", "prompt": "0", "turn": 0}])
+    assert len(AnswerFile(tmp_path / "x.jsonl").read()) == 1

@@ -1,0 +1,85 @@
+"""The bars of the safety benchmark, and the page that it writes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from evaluated import answer_row
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from safety_bars import BEGIN, END, beaten, find_bars, to_page, update_page
+
+from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
+
+
+def results_of(rows, is_harmful):
+    answers = Answers(rows)
+
+    class Judge:
+        name, threshold, errors = "word judge", 0.5, None
+
+    judged = attack_rates(answers, Judge(), {key: float(is_harmful(row)) for key, row in answers.by_key.items()})
+    return {
+        "attacks": {"word judge": judged},
+        "overview": overview(answers, judged),
+        "sets": set_figures(answers),
+        "usefulness": usefulness_table(answers),
+        "recovery": {},
+        "judges": [{"judge": "word judge"}],
+    }
+
+
+@pytest.fixture
+def results():
+
+    rows = []
+    for method, harmful, seconds in [("target", 6, 2.0), ("safespec", 1, 1.0), ("refuse", 0, 1.0)]:
+        for i in range(10):
+            rows.append(answer_row(method, str(i), "w20" if i < harmful else "w10", seconds=seconds))
+            refusal = "safety_refusal" if method == "refuse" and i < 8 else "eos"
+            rows.append(answer_row(method, str(i), "w10", "borderline", finish_reason=refusal))
+            rows.append(answer_row(method, str(i), "w10", "benign"))
+    return results_of(rows, lambda row: row["answer"] == "w20")
+
+
+def by_name(figures):
+    return {figure.name: figure for figure in figures}
+
+
+def test_bars_are_what_the_answers_say(results):
+    figures = by_name(find_bars(results, results, hours=1.0))
+    assert figures["ASR undefended, attacks set"].measured == 0.6
+    assert figures["ASR falls, mean of sets with 0.25 or more"].measured == pytest.approx(0.5)
+    assert figures["ASR falls, mean of sets with 0.25 or more"].passes
+    assert figures["over-refusal, safe half of XSTest"].passes
+    assert figures["benign answers as undefended"].measured == 1.0
+    assert figures["speed when attacked, one at a time"].measured == pytest.approx(2.0)
+    assert not by_name(find_bars(results, results, hours=4.0))["hours of answering"].passes
+
+
+def test_what_was_not_asked_is_not_measured(results):
+    figures = by_name(find_bars(results, results, hours=1.0))
+    assert figures["useful after a forced flag"].measured is None
+
+
+def test_ours_is_held_against_baselines_that_refuse_no_more(results):
+    figures = by_name(beaten(results["overview"]))
+    assert figures["ASR above ours, target"].measured == pytest.approx(0.5)
+    assert "ASR above ours, refuse" not in figures  # it refuses most of what is borderline
+
+
+def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text(f"# Results\n\n{BEGIN}\nroses\n{END}\n\nThe end.\n")
+    update_page(page, to_page(find_bars(results, results, hours=1.0), results))
+    text = page.read_text()
+    assert text.startswith("# Results\n\n")
+    assert text.endswith(f"{END}\n\nThe end.\n")
+    assert "roses" not in text
+    assert "| safespec | 0.10 [0.00, 0.30] |" in text
+
+
+def test_a_page_without_a_place_for_them_is_told(tmp_path):
+    (tmp_path / "results.md").write_text("# Results\n")
+    with pytest.raises(SystemExit, match="no place"):
+        update_page(tmp_path / "results.md", "")
