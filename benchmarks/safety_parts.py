@@ -42,7 +42,12 @@ METHODS = (
     "guard_every_n:every=16",
 )
 # what each part of the method is worth, on attacks and borderline prompts
-ABLATIONS = ("safespec:num_candidates=1", "safespec:reflection=", "safespec:rollback_segments=0")
+ABLATIONS = (
+    "safespec:policy=recover_single",
+    "safespec:policy=recover_unreflected",
+    "safespec:rollback_segments=0",
+    "safespec:candidate_choice=likeliest_safe",
+)
 SENSITIVITY = (
     "safespec:num_candidates=20",
     "safespec:operating_point=strict",
