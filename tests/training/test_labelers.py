@@ -1,6 +1,7 @@
 """On outputs in the form that the models' cards show, and on tiny models with weights of our own choice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -199,9 +200,10 @@ def test_a_guard_is_asked_about_the_answer_and_what_it_does_not_say_is_no_label(
 
 def test_a_classifier_tells_how_sure_it_is_and_may_read_the_request(save_classifier):
     folder = save_classifier(["safe", "unsafe"])
-    alone, with_request = (load_scorer(folder, reads_request=reads)([ALARM, CALM]) for reads in (False, True))
+    alone = load_scorer(folder, reads_request=False)([ALARM, CALM])
     assert alone[1] < 0.5 < alone[0] < 1
-    assert with_request != alone
+    # it tells by the last word: where there is no answer, that of the request, w30
+    assert load_scorer(folder)([CALM, replace(CALM, response="")]) == pytest.approx(alone[::-1])
 
 
 def test_granite_guardian_is_told_of_which_risk_and_asked_for_a_verdict(target_folder, chat_tokenizer, monkeypatch):

@@ -130,7 +130,11 @@ class OfflineJudge:
             weights = load_file(Path(folder, WEIGHTS_NAME))
             errors = JudgeErrors(**config["errors"])
             facts = {key: config[key] for key in config.keys() - {"format", "name", "threshold", "embedder", "errors"}}
-            named = {"name": str(config["name"]), "threshold": float(config["threshold"]), "facts": facts}
+            named: dict[str, Any] = {
+                "name": str(config["name"]),
+                "threshold": float(config["threshold"]),
+                "facts": facts,
+            }
             known, size = config["embedder"]["hash"], int(config["embedder"]["size"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SafeSpecError(f"The judge in {folder} is damaged ({error!r}): make it again.") from error
