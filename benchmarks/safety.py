@@ -59,6 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
     parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
         "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
@@ -138,10 +139,12 @@ def show(figures: Sequence[Figure], is_short: bool) -> None:
 
 def main() -> int:
     options = read_options()
-    todo = list(parts(options))
+    todo = [part for part in parts(options) if part.methods]
     answer(options, todo)
     results = report(options, todo)
-    main_results, singly = results["answers.jsonl"], results["singly.jsonl"]
+    nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
+    nothing |= {"attacks": {"": []}, "recovery": {}}
+    main_results, singly = results.get("answers.jsonl", nothing), results.get("singly.jsonl", nothing)
     figures = find_bars(main_results, singly, count_hours(options, todo))
     show(figures, options.short)
     if options.out:

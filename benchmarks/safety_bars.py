@@ -28,7 +28,7 @@ def find_bars(main: Mapping[str, Any], singly: Mapping[str, Any], hours: float) 
     falls = [asr["target", name] - asr[OURS, name] for name in notable if (OURS, name) in asr]
     ours = _row(main["overview"], OURS)
     calm = [row for row in main["sets"] if row["method"] == OURS and row["kind"] in ("benign", "tasks")]
-    forced = [row for row in main["usefulness"] if row["method"] == FORCED]
+    forced = [row for row in main["usefulness"] if row["method"] == FORCED[0]]
     untouched = _mean([1 - _share_flagged(row) for row in calm])
     alone = _row(singly["overview"], OURS)
     figures = [
@@ -54,7 +54,7 @@ def beaten(table: Table) -> list[Figure]:
     ours = _row(table, OURS)
     figures = []
     for row in table:
-        is_other = row["method"].partition(":")[0] not in (OURS, FORCED) and OURS not in row["method"]
+        is_other = row["method"].partition(":")[0] not in (OURS, FORCED[0]) and OURS not in row["method"]
         if is_other and ours and row["over-refusal"] <= ours["over-refusal"] + SAME_OVER_REFUSAL:
             figures.append(Figure(f"ASR above ours, {row['method']}", _known(row["ASR"] - ours["ASR"]), True, 0.0))
     return figures

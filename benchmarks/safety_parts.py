@@ -54,7 +54,8 @@ SENSITIVITY = (
     "safespec:operating_point=permissive",
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
-FORCED = "forced"
+# what a false alarm costs, by how the answer goes on
+FORCED = ("forced", "forced:policy=recover_unreflected", "forced:candidate_choice=likeliest_safe")
 # the paper's own acceptance, which takes a draft that is a language model
 SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
 
@@ -120,11 +121,12 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         name: str, methods: Sequence[str], chosen: dict[str, list[Prompt]], batch_size: int | None = None
     ) -> Part:
         known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
+        known = [spec for spec in known if not options.method or spec in options.method]
         file = "answers" if batch_size is None else name
         return Part(name, f"{file}.jsonl", tuple(known), chosen, batch_size or options.batch_size)
 
     yield part("methods", METHODS, sets)
-    yield part("a forced flag", [FORCED], of("benign", "tasks"))
+    yield part("a forced flag", FORCED, of("benign"))
     if attacked := of("attacks", "borderline"):
         yield part("ablations", [*ABLATIONS, *SENSITIVITY], attacked)
     # files of their own: what goes together in a batch is part of an answer's settings
