@@ -135,7 +135,8 @@ class SafetyMode:
             self.statistics.draft_seconds += time.perf_counter() - start
             scorer = self.target.fork(index, policy.num_candidates)
             waiting = row.context(scorer.lengths[0])
-            output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(map(len, segments)))
+            nums = [len(tokens) for tokens in segments]
+            output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(nums), num_drafts=nums)
             scores.read(segments, len(waiting), output)
         return segments, scorer
 
