@@ -26,6 +26,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     "dim_head": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8,
     "index_topk": 6,
     "first_k_dense_replace": 1,
     "n_group": 1,
@@ -39,15 +41,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size_per_layer_input": 8,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "layer_types": ["full_attention"] * 4,
     },
     "gemma4_text": {
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size_per_layer_input": 8,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -81,6 +79,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB_SIZE},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB_SIZE},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "reformer": {
@@ -115,7 +117,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[key] = _two_kinds(own[key])
     for key in config.sub_configs:
         if isinstance(own.get(key), PreTrainedConfig):
-            fields[key] = _shrunk(own[key])
+            has_pad = isinstance(vars(own[key]).get("pad_token_id"), int)
+            fields[key] = _shrunk(own[key]) | ({"pad_token_id": 0} if has_pad else {})
     return fields
 
 

@@ -29,8 +29,11 @@ from .sharing import Shared
 from .traits import cache_argument, input_device
 
 TOLERANCE, SHARE = 0.02, 0.25
-"""Largest relative difference between states that were read at once and in parts; or, where rounding adds up to more,
-as a share of the difference that forgetting the first part makes. Beyond both, a mixer is read token by token."""
+"""Largest relative error of what is read in parts, to what is read at once; or, where rounding adds up to more, as a
+share of the error that forgetting the first part makes. Beyond both, a mixer has forgotten it."""
+MORE, ROUNDING = 8.0, 1e-5
+"""How much further apart steps of single tokens may be, before they count as other arithmetic than that of blocks. Then
+they are what plain `generate` goes by."""
 PROBE = 6
 
 
@@ -216,32 +219,29 @@ def mixers_of(model: PreTrainedModel) -> Mixers | None:
 def _study(model: Any) -> Mixers:
     was_training = model.training
     model.eval()
-    whole, parts, forgetful = (growing_cache(model) for _ in range(3))
     owners: dict[nn.Module, list[Key]] = {}
+    cache = growing_cache(model)
     try:
-        with _noting_writes(model, whole, owners):
-            _read(model, whole, 0, PROBE)
+        with _noting_writes(model, cache, owners):
+            whole = _read(model, cache, [PROBE])
         mixers = [Mixer(module, keys) for module, keys in owners.items()]
-        _check_written(model, whole, mixers)
-        for cache in (parts, forgetful):
-            _read(model, cache, 0, PROBE // 2)
-            for key in [key for mixer in mixers for key in mixer.keys if cache is forgetful]:
-                key.write(cache, torch.zeros_like(key.read(cache)))
-            _read(model, cache, PROBE // 2, PROBE)
+        _check_written(model, cache, mixers)
+        forgotten = [key for mixer in mixers for key in mixer.keys]
+        half = PROBE // 2
+        parts = _read(model, growing_cache(model), [half, PROBE - half])
+        steps = _read(model, growing_cache(model), [half] + [1] * (PROBE - half))
+        forgetful = _read(model, growing_cache(model), [half, PROBE - half], forgotten)
     finally:
         model.train(was_training)
-    keys = [key for mixer in mixers for key in mixer.keys]
-    return Mixers(
-        mixers, not any(_has_forgotten(*(key.read(cache) for cache in (whole, parts, forgetful))) for key in keys)
-    )
+    by_parts, by_steps, by_forgetting = (_error(whole, other) for other in (parts, steps, forgetful))
+    goes_on = by_parts <= max(TOLERANCE, SHARE * by_forgetting)
+    return Mixers(mixers, goes_on and by_steps <= MORE * by_parts + ROUNDING)
 
 
-def _has_forgotten(whole: Tensor, parts: Tensor, forgetful: Tensor) -> bool:
-    """Whether a state that was read in parts differs by more than rounding, judged by what forgetting would do."""
-    error, worst = (
-        float((whole.float() - other.float()).norm() / whole.float().norm()) for other in (parts, forgetful)
-    )
-    return not (error <= TOLERANCE or error <= SHARE * worst)
+def _error(whole_TV: Tensor, other_TV: Tensor) -> float:
+    """The relative error of the worst position of the second half."""
+    whole_TV, other_TV = (logits_TV[PROBE // 2 :].float() for logits_TV in (whole_TV, other_TV))
+    return float(((whole_TV - other_TV).norm(dim=-1) / whole_TV.norm(dim=-1).clamp(min=1e-6)).max())
 
 
 def _check_written(model: nn.Module, cache: Any, mixers: Sequence[Mixer]) -> None:
@@ -254,13 +254,23 @@ def _check_written(model: nn.Module, cache: Any, mixers: Sequence[Mixer]) -> Non
         )
 
 
-def _read(model: Any, cache: Any, start: int, end: int) -> None:
+def _read(model: Any, cache: Any, sizes: Sequence[int], forgotten: Sequence[Key] = ()) -> Tensor:
+    """Logits of a few tokens, read in parts of these sizes; states that are to be forgotten are, after the first."""
     names = inspect.signature(model.forward).parameters
-    size = model.config.get_text_config(decoder=True).vocab_size
-    device = input_device(model)
-    ids = torch.tensor([[size * (2 * at + 1) // (2 * PROBE) for at in range(start, end)]], device=device)
-    places = {"position_ids": torch.arange(start, end, device=device)[None]} if "position_ids" in names else {}
-    model(input_ids=ids, **{cache_argument(model): cache}, **places, use_cache=True, return_dict=True)
+    size, device = model.config.get_text_config(decoder=True).vocab_size, input_device(model)
+    ids_T = torch.tensor([size * (2 * at + 1) // (2 * PROBE) for at in range(PROBE)], device=device)
+    logits, start = [], 0
+    for num in sizes:
+        ends = slice(start, start + num)
+        places = {"position_ids": torch.arange(PROBE, device=device)[None, ends]} if "position_ids" in names else {}
+        given: dict[str, Any] = {cache_argument(model): cache, **places, "use_cache": True, "return_dict": True}
+        logits.append(model(input_ids=ids_T[None, ends], **given).logits[0])
+        for key in forgotten if start == 0 else ():
+            state = key.read(cache)
+            assert state is not None
+            key.write(cache, torch.zeros_like(state))
+        start += num
+    return torch.cat(logits)
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
     has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
     is_fit = model.config._attn_implementation in ("sdpa", "eager")
+    is_fit = is_fit and takes_positions(model)
     return is_fit and not (has_own_mask or has_bias or has_windows(model) or is_recurrent(model))
 
 
