@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, overloa
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.utils import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
 from .decoding.assistant import as_draft
@@ -229,7 +229,8 @@ class GuardedModel(_Model):
         # transformers' assisted decoding can't take recurrent states back; guarded decoding can
         is_ours = isinstance(mode_kwargs, _GuardedKwargs) and config.num_return_sequences == 1
         is_refused = is_ours and self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION
-        super()._validate_generation_mode(GenerationMode.GREEDY_SEARCH if is_refused else mode, config, mode_kwargs)
+        mode = GenerationMode.GREEDY_SEARCH if is_refused else mode
+        cast("Any", super())._validate_generation_mode(mode, config, mode_kwargs)
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
         """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""

@@ -268,7 +268,7 @@ def test_trimming_knows_that_a_trees_path_has_not_been_chosen_yet(target):
 
 
 def test_a_model_whose_state_is_in_no_cache_is_refused_by_name():
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1))
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2))
     with pytest.raises(UnsupportedRequestError, match="RwkvForCausalLM has layers whose state can't be rolled back"):
         CachedModel(model, 1)
 

@@ -86,7 +86,7 @@ class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):
     """The same with the keys of an indexer, which picks the columns that attention reads."""
 
 
-class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[misc, override]  # as transformers' own
     """The same beside a recurrent state, which has no columns: [`RecurrentStates`] takes it back."""
 
     is_compileable = False
@@ -203,7 +203,7 @@ def column_states(layer: Any) -> list[Tensor]:
     """A layer's states that have a column for each token, of shape `(B, H, L, D)` each; none before the first one."""
     if not isinstance(layer, DynamicLayer) or layer.get_seq_length() == 0:
         return []
-    states = [layer.keys, layer.values]
+    states: list[Any] = [layer.keys, layer.values]
     if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
         states.append(layer.indexer_keys[:, None])
     return states

@@ -32,26 +32,26 @@ TOLERANCE, SHARE = 0.02, 0.25
 """Largest relative error of what is read in parts, to what is read at once; or, where rounding adds up to more, as a
 share of the error that forgetting the first part makes. Beyond both, a mixer has forgotten it."""
 MORE, ROUNDING = 8.0, 1e-5
-"""How much further apart steps of single tokens may be, before they count as other arithmetic than that of blocks. Then
-they are what plain `generate` goes by."""
+"""How much further apart steps of single tokens may be, before they count as other arithmetic than that of blocks.
+Then they are what plain `generate` goes by."""
 PROBE = 6
 
 
 class Key(NamedTuple):
-    """One state of a cache: `"conv_states"` or `"recurrent_states"` number `index` of a layer."""
+    """One state of a cache: `"conv_states"` or `"recurrent_states"` number `number` of a layer."""
 
     layer: int
     kind: str
-    index: int
+    number: int
 
     def read(self, cache: Any) -> Tensor | None:
         """The state, if there is one yet."""
-        state: Tensor | None = getattr(cache.layers[self.layer], self.kind)[self.index]
+        state: Tensor | None = getattr(cache.layers[self.layer], self.kind)[self.number]
         return state
 
     def write(self, cache: Any, state: Tensor) -> None:
         """Sets the state of a cache whose layer has begun."""
-        getattr(cache.layers[self.layer], self.kind)[self.index] = state
+        getattr(cache.layers[self.layer], self.kind)[self.number] = state
 
 
 Snapshot = dict[Key, Tensor]
