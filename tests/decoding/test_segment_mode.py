@@ -316,3 +316,18 @@ def test_a_tokenizer_without_digits_is_refused(target, draft, never):
     attach_safety_head(target, never, tokenizer=build_tokenizer())
     with pytest.raises(UnsupportedRequestError, match=r"no token for \[0, 1, 2"):
         target.generate(torch.tensor([[11, 12]]), max_new_tokens=4, safespec=SEGMENTS, assistant_model=draft)
+
+
+def test_observing_takes_segments_as_they_are_and_reports_their_flags(tokenizer):
+    output = judge(tokenizer, {12: 0.9, 17: math.nan}, policy="observe")
+    assert tokens_of(output) == list(range(11, 20))
+    assert outcomes(output) == ["accepted"] * 3
+    assert [(event.position, event.outcome) for event in output.events[0]] == [(1, "observed"), (6, "observed")]
+
+
+@pytest.mark.parametrize("policy", ["refuse", "stop"])
+def test_a_flagged_segment_ends_the_answer_where_that_is_the_policy(tokenizer, policy):
+    output = judge(tokenizer, {15: 0.9}, policy=policy, rollback_segments=0)
+    assert 15 not in tokens_of(output)
+    assert tokens_of(output)[:3] == [11, 12, 13]
+    assert outcomes(output) == ["accepted", "flagged"]
