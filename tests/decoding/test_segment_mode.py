@@ -319,7 +319,7 @@ def test_a_tokenizer_without_digits_is_refused(target, draft, never):
 
 
 def test_observing_takes_segments_as_they_are_and_reports_their_flags(tokenizer):
-    output = judge(tokenizer, {12: 0.9, 17: math.nan}, policy="observe")
+    output = judge(tokenizer, {12: 0.9, 17: 0.8}, policy="observe")
     assert tokens_of(output) == list(range(11, 20))
     assert outcomes(output) == ["accepted"] * 3
     assert [(event.position, event.outcome) for event in output.events[0]] == [(1, "observed"), (6, "observed")]

@@ -201,7 +201,7 @@ def _own_class(model: PreTrainedModel) -> Any:
 
 def column_states(layer: Any) -> list[Tensor]:
     """A layer's states that have a column for each token, of shape `(B, H, L, D)` each; none before the first one."""
-    if not isinstance(layer, DynamicLayer) or layer.get_seq_length() == 0:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.dim() < 4:  # empty, without a shape yet
         return []
     states: list[Any] = [layer.keys, layer.values]
     if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
