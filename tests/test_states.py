@@ -9,7 +9,7 @@ from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_h
 from safespec_hf.engine.cache import CACHE_NAME
 
 NAMES = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "minimax", "gemma3n_text"]
-PROMPTS = [[11, 17, 23, 31, 17, 23], [41, 42, 43], [50]]
+PROMPTS = [[11, 17, 23, 31, 17, 23], [21, 22, 24], [30]]
 SHORT = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CONSTANT = SafeSpecConfig(adaptive_drafts=False)
 

@@ -106,16 +106,16 @@ def read(cached, block, num_drafts):
 def test_nothing_is_read_again_unless_a_draft_is_rejected(name, models):
     cached = CachedModel(models[name], 1)
     read(cached, [11, 12, 13], 0)
-    for token in range(20, 40, 4):
+    for token in range(14, 34, 4):
         read(cached, [token, token + 1, token + 2, token + 3], 3)
         cached.keep([cached.lengths[0]])
     assert cached.usage.num_reread_tokens == 0
     assert cached.lengths == [23]
     # the first token of a block is the target's own and stands; of three drafts one is accepted
-    read(cached, [40, 41, 42, 43], 3)
+    read(cached, [34, 35, 36, 37], 3)
     cached.keep([25])
     assert cached.lengths == [23]
-    read(cached, [40, 41, 50, 51, 52], 2)
+    read(cached, [34, 35, 38, 39, 10], 2)
     assert cached.usage.num_reread_tokens == 2
     # a copy was made where the tokens that stand end, so no more than what was accepted is ever read again
     cached.keep([27])
