@@ -28,12 +28,10 @@ from .growing import growing_cache, is_recurrent
 from .sharing import Shared
 from .traits import cache_argument, input_device
 
-TOLERANCE, SHARE = 0.02, 0.25
-"""Largest relative error of what is read in parts, to what is read at once; or, where rounding adds up to more, as a
-share of the error that forgetting the first part makes. Beyond both, a mixer has forgotten it."""
-MORE, ROUNDING = 8.0, 1e-5
-"""How much further apart steps of single tokens may be, before they count as other arithmetic than that of blocks.
-Then they are what plain `generate` goes by."""
+MORE, ROUNDING = 4.0, 1e-5
+"""How many times further from what is read at once a mixer may be that goes on with several tokens, than one that goes
+on with single ones; and the other way round. Beyond the first it has forgotten something, beyond the second single
+tokens are other arithmetic than blocks: then they are what plain `generate` goes by."""
 PROBE = 6
 
 
@@ -226,16 +224,13 @@ def _study(model: Any) -> Mixers:
             whole = _read(model, cache, [PROBE])
         mixers = [Mixer(module, keys) for module, keys in owners.items()]
         _check_written(model, cache, mixers)
-        forgotten = [key for mixer in mixers for key in mixer.keys]
         half = PROBE // 2
         parts = _read(model, growing_cache(model), [half, PROBE - half])
         steps = _read(model, growing_cache(model), [half] + [1] * (PROBE - half))
-        forgetful = _read(model, growing_cache(model), [half, PROBE - half], forgotten)
     finally:
         model.train(was_training)
-    by_parts, by_steps, by_forgetting = (_error(whole, other) for other in (parts, steps, forgetful))
-    goes_on = by_parts <= max(TOLERANCE, SHARE * by_forgetting)
-    return Mixers(mixers, goes_on and by_steps <= MORE * by_parts + ROUNDING)
+    by_parts, by_steps = _error(whole, parts), _error(whole, steps)
+    return Mixers(mixers, max(by_parts, by_steps) <= MORE * min(by_parts, by_steps) + ROUNDING)
 
 
 def _error(whole_TV: Tensor, other_TV: Tensor) -> float:
@@ -254,8 +249,8 @@ def _check_written(model: nn.Module, cache: Any, mixers: Sequence[Mixer]) -> Non
         )
 
 
-def _read(model: Any, cache: Any, sizes: Sequence[int], forgotten: Sequence[Key] = ()) -> Tensor:
-    """Logits of a few tokens, read in parts of these sizes; states that are to be forgotten are, after the first."""
+def _read(model: Any, cache: Any, sizes: Sequence[int]) -> Tensor:
+    """Logits of a few tokens, read in parts of these sizes."""
     names = inspect.signature(model.forward).parameters
     size, device = model.config.get_text_config(decoder=True).vocab_size, input_device(model)
     ids_T = torch.tensor([size * (2 * at + 1) // (2 * PROBE) for at in range(PROBE)], device=device)
@@ -265,10 +260,6 @@ def _read(model: Any, cache: Any, sizes: Sequence[int], forgotten: Sequence[Key]
         places = {"position_ids": torch.arange(PROBE, device=device)[None, ends]} if "position_ids" in names else {}
         given: dict[str, Any] = {cache_argument(model): cache, **places, "use_cache": True, "return_dict": True}
         logits.append(model(input_ids=ids_T[None, ends], **given).logits[0])
-        for key in forgotten if start == 0 else ():
-            state = key.read(cache)
-            assert state is not None
-            key.write(cache, torch.zeros_like(state))
         start += num
     return torch.cat(logits)
 

@@ -144,7 +144,7 @@ class RecurrentStates:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows, in this order."""
-        self._copies, self._at = [self._copies[row] for row in rows], [self._at[row] for row in rows]
+        self._copies, self._at = [list(self._copies[row]) for row in rows], [self._at[row] for row in rows]
         for key in self.mixers.keys:
             state = key.read(self.cache)
             if state is not None:
@@ -166,10 +166,19 @@ class RecurrentStates:
     def replace(self, row: int, other: RecurrentStates, other_row: int) -> None:
         """A row becomes one of another batch."""
         self._copies[row], self._at[row] = list(other._copies[other_row]), other._at[other_row]
-        for key in self.mixers.keys:
-            mine, theirs = key.read(self.cache), key.read(other.cache)
-            if mine is not None and theirs is not None:
-                mine[row].copy_(theirs[other_row])
+        states = {key: key.read(other.cache) for key in self.mixers.keys}
+        # where nothing is left of any row, there is nothing to write to, either
+        begun = {key.layer for key, state in states.items() if state is not None and key.read(self.cache) is None}
+        for at in begun:
+            begin_layer(other.cache.layers[at], self.cache.layers[at])
+        for key, theirs in states.items():
+            if theirs is None:
+                continue
+            if key.layer in begun:
+                key.write(self.cache, theirs.new_zeros(len(self._at), *theirs.shape[1:]))
+            mine = key.read(self.cache)
+            assert mine is not None
+            mine[row].copy_(theirs[other_row])
 
     def pretend(self, length: int) -> None:
         """Says of every row, of which something has been read, that it has so many tokens."""
