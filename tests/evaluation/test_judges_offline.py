@@ -47,7 +47,7 @@ def test_labels_that_mean_nothing_are_not_learned_by_heart(embedder):
     ]
     judge = make_judge([], shuffled, embedder, settings=JudgeSettings(strengths=(10.0,)))
     assert judge.facts["measured"]["is_too_weak"]
-    assert measure_judge(judge, shuffled).auroc > 0.9
+    assert measure_judge(judge, shuffled).auroc > judge.errors.auroc + 0.2
 
 
 def test_no_request_is_on_two_sides():
