@@ -52,7 +52,7 @@ REFUSED = {
     "blt": "config has no 'hidden_size'",
     "longcat_flash": "returns 3 hidden states, but a head counts on 5",
     "git": "differ from those of the tokens alone",
-    "bart": "differ from those of the tokens alone",
+    "bart": "returns 3 hidden states, but a head counts on 13",
     "recurrent_gemma": "are not in its cache",
     "rwkv": "can't be rolled back .stateful.",
     "deepseek_v4": "can't be rolled back .DeepseekV4",
