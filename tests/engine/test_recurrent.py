@@ -151,6 +151,11 @@ def test_models_that_go_on_from_a_state_read_blocks_and_others_single_tokens(mod
     assert [name for name in KINDS if found[name] and not found[name].reads_blocks] == ["jamba"]
 
 
+@pytest.mark.parametrize(("name", "reads_blocks"), [("mamba2", True), ("falcon_h1", True), ("jamba", False)])
+def test_coarse_roundings_are_not_taken_for_forgetting(name, reads_blocks):
+    assert mixers_of(build_architecture(name).to(torch.bfloat16)).reads_blocks is reads_blocks
+
+
 @torch.no_grad()
 def test_a_forward_leaves_mixers_as_they_were_and_other_threads_alone(models):
     model = models["qwen3_next"]

@@ -28,10 +28,11 @@ from .growing import growing_cache, is_recurrent
 from .sharing import Shared
 from .traits import cache_argument, input_device
 
-MORE, ROUNDING = 4.0, 1e-5
+MORE, ROUNDING, NUM_EPS = 4.0, 1e-5, 3
 """How many times further from what is read at once a mixer may be that goes on with several tokens, than one that goes
 on with single ones; and the other way round. Beyond the first it has forgotten something, beyond the second single
-tokens are other arithmetic than blocks: then they are what plain `generate` goes by."""
+tokens are other arithmetic than blocks: then they are what plain `generate` goes by. What is mere rounding, in float32
+or in units of a coarser format, says neither: there a block may happen to be read exactly as it was at once."""
 PROBE = 6
 
 
@@ -230,7 +231,21 @@ def _study(model: Any) -> Mixers:
     finally:
         model.train(was_training)
     by_parts, by_steps = _error(whole, parts), _error(whole, steps)
-    return Mixers(mixers, max(by_parts, by_steps) <= MORE * min(by_parts, by_steps) + ROUNDING)
+    return Mixers(mixers, _are_alike(by_parts, by_steps, model.dtype))
+
+
+def _are_alike(by_parts: float, by_steps: float, dtype: torch.dtype) -> bool:
+    """Whether two errors differ by no more than rounding does.
+
+    Example:
+
+        >>> _are_alike(0.0, 0.008, torch.bfloat16), _are_alike(0.0, 0.008, torch.float32)
+        (True, False)
+        >>> _are_alike(0.079, 0.009, torch.bfloat16)
+        False
+    """
+    rounding = max(ROUNDING, NUM_EPS * torch.finfo(dtype).eps)
+    return max(by_parts, by_steps) <= MORE * min(by_parts, by_steps) + rounding
 
 
 def _error(whole_TV: Tensor, other_TV: Tensor) -> float:
