@@ -1,21 +1,31 @@
 """Runs guarded decoding on a tiny random model of every causal architecture and compares with plain `generate`.
 
-    .venv/bin/python benchmarks/compatibility.py              # all, about fifteen minutes on one core
+    .venv/bin/python benchmarks/compatibility.py              # all, about half an hour on one core
     .venv/bin/python benchmarks/compatibility.py llama gpt2   # some
+    .venv/bin/python benchmarks/compatibility.py --missing    # those without results, such as after an interrupt
+    .venv/bin/python benchmarks/compatibility.py --write      # none: only the table in docs/compatibility.md
 
-For each: greedy, float32, one prompt alone and a batch of three of different lengths, with a draft model in chains and
-in trees (where the model takes them), with prompt lookup and without drafts; every row must equal what the model alone
-says to that prompt. Then forced flags must be survived. What can't be guarded has to be refused when a head is
-attached: what fails later, or says something else, is WRONG. All of it is written to
-`benchmarks/results/compatibility.json`, where a run of some replaces their lines.
+For each, in float32, a cell for everything that is asked of it:
+
+- *alone*: greedy without drafts is what the model says alone; *lookup* and *draft*: the same with prompt lookup, with
+  a draft model in chains and, where the model takes them, in trees;
+- *batch*: all of that in a batch of three prompts of different lengths, each row as the model alone says it;
+- *sampling*: what is sampled with a seed is the same with drafts and without;
+- *rollback*: forced flags are survived; *clean*: no token at or above the threshold came back.
+
+What can't be guarded has to be refused when a head is attached: what fails later, or says something else, is WRONG.
+All of it is written to `benchmarks/results/compatibility.json` as it comes, and from there to docs/compatibility.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +39,26 @@ from safespec_hf import SafeSpecConfig, SafeSpecError, attach_safety_head
 from safespec_hf.decoding.proof import FAILURES
 from safespec_hf.decoding.support import check_model
 from safespec_hf.engine.cache import takes_trees
+from safespec_hf.engine.mixers import mixers_of
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny
 from architectures import NAMES, build_architecture
 
+ROOT = Path(__file__).parent.parent
+
 THEIRS = (*FAILURES, ImportError, OSError)
 """What the code of a model raises that can't be built small, or answer: that says nothing about us."""
 PROMPT_LENGTHS, NUM_TOKENS = (10, 7, 4), 16
 SECONDS = 120
-RESULTS = Path(__file__).parent / "results" / "compatibility.json"
+RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->"
+CELLS = ("alone", "lookup", "draft", "batch", "sampling", "rollback", "clean")
 GREEDY: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CONSTANT = SafeSpecConfig(adaptive_drafts=False)
 RECOVERING = SafeSpecConfig(max_segment_tokens=5, num_candidates=2, reflection=tiny.REFLECTION, refusal=tiny.REFUSAL)
+Outcome = dict[str, Any]
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -58,48 +75,73 @@ def answers_alone(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     ]
 
 
-def check(name: str, outcomes: Any) -> tuple[str, str]:
-    """`identical`, `refused`, `skipped` or `WRONG`, and why.
+def check(name: str, outcomes: Any) -> Outcome:
+    """What came of an architecture: `identical`, `refused`, `skipped` or `WRONG`, why, and its cells.
 
     Leaves in `outcomes` what is to be said if it never returns: until ours runs, that is no fault of ours.
     """
-    outcomes[name] = "skipped", f"not built, or no plain answer, within {SECONDS} s"
+    outcomes[name] = outcome("skipped", f"not built, or no plain answer, within {SECONDS} s")
     try:
         model = build_architecture(name)
         (ids, mask), draft, leafy = batch(), tiny.perturb(model), tiny.perturb(model, 0.03)
         alone = answers_alone(model, ids)
     except THEIRS as error:
-        return "skipped", f"not built, or plain generate fails: {type(error).__name__}: {error}"
-    outcomes[name] = "WRONG", f"guarded decoding crashed, or took more than {SECONDS} s"
+        return outcome("skipped", f"not built, or plain generate fails: {type(error).__name__}: {error}")
+    outcomes[name] = outcome("WRONG", f"guarded decoding crashed, or took more than {SECONDS} s")
     try:
         check_model(model)
         attach_safety_head(model, tiny.build_head(model), tokenizer=tiny.build_tokenizer())
     except SafeSpecError as error:
-        return "refused", str(error)
-    return compare(model, ids, mask, alone, {"draft": draft, "trees": leafy})
+        return outcome("refused", str(error))
+    cells = compare(model, ids, mask, alone, {"draft": draft, "trees": leafy}) | recover(model, ids, mask, draft)
+    wrong = [cell for cell in CELLS if not cells[cell]]
+    return outcome("WRONG" if wrong else "identical", ", ".join(wrong) or how(model), cells)
+
+
+def outcome(what: str, why: str, cells: dict[str, bool] | None = None) -> Outcome:
+    return {"outcome": what, "why": why, "cells": cells or {}}
+
+
+def how(model: PreTrainedModel) -> str:
+    """How its drafts are verified, and its states taken back."""
+    mixers = mixers_of(model)
+    states = "" if mixers is None else "; recurrent, read in " + ("parts" if mixers.reads_blocks else "single tokens")
+    return ("trees" if takes_trees(model) else "chains") + states
 
 
 def compare(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, alone: list[Tensor], drafts: dict[str, PreTrainedModel]
-) -> tuple[str, str]:
+) -> dict[str, bool]:
     """Guarded answers in every way of drafting, with what the model says to each prompt alone."""
-    for label, extra in {
-        "plain": {"safespec": True},
-        "draft": {"assistant_model": drafts["draft"], "safespec": CONSTANT},
-        "trees": {"assistant_model": drafts["trees"], "safespec": SafeSpecConfig(lookup_drafts=False)},
-        "lookup": {"prompt_lookup_num_tokens": 3, "safespec": CONSTANT},
-    }.items():
+    cells = dict.fromkeys(CELLS[:4], True)
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("alone", {"safespec": True}),
+        ("draft", {"assistant_model": drafts["draft"], "safespec": CONSTANT}),
+        ("draft", {"assistant_model": drafts["trees"], "safespec": SafeSpecConfig(lookup_drafts=False)}),
+        ("lookup", {"prompt_lookup_num_tokens": 3, "safespec": CONSTANT}),
+    ]
+    for cell, extra in ways:
         # or else adaptive decoding finds that a draft as large as its target does not pay
         with tiny.cheap_drafts():
             single = model.generate(ids[:1], attention_mask=mask[:1], **GREEDY, **extra)[:, ids.shape[1] :]
             whole = model.generate(ids, attention_mask=mask, **GREEDY, **extra)[:, ids.shape[1] :]
-        if not torch.equal(single[0], alone[0]):
-            return "WRONG", f"one row differs ({label})"
-        if not all(torch.equal(*pair) for pair in zip(whole, alone, strict=True)):
-            return "WRONG", f"a batch differs ({label})"
-    attach_safety_head(model, tiny.build_coin_head(model, 0.08, seed=0), tokenizer=tiny.build_tokenizer())
-    model.generate(ids, attention_mask=mask, safespec=RECOVERING, assistant_model=drafts["draft"], **GREEDY)
-    return "identical", "with trees" if takes_trees(model) else "in chains"
+        cells[cell] &= torch.equal(single[0], alone[0])
+        cells["batch"] &= all(torch.equal(*pair) for pair in zip(whole, alone, strict=True))
+    sampled = []
+    for extra in ({}, {"prompt_lookup_num_tokens": 3}):
+        torch.manual_seed(1)
+        arguments = GREEDY | {"do_sample": True, "safespec": CONSTANT, **extra}
+        sampled.append(model.generate(ids[:1], attention_mask=mask[:1], **arguments))
+    return cells | {"sampling": torch.equal(*sampled)}
+
+
+def recover(model: PreTrainedModel, ids: Tensor, mask: Tensor, draft: PreTrainedModel) -> dict[str, bool]:
+    """Whether forced flags are survived, and nothing flagged comes back."""
+    attach_safety_head(model, tiny.build_coin_head(model, 0.12, seed=0), tokenizer=tiny.build_tokenizer())
+    arguments: dict[str, Any] = {**GREEDY, "safespec": RECOVERING, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, assistant_model=draft, **arguments)
+    threshold = model.safety.risk_threshold
+    return {"rollback": any(output.events), "clean": not bool((output.risks >= threshold).any())}
 
 
 def run(name: str, outcomes: Any) -> None:
@@ -107,27 +149,92 @@ def run(name: str, outcomes: Any) -> None:
     try:
         outcomes[name] = check(name, outcomes)
     except THEIRS as error:  # what `check` does not name comes from guarded decoding
-        outcomes[name] = ("WRONG", f"{type(error).__name__}: {error}")
+        outcomes[name] = outcome("WRONG", f"{type(error).__name__}: {error}")
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
+def run_all(names: list[str], save: Callable[[str, Outcome], None]) -> None:
     fork = multiprocessing.get_context("fork")  # a process for each, as some would take down or hold up the others
-    outcomes: dict[str, tuple[str, str]] = {}
     with fork.Manager() as manager:
         shared = manager.dict()
-        for name in sys.argv[1:] or NAMES:
+        for number, name in enumerate(names, 1):
             process = fork.Process(target=run, args=(name, shared))
             process.start()
             process.join(SECONDS)
             process.kill()
-            outcomes[name] = shared.get(name, ("WRONG", "the process ended before it began"))
-            print(f"{name:26} {outcomes[name][0]:10} {' '.join(outcomes[name][1].split())[:220]}", flush=True)
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if sys.argv[1:] else {}
-    write_json(RESULTS, before | {name: {"outcome": found, "why": why} for name, (found, why) in outcomes.items()})
-    return int(any(outcome == "WRONG" for outcome, _ in outcomes.values()))
+            found = shared.get(name, outcome("WRONG", "the process ended before it began"))
+            save(name, found)
+            why = " ".join(found["why"].split())[:200]
+            print(f"{number:3}/{len(names)} {name:26} {found['outcome']:10} {why}", flush=True)
+
+
+def table(results: dict[str, Outcome]) -> str:
+    """The part of the page that says what came out."""
+    counts = Counter(found["outcome"] for found in results.values())
+    lines = [
+        f"Of {len(results)} architectures {counts['identical']} are guarded, {counts['refused']} refused when a head "
+        f"is attached, {counts['WRONG']} wrong, and {counts['skipped']} could not be built small or not answer by "
+        "themselves.",
+        "",
+        f"| architecture | {' | '.join(CELLS)} | drafts and states |",
+        f"|---|{'---|' * len(CELLS)}---|",
+    ]
+    guarded = {name: found for name, found in sorted(results.items()) if found["outcome"] in ("identical", "WRONG")}
+    for name, found in guarded.items():
+        marks = [{True: "yes", False: "**no**"}.get(found["cells"].get(cell), "") for cell in CELLS]
+        lines.append(f"| {name} | {' | '.join(marks)} | {found['why']} |")
+    lines += ["", "| refused or not measured | why |", "|---|---|"]
+    others = {name: found for name, found in sorted(results.items()) if name not in guarded}
+    reasons: dict[str, list[str]] = {}
+    for name, found in others.items():
+        reasons.setdefault(shortened(found["why"]), []).append(name)
+    lines += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def shortened(why: str) -> str:
+    """A reason in which only the kind of model that it is about is told."""
+    words = " ".join(why.split()).replace("|", "/")
+    first, _, rest = words.partition(" ")
+    is_class = first.endswith(("LM", "Model", "Generation", "ForCausalLM.forward", "LMHeadModel.forward"))
+    is_class = is_class or first.endswith(".forward")
+    text = rest if is_class else words
+    return text[:160] + ("..." if len(text) > 160 else "")
+
+
+def write_page(results: dict[str, Outcome]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Guarded decoding on tiny models of all architectures.")
+    parser.add_argument("names", nargs="*", help="architectures; default: all")
+    parser.add_argument("--missing", action="store_true", help="only those without a result")
+    parser.add_argument("--write", action="store_true", help="run none, only write the table")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    is_partial = bool(options.names) or options.missing or options.write
+    results: dict[str, Outcome] = {}
+    if is_partial:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    names = [] if options.write else options.names or NAMES
+    if options.missing:
+        names = [name for name in names if name not in results or needs_run(results[name])]
+
+    def save(name: str, found: Outcome) -> None:
+        results[name] = found
+        write_json(RESULTS, dict(sorted(results.items())))
+
+    run_all(names, save)
+    write_page(results)
+    return int(any(found["outcome"] == "WRONG" for found in results.values()))
+
+
+def needs_run(found: Outcome) -> bool:
+    return "cells" not in found or (found["outcome"] == "identical" and len(found["cells"]) < len(CELLS))
 
 
 if __name__ == "__main__":

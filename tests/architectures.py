@@ -21,11 +21,14 @@ SIZES: dict[str, Any] = {
         ("head_dim", "rotary_dim", "sliding_window", "window_size", "attention_window", "local_window"), 8
     ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 256),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     "dim_head": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8,
+    "index_topk": 6,
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
@@ -38,13 +41,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size_per_layer_input": 8,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "layer_types": ["full_attention"] * 4,
     },
-    "gemma4_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "blt": {
         "patcher_config": {
             "hidden_size": 32,
@@ -62,7 +67,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "nemotron": {"num_key_value_heads": 2},
     "zaya": {"num_experts_per_tok": 1},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "state_size": 16},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB_SIZE},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB_SIZE},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "reformer": {
         "attn_layers": ["local", "lsh"],
@@ -96,7 +118,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[key] = _two_kinds(own[key])
     for key in config.sub_configs:
         if isinstance(own.get(key), PreTrainedConfig):
-            fields[key] = _shrunk(own[key])
+            has_pad = isinstance(vars(own[key]).get("pad_token_id"), int)
+            fields[key] = _shrunk(own[key]) | ({"pad_token_id": 0} if has_pad else {})
     return fields
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, overloa
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
 from .decoding.assistant import as_draft
@@ -122,6 +123,10 @@ def detach_safety_head(model: Model) -> Model:
     return model
 
 
+class _GuardedKwargs(dict[str, Any]):
+    """The arguments of a guarded call, by which what transformers asks on the way knows that it is one."""
+
+
 class GuardedModel(_Model):
     """A model with a safety head: what [`attach_safety_head`] returns, for annotations and `isinstance`.
 
@@ -217,7 +222,15 @@ class GuardedModel(_Model):
         # transformers drops the tokenizer for a callable, and stop strings with it
         tokenizer = kwargs.get("tokenizer")
         mode_kwargs: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
-        return mode_kwargs | {"tokenizer": tokenizer} if isinstance(custom_generate, GuardedCall) else mode_kwargs
+        is_ours = isinstance(custom_generate, GuardedCall)
+        return _GuardedKwargs(mode_kwargs, tokenizer=tokenizer) if is_ours else mode_kwargs
+
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, mode_kwargs: Any) -> None:
+        # transformers' assisted decoding can't take recurrent states back; guarded decoding can
+        is_ours = isinstance(mode_kwargs, _GuardedKwargs) and config.num_return_sequences == 1
+        is_refused = is_ours and self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION
+        mode = GenerationMode.GREEDY_SEARCH if is_refused else mode
+        cast("Any", super())._validate_generation_mode(mode, config, mode_kwargs)
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
         """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""

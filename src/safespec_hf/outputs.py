@@ -96,6 +96,9 @@ class SafeSpecStatistics:
         num_rounds (`int`): General Mode rounds.
         num_plain_rounds (`int`): Those of them in which nothing was drafted although there was a drafter.
         num_target_forwards (`int`): Forwards of the target, recovery included.
+        num_reread_tokens (`int`):
+            Tokens that the target read once more, in forwards that it made anyway: recurrent states go back to where
+            a copy of them is, and what was accepted after that is read again. 0 for attention alone.
         num_draft_forwards (`int`): Forwards of the draft model or head.
         num_draft_tokens (`int`): Tokens drafted in General Mode.
         num_accepted_tokens (`int`): Those of them that the target accepted.
@@ -118,6 +121,7 @@ class SafeSpecStatistics:
     num_rounds: int = 0
     num_plain_rounds: int = 0
     num_target_forwards: int = 0
+    num_reread_tokens: int = 0
     num_draft_forwards: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

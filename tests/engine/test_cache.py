@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny import CONFIGS, VOCAB_SIZE, build_model
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
+from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from safespec_hf import UnsupportedRequestError
@@ -267,9 +267,9 @@ def test_trimming_knows_that_a_trees_path_has_not_been_chosen_yet(target):
     assert cached.cache.get_seq_length() == 3
 
 
-def test_a_recurrent_model_is_refused_by_name():
-    model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(UnsupportedRequestError, match="MambaForCausalLM has layers whose state can't be rolled back"):
+def test_a_model_whose_state_is_in_no_cache_is_refused_by_name():
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2))
+    with pytest.raises(UnsupportedRequestError, match="RwkvForCausalLM has layers whose state can't be rolled back"):
         CachedModel(model, 1)
 
 

@@ -126,7 +126,8 @@ class Decoder:
     def _forward(self, blocks: Sequence[list[int]], proposal: Proposal) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits after the context and after each draft, the head's states, and the draft head's."""
         num_logits = 1 + max(len(drafts) for drafts in proposal.drafts)
-        output = self.target.forward(blocks, num_logits, parents=proposal.parents)
+        nums = [len(drafts) for drafts in proposal.drafts]
+        output = self.target.forward(blocks, num_logits, parents=proposal.parents, num_drafts=nums)
         return output.logits_BTV, *split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
 
     def _draft(self) -> Proposal:
@@ -315,6 +316,7 @@ class Decoder:
             self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
+        self.statistics.num_reread_tokens = target.num_reread_tokens
         self.statistics.num_watch_pauses = 0 if self.watch is None else self.watch.num_pauses
         self.statistics.num_draft_forwards = self.drafter.num_forwards
         self.statistics.num_plain_rounds = self.drafter.num_plain_rounds

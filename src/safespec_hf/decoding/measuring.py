@@ -130,7 +130,7 @@ def _target_run(model: PreTrainedModel, num_rows: int, num_context: int, layers:
 
     def run(width: int) -> None:
         ids_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        cached.forward(ids_BT, width).logits_BTV.max(dim=-1).indices.tolist()
+        cached.forward(ids_BT, width, num_drafts=[width - 1] * num_rows).logits_BTV.max(dim=-1).indices.tolist()
         cached.keep([num_context] * num_rows)
 
     return run
@@ -147,7 +147,8 @@ def _draft_run(assistant: PreTrainedModel, num_rows: int, num_context: int) -> A
 
     def run(width: int) -> None:
         ids_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        logits_BV = cached.forward(ids_BT, 1, states_BTF=states_BTF).logits_BTV[:, -1]
+        output = cached.forward(ids_BT, 1, states_BTF=states_BTF, num_drafts=[width] * num_rows)
+        logits_BV = output.logits_BTV[:, -1]
         values_BS, _ = logits_BV.float().topk(4, dim=-1)
         (values_BS - logits_BV.float().logsumexp(dim=-1, keepdim=True)).exp().tolist()
         cached.keep([num_context] * num_rows)

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engine.cache import CACHE_NAME, CachedModel
-from ..engine.tap import read_tap
-from ..engine.traits import max_positions
+from ..engine.growing import column_states
+from ..engine.tap import main_stream, read_tap
+from ..engine.traits import max_positions, takes_positions
 from ..errors import UnsupportedRequestError
 
 NUM_TOKENS, NUM_WRONG = 6, 2
@@ -115,9 +116,8 @@ def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tup
     """Logits and hidden states of a row that is read in one forward, without a cache."""
     ids = torch.tensor([tokens], device=model.device)
     places = torch.arange(len(tokens), device=model.device)[None]  # `generate` counts from 0, whatever a model does
-    outputs = model(
-        input_ids=ids, position_ids=places, use_cache=False, output_hidden_states=bool(layers), return_dict=True
-    )
+    arguments = {"position_ids": places} if takes_positions(model) else {}
+    outputs = model(input_ids=ids, **arguments, use_cache=False, output_hidden_states=bool(layers), return_dict=True)
     _check_shape("logits", outputs.logits, len(tokens), None)
     if not layers:
         return outputs.logits[0], None
@@ -129,7 +129,7 @@ def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tup
             f"{len(layers)}, one before and one after each of `num_hidden_layers={len(layers) - 1}`."
         )
     for states in outputs.hidden_states:
-        _check_shape("hidden states", states, len(tokens), size)
+        _check_shape("hidden states", main_stream(states), len(tokens), size)
     return outputs.logits[0], read_tap(outputs, layers, len(tokens))[0]
 
 
@@ -153,24 +153,46 @@ def _read_cached(model: PreTrainedModel, tokens: Sequence[int], layers: Sequence
     """
     right, wrong = list(tokens[:NUM_TOKENS]), list(tokens[NUM_TOKENS:])
     cached = CachedModel(model, 2, layers)
-    first = cached.forward([right[:4] + wrong[:1], right[:2] + wrong], 5)
-    if cached.cache.get_seq_length() != 5:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__} can't be guarded: it was given a cache and 5 tokens, and left "
-            f"{cached.cache.get_seq_length()} in it."
-        )
+    first = cached.forward([right[:4] + wrong[:1], right[:2] + wrong], 5, num_drafts=[1, 2])
+    _check_columns(model, cached)
     cached.keep([4, 2])
-    second = cached.forward([right[4:6], right[2:3]], 2)
+    starts = cached.lengths
+    second = cached.forward([right[starts[0] : 6], right[starts[1] : 3]], 2)
     # the wrong tokens come last in their row, so what was read before them can be compared from the right end
     prompt = [part[:, :-1] if part is not None else None for part in first]
     padded = [part[:, :-2] if part is not None else None for part in first]
     assert prompt[0] is not None
     assert padded[0] is not None
-    return [
+    parts: list[Part] = [
         ("in a batch", {0: [0, 1, 2, 3]}, prompt[0], prompt[1]),
         ("in a batch with left padding", {1: [0, 1]}, padded[0], padded[1]),
         ("after a rollback", {0: [4, 5], 1: [2]}, second.logits_BTV, second.hidden_BTF),
     ]
+    if cached.recurrent is not None:
+        # again, further back than there is a copy of, and from a copy that lies inside of a block
+        cached.keep([5, 3])
+        starts = cached.lengths
+        cached.forward([right[starts[0] : 5] + wrong, right[starts[1] : 4] + wrong], 1, num_drafts=[2, 2])
+        cached.keep([5, 4])
+        starts = cached.lengths
+        third = cached.forward([right[starts[0] : 6], right[starts[1] : 6]], 1)
+        parts.append(("after several rollbacks", {0: [5], 1: [5]}, third.logits_BTV, _last(third.hidden_BTF)))
+    return parts
+
+
+def _last(states_BTF: Tensor | None) -> Tensor | None:
+    return None if states_BTF is None else states_BTF[:, -1:]
+
+
+def _check_columns(model: PreTrainedModel, cached: CachedModel) -> None:
+    """Raises unless a forward of 5 tokens has left something of each of them in the cache."""
+    nums = {state.shape[2] for layer in cached.cache.layers for state in column_states(layer)}
+    if nums <= {5} and (nums or cached.recurrent is not None):
+        return
+    raise UnsupportedRequestError(
+        f"{type(model).__name__} can't be guarded: it was given a cache and 5 tokens, and left "
+        f"{max(nums, default=0)} in it."
+    )
 
 
 def _error(found_TX: Tensor, expected_TX: Tensor, model: PreTrainedModel) -> tuple[float, float]:
@@ -214,16 +236,12 @@ def check_sizes(model: PreTrainedModel) -> None:
 
 
 def check_signature(model: PreTrainedModel) -> None:
-    """Raises unless a model's forward names a cache and positions.
+    """Raises unless a model's forward names a cache.
 
     Raises:
         UnsupportedRequestError: Names what is missing.
     """
     names = inspect.signature(model.forward).parameters
-    if "position_ids" not in names:
-        raise UnsupportedRequestError(
-            f"{type(model).__name__}.forward takes no `position_ids`, which guarded decoding needs to roll rows back."
-        )
     if names.keys().isdisjoint(("cache", "past_key_values")):
         raise UnsupportedRequestError(
             f"{type(model).__name__}.forward takes no `{CACHE_NAME}`, without which nothing can be rolled back."

@@ -40,6 +40,7 @@ from ..drafting.draft_length import DraftCosts
 from ..drafting.router import DraftRouter
 from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
+from ..engine.growing import is_recurrent
 from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
@@ -101,6 +102,12 @@ def check_request(
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
         check_compiler(input_device(model))
+        for each in (model, assistant):
+            if each is not None and is_recurrent(each):
+                raise UnsupportedRequestError(
+                    f"`compile=True` can't be kept: the recurrent layers of {type(each).__name__} are read in parts, "
+                    "which compiled code does not allow. Leave `compile` out."
+                )
     if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
         raise UnsupportedRequestError(
             "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "

@@ -142,7 +142,8 @@ class SafetyMode:
             self.statistics.draft_seconds += time.perf_counter() - start
             scorer = self.target.fork(index, num_candidates)
             waiting = row.context(scorer.lengths[0])
-            output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(map(len, segments)))
+            nums = [len(tokens) for tokens in segments]
+            output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(nums), num_drafts=nums)
             scores.read(segments, len(waiting), output)
         self.statistics.head_seconds += scores.seconds
         self.statistics.num_candidates += num_candidates

@@ -131,7 +131,8 @@ class SegmentDecoder(Decoder):
             for row, length, turn in zip(self.live, self.target.lengths, turns, strict=True)
         ]
         guesses = Proposal([[] if turn.is_judged else turn.tokens for turn in turns])
-        output = self.target.forward(blocks, 1 + max(map(len, guesses.drafts)))
+        nums = [len(turn.tokens) + len(ids) * turn.is_judged for turn in turns]
+        output = self.target.forward(blocks, 1 + max(map(len, guesses.drafts)), num_drafts=nums)
         start = time.perf_counter()
         parts = [read_quality(output.logits_BTV[:, -1], self.plan.digit_ids, policy.quality_reading)]
         if not all(turn.is_judged for turn in turns):

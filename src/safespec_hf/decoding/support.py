@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
+from ..engine.growing import num_columns
 from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
 from .proof import check_signature, check_sizes, prove
@@ -165,7 +166,7 @@ def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[
         UnsupportedRequestError: Names what would be read.
     """
     cache, num_tokens = model_kwargs.get(CACHE_NAME), prompt_ids.shape[1]
-    num_cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+    num_cached = num_columns(cache) if isinstance(cache, DynamicCache) else 0
     prompt = dict(model_kwargs)
     inputs = model.prepare_inputs_for_generation(
         prompt_ids,

@@ -217,7 +217,7 @@ class ModelDrafter:
         return self.cached.forward(blocks, 1)
 
     def _go_on(self, token_B: Tensor, before: BlockOutput) -> BlockOutput:
-        return self.cached.forward(token_B[:, None], 1)
+        return self.cached.forward(token_B[:, None], 1, num_drafts=[1] * len(token_B))
 
     def _end(self) -> None:
         """A model's states of its own drafts hold if they are accepted; `keep` drops the others."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,13 +18,23 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .columns import Columns, align_blocks, right_ends
-from .growing import GrowingLayer, growing_cache, make_plain
+from .growing import (
+    GrowingLayer,
+    column_states,
+    empty_like,
+    growing_cache,
+    has_columns,
+    make_plain,
+    set_column_states,
+)
+from .mixers import mixers_of
+from .recurrent import Block, RecurrentStates
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
 from .traits import check_user_cache as check_user_cache
-from .traits import has_windows, input_device, max_positions
+from .traits import has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
 
 UNLIMITED = 2**31
@@ -44,9 +55,10 @@ class BlockOutput(NamedTuple):
 
 @dataclass(slots=True)
 class Usage:
-    """Forwards of a model, and the host time they took."""
+    """Forwards of a model, the tokens that they read once more, and the host time they took."""
 
     num_forwards: int = 0
+    num_reread_tokens: int = 0
     seconds: float = 0.0
 
 
@@ -67,10 +79,12 @@ class CachedModel:
         check_cache_layers(model)
         self.model = model
         self.layers = tuple(layers)
-        # Without a config every layer keeps all its states: sliding windows are then a matter of the mask alone, and
-        # any rollback is a crop.
-        self.cache: Any = growing_cache()
+        self.cache: Any = growing_cache(model)
         self.columns = Columns(num_rows)
+        mixers = mixers_of(model)
+        # what can't be rolled back by dropping columns, if there is such a thing
+        self.recurrent = None if mixers is None else RecurrentStates(mixers, self.cache, num_rows)
+        self._read = [0] * num_rows  # tokens of each row that were read, some of which a rollback may have forgotten
         self.usage = usage if usage is not None else Usage()
         self._is_callers = False
         self._tree_start: int | None = None  # tokens before a tree whose path has not been chosen yet
@@ -82,6 +96,8 @@ class CachedModel:
         # some models keep a causal mask of this size and index it by column
         self._max_columns = max_positions(model) or UNLIMITED
         self._has_windows = has_windows(model)
+        self._takes_positions = takes_positions(model)
+        self._has_columns = has_columns(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -99,6 +115,7 @@ class CachedModel:
         num_logits: int,
         states_BTF: Tensor | None = None,
         parents: Sequence[Sequence[int]] | None = None,
+        num_drafts: Sequence[int] | None = None,
     ) -> BlockOutput:
         """Appends a block of tokens to every row.
 
@@ -110,21 +127,26 @@ class CachedModel:
             parents (`Sequence[Sequence[int]]`, *optional*):
                 For each row, the parents of its last tokens, which are a tree after the tokens before them. Only if
                 [`takes_trees`].
+            num_drafts (`Sequence[int]`, *optional*):
+                For each row, how many of its last tokens may be rejected: recurrent states are copied before them.
         """
         start = time.perf_counter()
-        # a hole inside of a sliding window would make it shorter, so there it must come after the row's tokens
-        to_left = self._has_windows and self.columns.num > 0
+        # a hole inside of a sliding window would make it shorter, and a recurrent layer would take it for a token, so
+        # there it must come after the row's tokens
+        to_left = (self._has_windows or self.recurrent is not None) and self.columns.num > 0
         input_ids, added_BT = self._align(blocks, to_left)
         width = input_ids.shape[1]
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
+        block = self._block(added_BT, num_drafts, to_left)
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
         if self._keeps_logits:
             arguments["logits_to_keep"] = width if is_shifted else num_logits
         if states_BTF is not None:
             arguments["states"] = states_BTF
-        outputs = self.model(**arguments)
+        with nullcontext() if self.recurrent is None else self.recurrent.reading(block):
+            outputs = self.model(**arguments)
         self.usage.num_forwards += 1
         hidden = read_tap(outputs, self.layers, width) if self.layers else None
         if states_BTF is not None:
@@ -134,6 +156,18 @@ class CachedModel:
             logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits[:, -num_logits:], hidden)
+
+    def _block(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> Block:
+        """What a forward is about to read; counts what was read before."""
+        lengths = self.columns.lengths
+        is_even = isinstance(added_BT, tuple)
+        sizes = [added_BT[1]] * len(lengths) if is_even else added_BT.sum(axis=1).tolist()
+        ends = [length + size for length, size in zip(lengths, sizes, strict=True)]
+        known = zip(self._read, ends, lengths, strict=True)
+        self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
+        self._read = list(map(max, self._read, ends))
+        width = added_BT[1] if is_even else added_BT.shape[1]
+        return Block(list(lengths), sizes, num_drafts or [0] * len(lengths), width, to_left)
 
     def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, Any]:
         if isinstance(blocks, Tensor):
@@ -153,8 +187,12 @@ class CachedModel:
             mask_BTL = self.columns.tree_mask(parents, positions_BT)
             arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
         elif not self.columns.is_full:
-            arguments["attention_mask"] = self._to_device(self.columns.used_BL).long()
-        arguments["position_ids"] = self._to_device(positions_BT)
+            used_BL = self.columns.used_BL
+            # recurrent states are masked by what the block holds, and some models leave it to the caller to say so
+            used_BL = used_BL if self._has_columns else used_BL[:, -input_ids.shape[1] :]
+            arguments["attention_mask"] = self._to_device(used_BL).long()
+        if self._takes_positions:
+            arguments["position_ids"] = self._to_device(positions_BT)
         return arguments
 
     def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
@@ -170,35 +208,50 @@ class CachedModel:
         if moves is not None:
             kept, first = moves
             for layer in self.cache.layers:
-                for state in (layer.keys, layer.values):
+                for state in column_states(layer):
                     state[:, :, first] = state[:, :, kept]
         self._tree_start = None
 
     def keep(self, lengths: Sequence[int]) -> None:
-        """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is."""
-        num_dropped = self.columns.keep(lengths)
-        if num_dropped:
-            self.cache.crop(-num_dropped)
+        """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is.
+
+        With recurrent states it may have to go back further: [`lengths`] says how far, and what is missing is to be
+        read again.
+        """
+        self._read = list(map(min, self._read, lengths))
+        if self.recurrent is not None:
+            lengths = self.recurrent.keep(self.columns.lengths, lengths)
+        self._crop(self.columns.keep(lengths))
         self._tree_start = None
+
+    def _crop(self, num_columns: int) -> None:
+        for layer in self.cache.layers if num_columns else ():
+            if column_states(layer):
+                layer.crop(-num_columns)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps only these rows, in this order."""
         if list(rows) == list(range(len(self.lengths))):
             return
-        self.cache.batch_select_indices(torch.tensor(rows))
-        num_dropped = self.columns.select(rows)
-        if num_dropped:
-            self.cache.crop(-num_dropped)
+        for layer in self.cache.layers:
+            if column_states(layer):
+                layer.batch_select_indices(torch.tensor(rows))
+        if self.recurrent is not None:
+            self.recurrent.select(rows)
+        self._read = [self._read[row] for row in rows]
+        self._crop(self.columns.select(rows))
 
     def fork(self, row: int, num_copies: int) -> CachedModel:
         """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward."""
         fork = copy.copy(self)
-        fork.cache, fork._is_callers, fork._tree_start = growing_cache(), False, None
-        fork.columns = Columns.filled(num_copies, self.lengths[row])
+        fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
+        fork.columns, fork._read = Columns.filled(num_copies, self.lengths[row]), [self._read[row]] * num_copies
         columns = self.columns.of(row)
         for index, layer in enumerate(self.cache.layers):
-            states = [_columns(state[row : row + 1], columns) for state in (layer.keys, layer.values)]
-            _set_layer(fork.cache, index, *(state.expand(num_copies, -1, -1, -1) for state in states))
+            states = [_columns(state[row : row + 1], columns) for state in column_states(layer)]
+            _set_layer(fork.cache, index, [state.expand(num_copies, -1, -1, -1) for state in states])
+        if self.recurrent is not None:
+            fork.recurrent = self.recurrent.fork(row, num_copies, self.lengths, fork.cache)
         return fork
 
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
@@ -207,30 +260,41 @@ class CachedModel:
         num_added = self.columns.put(row, columns.size)
         for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
             states = []
-            for own, new in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            for own, new in zip(column_states(mine), column_states(theirs), strict=True):
                 state = torch.nn.functional.pad(own, (0, 0, num_added, 0))
                 state[row, :, state.shape[2] - columns.size :] = _columns(new[other_row : other_row + 1], columns)[0]
                 states.append(state)
-            _set_layer(self.cache, index, *states)
+            _set_layer(self.cache, index, states)
+        if self.recurrent is not None and other.recurrent is not None:
+            self.recurrent.replace(row, other.recurrent, other_row)
+        self._read[row] = other._read[other_row]
 
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
-        self.columns = Columns.filled(len(self.lengths), length)
+        room = (0, 0, length - self.columns.num, 0)
+        self.columns, self._read = Columns.filled(len(self.lengths), length), [length] * len(self.lengths)
         for index, layer in enumerate(self.cache.layers):
-            room = (0, 0, length - layer.get_seq_length(), 0)
-            states = [torch.nn.functional.pad(torch.zeros_like(state), room) for state in (layer.keys, layer.values)]
-            _set_layer(self.cache, index, *states)
+            states = [torch.nn.functional.pad(torch.zeros_like(state), room) for state in column_states(layer)]
+            _set_layer(self.cache, index, states)
+        if self.recurrent is not None:
+            self.recurrent.pretend(length)
 
     def take_cache(self, cache: DynamicCache) -> None:
         """Goes on with a cache of one row that the caller filled."""
-        self.cache, self.columns, self._is_callers = cache, Columns.filled(1, cache.get_seq_length()), True
+        length = cache.get_seq_length()
+        self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
+        self._read = [length]
 
     def trim_cache(self, length: int) -> None:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
         if self._tree_start is not None:
             length = min(length, self._tree_start)
+        if self.recurrent is not None:
+            length = self.recurrent.keep([self.columns.num], [length])[0]
+            self.recurrent.go_back([length])
         for layer in self.cache.layers:
-            layer.crop(min(length - layer.get_seq_length(), 0))
+            if states := column_states(layer):
+                layer.crop(min(length - states[0].shape[2], 0))
         if self._is_callers:
             make_plain(self.cache)
 
@@ -245,9 +309,9 @@ class CachedModel:
         if columns_BL is None:
             return
         for index, layer in enumerate(self.cache.layers):
-            columns = torch.from_numpy(columns_BL).to(layer.keys.device)[:, None, :, None]
-            states = [torch.take_along_dim(state, columns, dim=2) for state in (layer.keys, layer.values)]
-            _set_layer(self.cache, index, *states)
+            columns = torch.from_numpy(columns_BL)[:, None, :, None]
+            states = [torch.take_along_dim(state, columns.to(state.device), dim=2) for state in column_states(layer)]
+            _set_layer(self.cache, index, states)
 
 
 def _shift_right(values_BTX: Tensor, added_BT: np.ndarray) -> Tensor:
@@ -262,10 +326,7 @@ def _columns(state_BHLD: Tensor, columns: np.ndarray) -> Tensor:
     return state_BHLD.index_select(2, torch.from_numpy(columns).to(state_BHLD.device))
 
 
-def _set_layer(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
+def _set_layer(cache: Any, index: int, states: Sequence[Tensor]) -> None:
     while len(cache.layers) <= index:
         cache.layers.append(GrowingLayer())
-    layer = cache.layers[index]
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+    set_column_states(cache.layers[index], states)

@@ -1,13 +1,26 @@
-"""Keys and values of one layer, in buffers with room for more: a block is written in place and nothing is copied."""
+"""What a layer keeps of the tokens it has read, one class per kind: here all that lies in columns, one for a token.
+
+Keys and values are in buffers with room for more: a block is written in place and nothing is copied. To go back,
+columns are dropped. Layers that own none, as those that read another layer's, have nothing to take back. States that
+have no columns are the business of [`RecurrentStates`].
+"""
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 ROOM = 256
 """Columns to spare whenever a buffer is made: states are copied once for so many tokens, not once for each."""
@@ -40,10 +53,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, num_new = self.get_seq_length(), key_states.shape[2]
-        if self._buffers is None or self.keys is not self._own or start + num_new > self._buffers[0].shape[2]:
+        is_mine = self.keys is self._own and self._own is not None and len(self._own) == len(key_states)
+        buffers = self._buffers if is_mine else None
+        if buffers is None or start + num_new > buffers[0].shape[2]:
             room = start + num_new + ROOM
-            self._buffers = _copy(self.keys, key_states, room), _copy(self.values, value_states, room)
-        keys, values = self._buffers
+            buffers = self._buffers = _copy(self.keys, key_states, room), _copy(self.values, value_states, room)
+        keys, values = buffers
         keys.narrow(2, start, num_new).copy_(key_states)
         values.narrow(2, start, num_new).copy_(value_states)
         self.keys = self._own = keys.narrow(2, 0, start + num_new)
@@ -67,11 +82,150 @@ def _copy(states: Tensor | None, new: Tensor, room: int) -> Tensor:
     return buffer
 
 
-def growing_cache() -> DynamicCache:
-    """An empty cache of such layers."""
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = GrowingLayer
+class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):
+    """The same with the keys of an indexer, which picks the columns that attention reads."""
+
+
+class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[misc, override]  # as transformers' own
+    """The same beside a recurrent state, which has no columns: [`RecurrentStates`] takes it back."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
+        GrowingLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        part = GrowingLayer if args else LinearAttentionLayer  # keys and values come by position, other states by name
+        part.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        GrowingLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        GrowingLayer.crop(self, tokens_to_remove)
+
+
+KINDS: dict[str, Any] = {
+    "DynamicLayer": GrowingLayer,
+    # all states are kept, so that any rollback is a crop: the window is a matter of the mask alone
+    "DynamicSlidingWindowLayer": GrowingLayer,
+    "DynamicIndexedLayer": GrowingIndexedLayer,
+    "LinearAttentionLayer": LinearAttentionLayer,
+    "LinearAttentionAndFullAttentionLayer": GrowingHybridLayer,
+    "LinearAttentionAndSlidingWindowAttentionLayer": GrowingHybridLayer,
+    "DummyLayer": None,
+}
+"""Layers of transformers' caches, and what stands for each here; `None` keeps nothing, and stays as it is."""
+PLAIN = {
+    GrowingLayer: DynamicLayer,
+    GrowingIndexedLayer: DynamicIndexedLayer,
+    GrowingHybridLayer: LinearAttentionAndFullAttentionLayer,
+}
+"""What a caller can go on with in the place of each of ours."""
+
+
+def growing_cache(model: PreTrainedModel | None = None) -> DynamicCache:
+    """An empty cache of such layers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], *optional*): Says of which kinds they are. Default: keys and values.
+    """
+    theirs = [] if model is None else model_layers(model)
+    kinds = [KINDS[type(layer).__name__] for layer in theirs]
+    if model is None or all(kind is GrowingLayer for kind in kinds):
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = GrowingLayer
+        return cache
+    cache = _own_class(model)()
+    cache.layer_class_to_replicate = None
+    for kind, layer in zip(kinds, theirs, strict=True):
+        num_states = getattr(layer, "number_of_states", 1)
+        cache.layers.append(layer if kind is None else kind(number_of_states=num_states))
     return cache
+
+
+def empty_like(cache: Any) -> Any:
+    """An empty cache of layers of the same kinds."""
+    if cache.layer_class_to_replicate is not None or all(type(layer) is DynamicLayer for layer in cache.layers):
+        return growing_cache()
+    empty = copy.copy(cache)
+    empty.layers = [type(layer)(number_of_states=getattr(layer, "number_of_states", 1)) for layer in cache.layers]
+    return empty
+
+
+def model_layers(model: PreTrainedModel) -> list[Any]:
+    """The layers of the cache that transformers makes for a model."""
+    return list(DynamicCache(config=model.config).layers)
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a model has states that are no columns."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in model_layers(model))
+
+
+def has_columns(model: PreTrainedModel) -> bool:
+    """Whether any layer of a model has columns."""
+    return any(isinstance(layer, DynamicLayer) for layer in model_layers(model))
+
+
+class _NamedStates:
+    """Gives recurrent states under the names that some models call them by."""
+
+    layers: list[Any]
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.layers[layer_idx].update_recurrent_state(linear_cache)
+        self.layers[layer_idx].has_previous_state[0] = True
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        DynamicCache.batch_select_indices(self, indices)  # type: ignore[arg-type]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        DynamicCache.crop(self, tokens_to_remove)  # type: ignore[arg-type]
+
+
+def _own_class(model: PreTrainedModel) -> Any:
+    """The class of a model's cache: one that insists on a class of its own gets a class derived from it."""
+    own = vars(sys.modules[type(model).__module__]).get("MiniMaxCache")
+    return DynamicCache if own is None else type(own.__name__, (_NamedStates, own), {})
+
+
+def column_states(layer: Any) -> list[Tensor]:
+    """A layer's states that have a column for each token, of shape `(B, H, L, D)` each; none before the first one."""
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.dim() < 4:  # empty, without a shape yet
+        return []
+    states: list[Any] = [layer.keys, layer.values]
+    if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
+        states.append(layer.indexer_keys[:, None])
+    return states
+
+
+def num_columns(cache: Any) -> int:
+    """The columns of a cache; 0 where no layer has any, which transformers' caches don't say."""
+    return next((states[0].shape[2] for layer in cache.layers if (states := column_states(layer))), 0)
+
+
+def set_column_states(layer: Any, states: Sequence[Tensor]) -> None:
+    """Sets what [`column_states`] gives, for a layer that may have read nothing."""
+    if not states:
+        return
+    keys, values, *others = states
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    for state in others:
+        if not layer.is_indexer_initialized:
+            layer.lazy_initialization_indexer(state[:, 0])
+        layer.indexer_keys = state[:, 0]
 
 
 @torch.inference_mode(False)
@@ -81,9 +235,11 @@ def make_plain(cache: Any) -> None:
     if cache.layer_class_to_replicate is GrowingLayer:
         cache.layer_class_to_replicate = DynamicLayer
     for index, layer in enumerate(cache.layers):
-        if layer.is_initialized:
-            keys, values = layer.keys.clone(), layer.values.clone()
-            if isinstance(layer, GrowingLayer):
-                layer = cache.layers[index] = DynamicLayer()
-                layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
+        states = [state.clone() for state in column_states(layer)]
+        plain: Any = PLAIN[type(layer)]() if type(layer) in PLAIN else layer
+        if isinstance(layer, LinearAttentionLayer):
+            vars(plain).update({name: value for name, value in vars(layer).items() if name in vars(plain)})
+            for kept in (plain.conv_states, plain.recurrent_states):
+                kept.update({at: None if state is None else state.clone() for at, state in kept.items()})
+        cache.layers[index] = plain
+        set_column_states(plain, states)

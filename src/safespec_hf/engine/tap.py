@@ -25,9 +25,14 @@ def read_tap(outputs: Any, layers: Sequence[int], num_positions: int) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(batch, num_positions, hidden_size * len(layers))`: On the last layer's device.
     """
-    states = [outputs.hidden_states[layer][:, -num_positions:] for layer in layers]
+    states = [main_stream(outputs.hidden_states[layer])[:, -num_positions:] for layer in layers]
     # a target spread over several devices keeps each layer's states on its own
     return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
+
+
+def main_stream(states: Tensor) -> Tensor:
+    """Of a layer's states that are several streams (Gemma 3n), the first, which goes through the layers themselves."""
+    return states[0] if states.dim() == 4 else states
 
 
 def split_tap(hidden_BTF: Tensor | None, num_first: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:

@@ -16,11 +16,14 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..errors import UnsupportedRequestError
+from .growing import KINDS, is_recurrent, model_layers
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
-WHOLE_CONTEXT = {"full_attention", "global"}
+WHOLE_CONTEXT = {"full_attention", "global", "indexed_attention"}
 """What configs call a layer that attends to all tokens before."""
+NO_CONTEXT = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
+"""What they call one that attends to none, but for the whole context where it is beside a recurrent state."""
 _HAS_TABLE: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 MAX_OFFSET = 8
 """Rows that a table of positions may have beyond those that can be used; OPT's has 2."""
@@ -30,6 +33,13 @@ def cache_argument(model: PreTrainedModel) -> str:
     """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model's forward names `position_ids`; one that takes any argument is given them as well."""
+    parameters = inspect.signature(model.forward).parameters
+    has_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return "position_ids" in parameters or (has_any and parameters.keys().isdisjoint(("cache", "past_key_values")))
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -76,7 +86,7 @@ def has_windows(model: PreTrainedModel) -> bool:
     text = model.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
     if kinds:
-        return any(kind not in WHOLE_CONTEXT for kind in kinds)
+        return any(kind not in WHOLE_CONTEXT | NO_CONTEXT for kind in kinds)
     return any(
         isinstance(value, int) and value > 0 and any(word in name for word in ("window", "local", "attention_chunk"))
         for name, value in vars(text).items()
@@ -92,7 +102,8 @@ def takes_trees(model: PreTrainedModel) -> bool:
     has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
     has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
     is_fit = model.config._attn_implementation in ("sdpa", "eager")
-    return is_fit and not (has_own_mask or has_bias or has_windows(model))
+    is_fit = is_fit and takes_positions(model)
+    return is_fit and not (has_own_mask or has_bias or has_windows(model) or is_recurrent(model))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -132,17 +143,18 @@ def _input_embeddings(model: Any) -> nn.Module | None:
 
 
 def check_cache_layers(model: PreTrainedModel) -> None:
-    """Raises unless every layer's state can be rolled back by dropping columns.
+    """Raises unless it is known how to roll every layer's state back.
 
     Raises:
-        UnsupportedRequestError: For recurrent, linear-attention and other layers without a plain KV cache.
+        UnsupportedRequestError: For layers of other kinds, and for models whose state is in no cache.
     """
-    layers = DynamicCache(config=model.config).layers
-    others = sorted({type(layer).__name__ for layer in layers if not _is_attention(layer)})
-    if others or model._is_stateful:
+    layers = model_layers(model)
+    others = sorted({type(layer).__name__ for layer in layers} - KINDS.keys())
+    if others or (model._is_stateful and not is_recurrent(model)):
         raise UnsupportedRequestError(
             f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
-            "Guarded decoding needs attention layers with a KV cache, full or sliding-window."
+            "Guarded decoding knows attention with a KV cache, full, sliding-window or indexed, and recurrent states "
+            "that are in the cache."
         )
 
 
@@ -164,7 +176,3 @@ def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | 
             f"`{CACHE_NAME}` can be continued for one unpadded row that is longer than the cache, but there are "
             f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
         )
-
-
-def _is_attention(layer: Any) -> bool:
-    return type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
