@@ -139,7 +139,9 @@ def build_architecture(name: str, std: float = 0.25, **given: Any) -> PreTrained
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise MemoryError(f"{size / 1e6:.0f} million parameters")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # for weights of one dimension, which stay as a model makes them
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

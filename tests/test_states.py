@@ -67,7 +67,7 @@ def test_what_is_read_again_is_counted_and_takes_no_forward_of_its_own(models):
         torch.tensor(PROMPTS[:1]),
         **SHORT,
         safespec=CONSTANT,
-        assistant_model=perturb(model),
+        assistant_model=perturb(model, 0.1),
         return_dict_in_generate=True,
     ).statistics
     assert 0 < counts.num_accepted_tokens < counts.num_draft_tokens

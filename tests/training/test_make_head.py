@@ -70,7 +70,7 @@ def test_one_command_makes_a_head_that_the_two_lines_it_prints_attach(ask, targe
     names = {"attach_safety_head": attach_safety_head, "model": target}
     names |= {"tokenizer": AutoTokenizer.from_pretrained(target_folder), "inputs": {"input_ids": torch.tensor([[10]])}}
     for line in output.split("Use it:\n")[1].splitlines():
-        exec(line.strip().replace("64", "4"), names)
+        exec(line.strip().replace("max_new_tokens=64", "max_new_tokens=4"), names)
     assert names["output"].shape == (1, 5)
 
 

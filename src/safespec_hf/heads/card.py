@@ -26,7 +26,7 @@ _COLUMNS = ("num_safe", "num_unsafe", "auroc", "auroc_non_refusal", "recall", "f
 
 _METHOD = """\
 A safety head for `safespec-hf`. It reads hidden states of its target while the target verifies drafted tokens, and
-gives every token a risk. An answer that reaches the threshold is rolled back and goes on from the safest of several
+gives every token a risk. An answer that reaches the threshold is rolled back and goes on from a safe one of several
 sampled continuations.
 
 The method is that of *SafeSpec: Fast and Safe LLM via Dynamic Reflective Sampling* (Xu et al., ICML 2026,
