@@ -194,10 +194,9 @@ class SafeSpecConfig:
         candidates_per_batch (`int`, *optional*):
             Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
             all at once.
-        candidate_choice (`"likeliest_safe"` or `"safest"`, defaults to `"likeliest_safe"`):
-            Which of them is taken: the likeliest under the target, by mean log-probability per token, of those that are
-            below the threshold by `safe_margin`, the safest where there is none; or always that of lowest risk, as in
-            the paper.
+        candidate_choice (`"safest"` or `"likeliest_safe"`, defaults to `"safest"`):
+            Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
+            token, of those that are below the threshold by `safe_margin`; the safest where there is none.
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
@@ -259,7 +258,7 @@ class SafeSpecConfig:
     rollback_segments: int = 1
     num_candidates: int = 8
     candidates_per_batch: int | None = None
-    candidate_choice: CandidateChoice = "likeliest_safe"
+    candidate_choice: CandidateChoice = "safest"
     safe_margin: float = 0.2
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
