@@ -24,7 +24,7 @@ Case = tuple[str, Callable[[], object]]
 
 def refusals(streamer: BaseStreamer) -> list[Case]:
     """Every way to ask for safety that can't be met."""
-    words = tiny.build_tokenizer()
+    words, other_words = tiny.build_tokenizer(), tiny.build_tokenizer(has_digits=True)
     target, plain, other = tiny.build_model(), tiny.build_model(seed=1), tiny.build_model(hidden_size=16)
     head = tiny.build_head(target)
     unbound = SafetyHead(SafetyHeadConfig(hidden_size=32, hidden_layers=[1]))
@@ -52,7 +52,7 @@ def refusals(streamer: BaseStreamer) -> list[Case]:
         ("right padding", ask(attention_mask=right)),
         ("row of padding only", ask(attention_mask=torch.tensor([[1] * 6, [0] * 5 + [1]]) * torch.tensor([[1], [0]]))),
         ("vocabulary mismatch", ask(assistant_model=tiny.build_model(vocab_size=30))),
-        ("another tokenizer's draft", ask(assistant_model=plain, assistant_tokenizer=words)),
+        ("another tokenizer's draft", ask(assistant_model=plain, assistant_tokenizer=other_words)),
         ("custom_generate", ask(custom_generate=lambda *_, **__: None)),
         ("inputs_embeds", ask(inputs_embeds=torch.zeros(2, 6, 32))),
         ("unknown forward argument", ask(token_type_ids=ids)),

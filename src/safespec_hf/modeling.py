@@ -16,7 +16,7 @@ from .decoding.assistant import as_draft
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
 from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
-from .decoding.support import check_model
+from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
 from .errors import UnsupportedRequestError
 from .heads.safety_head import SafetyHead, check_target, check_usable
@@ -84,13 +84,14 @@ def attach_safety_head(
             "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
         )
     check_attachable(model, tokenizer, policy, always, hub_kwargs if isinstance(head, SafetyHead) else {})
-    check_model(model)
+    check_kind(model)
     if not isinstance(head, SafetyHead):
         head = SafetyHead.from_pretrained(head, **hub_kwargs)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model.config.name_or_path or "")
     check_target(head, model, tokenizer, ignore_mismatches)
     check_usable(head, model)
     find_threshold(policy or SafeSpecConfig(), head)  # that there is none is told now
+    check_model(model)  # last, since it takes forwards
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)

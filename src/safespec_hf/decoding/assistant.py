@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
-from .support import check_model
+from .support import check_kind, check_model
 
 _agreed: WeakKeyDictionary[PreTrainedTokenizerBase, WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]]]
 _agreed = WeakKeyDictionary()
@@ -72,7 +72,7 @@ def check_assistant(
     if isinstance(assistant, DraftHead):
         assistant.bind(model)
         return
-    check_model(assistant, has_states=False)
+    check_kind(assistant)
     target_size = model.config.get_text_config().vocab_size
     draft_size = assistant.config.get_text_config().vocab_size
     if target_size != draft_size and min(target_size, draft_size) < tokenizer.vocab_size:
@@ -85,6 +85,7 @@ def check_assistant(
         found = local_tokenizer(os.path.abspath(name) if os.path.isdir(name) else name)
         if found is not None:
             check_tokenizers(tokenizer, found, f"The draft model's tokenizer, beside {name!r},")
+    check_model(assistant, has_states=False)  # last, since it takes forwards
 
 
 @functools.lru_cache(maxsize=8)

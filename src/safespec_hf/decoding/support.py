@@ -44,6 +44,16 @@ def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
         UnsupportedRequestError: For encoder-decoders, recurrent models, models without a cache or explicit positions,
             and whatever else does not give what a plain forward gives; see [`prove`].
     """
+    check_kind(model)
+    prove(model, has_states)
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """What [`check_model`] finds out without a forward.
+
+    Raises:
+        UnsupportedRequestError: For what can't be guarded, whatever its forwards give.
+    """
     if model.config.is_encoder_decoder:
         raise UnsupportedRequestError(
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
@@ -52,7 +62,6 @@ def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
     check_cache_layers(model)
     check_signature(model)
     check_windows(model)
-    prove(model, has_states)
 
 
 def check_windows(model: PreTrainedModel) -> None:
