@@ -28,9 +28,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from invariants import TIE, TINY_POLICY, Result, compare_after_rollbacks, count_forwards, encode, real_target, tiny
+from invariants import (
+    TIE,
+    TINY_POLICY,
+    Result,
+    compare_after_rollbacks,
+    count_forwards,
+    encode,
+    real_target,
+    run_parts,
+    tiny,
+)
 from prompts import PROMPTS
-from provenance import write_json
 from refusals import not_refused, segment_refusals
 from segments import Judged, recorded_segments, separate_grades, separate_risks
 from tqdm import tqdm
@@ -212,23 +221,29 @@ def i5(options: argparse.Namespace) -> Result:
     return Result(not missed, figures + (f"; NOT refused: {missed}" if missed else ""))
 
 
+def seconds_of_round(model: Any, draft: Any, length: int, policy: SafeSpecConfig) -> float:
+    """What a round of one answer took besides the models' forwards, after a prompt of the given length."""
+    prompt = torch.randint(100, 40000, (1, length), generator=torch.Generator().manual_seed(0))
+    with count_forwards(model) as of_target, count_forwards(draft) as of_draft:
+        start = time.perf_counter()
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), assistant_model=draft, max_new_tokens=256,
+            min_new_tokens=256, do_sample=False, safespec=policy, return_dict_in_generate=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start - sum(of_target) - sum(of_draft)
+    return float(seconds / out.statistics.num_rounds)
+
+
 def i6(options: argparse.Namespace) -> Result:
     """What a round costs besides the models' forwards does not grow with the sequence."""
     model, _ = real_target(torch.float32)
     draft = load_truncated_draft(model, num_layers=2)
     policy = replace(SEGMENTS, quality_threshold=0)
     costs: dict[int, list[float]] = {128: [], 4096: []}
+    seconds_of_round(model, draft, 128, policy)  # weights are packed in the first call, which is no round's cost
     for _ in range(options.repeats):
         for length, found in costs.items():
-            prompt = torch.randint(100, 40000, (1, length), generator=torch.Generator().manual_seed(0))
-            with count_forwards(model) as of_target, count_forwards(draft) as of_draft:
-                start = time.perf_counter()
-                out = model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), assistant_model=draft, max_new_tokens=256,
-                    min_new_tokens=256, do_sample=False, safespec=policy, return_dict_in_generate=True,
-                )  # fmt: skip
-                seconds = time.perf_counter() - start - sum(of_target) - sum(of_draft)
-            found.append(seconds / out.statistics.num_rounds)
+            found.append(seconds_of_round(model, draft, length, policy))
     short, long = (statistics.median(found) for found in costs.values())
     figures = f"{short * 1e3:.1f} ms a round at context 128, {long * 1e3:.1f} ms at 4096, ratio {long / short:.2f}"
     return Result(long / short <= 1.2, figures)
@@ -246,17 +261,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="repeats for I6")
     parser.add_argument("--draft-layers", type=int, default=20, help="layers of the truncated draft")
     parser.add_argument("--json", type=Path, help="also write the results here")
-    options = parser.parse_args()
-    results = {}
-    for name in options.only.split(","):
-        start = time.perf_counter()
-        result = PARTS[name](options)
-        seconds = time.perf_counter() - start
-        results[name] = {"holds": result.holds, "figures": result.figures, "seconds": seconds}
-        print(f"{name:4}{'holds' if result.holds else 'FAILS'}  {result.figures}  [{seconds:.0f} s]", flush=True)
-        if options.json:
-            write_json(options.json, results)
-    return 0 if all(result["holds"] for result in results.values()) else 1
+    return run_parts(PARTS, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+from types import SimpleNamespace
 
 from typer.testing import CliRunner
 
@@ -43,3 +45,18 @@ def run(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def emulated_processes(num_processes):
+    """What `PartialState` gives, once to each of several threads in the place of processes."""
+    barrier = threading.Barrier(num_processes)
+    states = [
+        SimpleNamespace(
+            process_index=index,
+            num_processes=num_processes,
+            is_main_process=index == 0,
+            wait_for_everyone=barrier.wait,
+        )
+        for index in range(num_processes)
+    ]
+    return lambda **_: states.pop()

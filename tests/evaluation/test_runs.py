@@ -1,16 +1,17 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 from evaluated import METHODS, WordGuard
+from samples import emulated_processes
 
 from safespec_hf import SafeSpecError, detach_safety_head
 from safespec_hf.evaluation import runs
 from safespec_hf.evaluation.rows import AnswerFile, read_answers
 from safespec_hf.evaluation.runs import RunSettings, run_evaluation
 from safespec_hf.evaluation.specs import parse_method
+from safespec_hf.training import shards
 
 SETTINGS = RunSettings(batch_size=2)
 TIMES = ("seconds", "guard_seconds", "statistics")
@@ -51,7 +52,7 @@ def test_rows_are_in_order_of_method_set_and_prompt(evaluate, tmp_path):
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeypatch, num_processes):
     evaluate(tmp_path / "one.jsonl")
-    monkeypatch.setattr(runs, "PartialState", emulated(num_processes))
+    monkeypatch.setattr(shards, "PartialState", emulated_processes(num_processes))
     lock = threading.Lock()  # these share one model, which processes do not
     answer = runs._answer
 
@@ -66,20 +67,6 @@ def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeyp
             run.result()
     assert rows_of(tmp_path / "many.jsonl") == rows_of(tmp_path / "one.jsonl")
     assert list(tmp_path.glob("*.part-*")) == []
-
-
-def emulated(num_processes):
-    barrier = threading.Barrier(num_processes)
-    states = [
-        SimpleNamespace(
-            process_index=index,
-            num_processes=num_processes,
-            is_main_process=index == 0,
-            wait_for_everyone=barrier.wait,
-        )
-        for index in range(num_processes)
-    ]
-    return lambda **_: states.pop()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])

@@ -1,10 +1,9 @@
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import emulated_processes
 
 from safespec_hf.training import shards
 from safespec_hf.training.shards import compute_shards, plan_shards
@@ -27,17 +26,7 @@ def values(places):
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(tmp_path, monkeypatch, num_processes):
     compute_shards(tmp_path / "one", LENGTHS, 2, compute, "")
-    barrier = threading.Barrier(num_processes)
-    states = [
-        SimpleNamespace(
-            process_index=index,
-            num_processes=num_processes,
-            is_main_process=index == 0,
-            wait_for_everyone=barrier.wait,
-        )
-        for index in range(num_processes)
-    ]
-    monkeypatch.setattr(shards, "PartialState", states.pop)
+    monkeypatch.setattr(shards, "PartialState", emulated_processes(num_processes))
     with ThreadPoolExecutor(num_processes) as pool:
         runs = [pool.submit(compute_shards, tmp_path / "many", LENGTHS, 2, compute, "") for _ in range(num_processes)]
     assert all(values(run.result()) == {key: key for key in LENGTHS} for run in runs)
@@ -93,3 +82,12 @@ def interrupt():
 def test_every_text_is_in_one_shard():
     planned = plan_shards(LENGTHS, 2)
     assert planned == [["b", "c"], ["a", "e"], ["d"]]
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_processes_on_cpus_know_of_each_other(monkeypatch, has_gpu):
+    asked = []
+    monkeypatch.setattr(shards.torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(shards, "PartialState", lambda **how: asked.append(how))
+    shards.processes()
+    assert asked == [{"cpu": not has_gpu}]

@@ -115,9 +115,9 @@ def _load_engine(
 ) -> Any:
     from ..defaults.default_target import load_default_head
     from ..evaluation.engine import Engine
-    from ..evaluation.runs import processes
     from ..heads.safety_head import SafetyHead
     from ..modeling import attach_safety_head
+    from ..training.shards import processes
 
     if needs_head and head is None and target is not None:
         raise SafeSpecError("Guarded methods need the target's head: `--head FOLDER`, or an id on the Hub.")

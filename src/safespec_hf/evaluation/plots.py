@@ -7,10 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from ..training.plots import plain_name, save_drawings
 
 
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
@@ -23,23 +20,17 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[str]:
         drawings["asr_against_latency.png"] = lambda axes: _draw_trade_off(points, axes)
     if results["recovery"]:
         drawings["recovery_at_k.png"] = lambda axes: _draw_recovery(results["recovery"], axes)
-    for name, draw in drawings.items():
-        figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-        draw(axes)
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
-    return list(drawings)
+    return save_drawings(drawings, folder)
 
 
-def _plain(name: str) -> str:
-    """A name as matplotlib shows it: it reads formulas between dollar signs. Long ones are cut."""
-    return " " + name[:40].replace("$", r"\$")
+def _short(name: str) -> str:
+    return plain_name(name[:40])
 
 
 def _draw_trade_off(points: Sequence[Mapping[str, Any]], axes: Any) -> None:
     for point in points:
         axes.scatter(point["time, attacked"], point["ASR"])
-        axes.annotate(_plain(point["method"]), (point["time, attacked"], point["ASR"]), fontsize=7)
+        axes.annotate(_short(point["method"]), (point["time, attacked"], point["ASR"]), fontsize=7)
     axes.set(
         xlabel="time of an attacked answer, against the target alone",
         ylabel="attack success rate",
@@ -51,7 +42,7 @@ def _draw_trade_off(points: Sequence[Mapping[str, Any]], axes: Any) -> None:
 def _draw_recovery(tables: Mapping[str, Any], axes: Any) -> None:
     for method, table in tables.items():
         counts = [row["k"] for row in table["by_k"]]
-        (line,) = axes.plot(counts, [row["measured"] for row in table["by_k"]], marker="o", label=_plain(method))
+        (line,) = axes.plot(counts, [row["measured"] for row in table["by_k"]], marker="o", label=_short(method))
         independent = [row["independent"] for row in table["by_k"]]
         axes.plot(counts, independent, linestyle="--", color=line.get_color(), linewidth=1)
     axes.set(

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -21,6 +19,7 @@ from ..modeling import GuardedModel
 from ..training.files import check_writable_file
 from ..training.hidden import hash_weights
 from ..training.settings import check_counts, check_ranges
+from ..training.shards import processes
 from .engine import Engine, Reply, check_guarded
 from .methods import Method, Turn
 from .prompts import Message, Prompt, hash_prompts
@@ -124,11 +123,6 @@ def run_evaluation(
         file.merge()
     state.wait_for_everyone()
     return len(file.read())
-
-
-def processes() -> PartialState:
-    """The processes of this run; on CPUs, too, where each would otherwise believe that it is alone."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def warm_up(engine: Engine, methods: Sequence[Method]) -> None:

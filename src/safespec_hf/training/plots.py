@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def draw_all(scored: ScoredAnswers, results: dict[str, Any], folder: Path) -> li
         drawings["trade_off.png"] = lambda axes: _draw_trade_off(results["trade_off"], axes)
     if results.get("sweep"):
         drawings["layers_by_pooling.png"] = lambda axes: _draw_sweep(results["sweep"], axes)
+    return save_drawings(drawings, folder)
+
+
+def save_drawings(drawings: Mapping[str, Callable[[Any], None]], folder: Path) -> list[str]:
+    """Draws each picture on axes of its own, into the file of its name; returns the names."""
     for name, draw in drawings.items():
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         draw(axes)
@@ -42,7 +47,7 @@ def draw_all(scored: ScoredAnswers, results: dict[str, Any], folder: Path) -> li
     return list(drawings)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name as a legend shows it: matplotlib reads formulas between dollar signs, and hides what starts with `_`."""
     return f" {name}".replace("$", r"\$")
 
@@ -51,7 +56,7 @@ def _draw_curves(scored: ScoredAnswers, display: Any, axes: Any, title: str) -> 
     for source in scored.sources:
         part = scored.of_source(source)
         if part.has_both_classes:
-            display.from_predictions(part.labels, part.highest(), name=_plain(source), ax=axes)
+            display.from_predictions(part.labels, part.highest(), name=plain_name(source), ax=axes)
     axes.set_title(title)
 
 
@@ -72,14 +77,14 @@ def _draw_risk(curves: dict[str, list[float]], threshold: float, axes: Any) -> N
 def _draw_prefixes(table: dict[str, dict[str, float | None]], axes: Any) -> None:
     for source, row in table.items():
         points = [(int(name.split()[0]), value) for name, value in row.items() if name.endswith("tokens")]
-        axes.plot([num for num, _ in points], [value for _, value in points], marker="o", label=_plain(source))
+        axes.plot([num for num, _ in points], [value for _, value in points], marker="o", label=plain_name(source))
     axes.set(xscale="log", xlabel="tokens of the answer seen", ylabel="AUROC", title="AUROC against prefix length")
     axes.legend()
 
 
 def _draw_trade_off(points: list[dict[str, Any]], axes: Any) -> None:
     for name in (name for name in points[0] if name.endswith(" unsafe")):
-        axes.plot([p["all safe"] for p in points], [p[name] for p in points], label=_plain(name))
+        axes.plot([p["all safe"] for p in points], [p[name] for p in points], label=plain_name(name))
     axes.set(xlabel="safe answers flagged anywhere", ylabel="unsafe answers flagged", title="Trade-off")
     axes.legend()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +26,11 @@ class Place(NamedTuple):
 
     file: Path
     number: int
+
+
+def processes() -> PartialState:
+    """The processes of this run; on CPUs, too, where each would otherwise believe that it is alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def plan_shards(lengths: Mapping[str, int], size: int) -> list[list[str]]:
@@ -76,7 +82,7 @@ def compute_shards(
         `dict[str, Place]`: Where each text is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = PartialState()
+    state = processes()
     found = find_places(folder)
     # Whole shards that are there already leave the borders of the others as they were.
     todo = plan_shards({key: length for key, length in lengths.items() if key not in found}, size)
