@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,14 +138,14 @@ class CachedModel:
         width = input_ids.shape[1]
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
-        block = self._block(added_BT, num_drafts, to_left)
+        reading = self._reading(added_BT, num_drafts, to_left)
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
         if self._keeps_logits:
             arguments["logits_to_keep"] = width if is_shifted else num_logits
         if states_BTF is not None:
             arguments["states"] = states_BTF
-        with nullcontext() if self.recurrent is None else self.recurrent.reading(block):
+        with reading:
             outputs = self.model(**arguments)
         self.usage.num_forwards += 1
         hidden = read_tap(outputs, self.layers, width) if self.layers else None
@@ -157,8 +157,10 @@ class CachedModel:
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits[:, -num_logits:], hidden)
 
-    def _block(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> Block:
-        """What a forward is about to read; counts what was read before."""
+    def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
+        """What a forward has to run in, given what it is about to read; counts what was read before."""
+        if self.recurrent is None:
+            return nullcontext()
         lengths = self.columns.lengths
         is_even = isinstance(added_BT, tuple)
         sizes = [added_BT[1]] * len(lengths) if is_even else added_BT.sum(axis=1).tolist()
@@ -167,7 +169,7 @@ class CachedModel:
         self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
         self._read = list(map(max, self._read, ends))
         width = added_BT[1] if is_even else added_BT.shape[1]
-        return Block(list(lengths), sizes, num_drafts or [0] * len(lengths), width, to_left)
+        return self.recurrent.reading(Block(list(lengths), sizes, num_drafts or [0] * len(lengths), width, to_left))
 
     def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, Any]:
         if isinstance(blocks, Tensor):
@@ -218,8 +220,8 @@ class CachedModel:
         With recurrent states it may have to go back further: [`lengths`] says how far, and what is missing is to be
         read again.
         """
-        self._read = list(map(min, self._read, lengths))
         if self.recurrent is not None:
+            self._read = list(map(min, self._read, lengths))
             lengths = self.recurrent.keep(self.columns.lengths, lengths)
         self._crop(self.columns.keep(lengths))
         self._tree_start = None

@@ -20,6 +20,7 @@ from ..heads.safety_head import SafetyHead
 from ..modeling import GuardedModel, attach_safety_head
 from ..outputs import Provenance, SafeSpecEvent, SafeSpecOutput
 from ..training.chat_template import next_turn
+from ..training.collect import pad_left, stop_ids
 from ..training.data import Example
 from ..training.hidden import render_prompt
 from .prompts import Message
@@ -79,8 +80,8 @@ class Engine:
     def plain(self, chats: Sequence[Sequence[Message]]) -> list[Reply]:
         """Greedy answers of the target alone, by transformers' own `generate`; and how probable they are to it."""
         prompts = self.encode(chats)
-        sequences, seconds = self._generate(prompts, pad_token_id=self._pad_token_id())
-        ends = self._end_ids()
+        sequences, seconds = self._generate(prompts)
+        ends = stop_ids(self.model)
         replies = []
         for row in sequences[:, max(map(len, prompts)) :].tolist():
             length = next((index + 1 for index, token in enumerate(row) if token in ends), None)
@@ -108,9 +109,7 @@ class Engine:
         prompts = self.encode(chats)
         call = GuardedCall(policy, self.draft, None, self.lookup_tokens, is_monitored)
         lookup = {} if self.lookup_tokens is None else {"prompt_lookup_num_tokens": self.lookup_tokens}
-        output, seconds = self._generate(
-            prompts, custom_generate=call, return_dict_in_generate=True, pad_token_id=self._pad_token_id(), **lookup
-        )
+        output, seconds = self._generate(prompts, custom_generate=call, return_dict_in_generate=True, **lookup)
         seconds -= output.statistics.measuring_seconds  # once on a machine
         replies = [self._read(output, index, prompt, seconds / len(prompts)) for index, prompt in enumerate(prompts)]
         for reply in replies:
@@ -160,18 +159,13 @@ class Engine:
             attach_safety_head(self.model, own.head, **known)
 
     def _generate(self, prompts: Sequence[list[int]], **arguments: Any) -> tuple[Any, float]:
-        width, pad = max(map(len, prompts)), self._pad_token_id()
-        device = self.model.device
-        # padded here: a tokenizer that pads on the right, or not at all, is the caller's and stays as it is
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+        inputs, device = pad_left(self.model, self.tokenizer, prompts), self.model.device
         generate: Any = self.model.generate
         _synchronize(device)
         start = time.perf_counter()
         with torch.inference_mode():
             output = generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **inputs,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=self.max_new_tokens,
@@ -181,7 +175,8 @@ class Engine:
         return output, time.perf_counter() - start
 
     def _reply(self, tokens: list[int], reason: str, seconds: float) -> Reply:
-        spoken = [token for token in tokens if token not in self._end_ids()]
+        ends = stop_ids(self.model)
+        spoken = [token for token in tokens if token not in ends]
         text, stop = str(self.tokenizer.decode(spoken, skip_special_tokens=True)), next_turn(self.tokenizer)
         # a base model goes on with the next question itself
         return Reply(
@@ -196,15 +191,6 @@ class Engine:
         ids = torch.tensor([prompt + tokens], device=self.model.device)
         logits = self.model(input_ids=ids, logits_to_keep=len(tokens) + 1, use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-
-    def _end_ids(self) -> set[int]:
-        generation: Any = self.model.generation_config
-        ids = generation.eos_token_id
-        return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
-
-    def _pad_token_id(self) -> int:
-        known = [self.tokenizer.pad_token_id, *sorted(self._end_ids()), 0]
-        return next(token for token in known if token is not None)
 
 
 def check_guarded(model: PreTrainedModel) -> GuardedModel:

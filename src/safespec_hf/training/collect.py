@@ -119,27 +119,18 @@ def continue_texts(
 ) -> list[str]:
     """What a model says after each text, up to its end token or to `stop`, unless that is empty."""
     encoded: Any = tokenizer(list(texts), add_special_tokens=False)
-    rows = [ids[-settings.max_prompt_tokens :] for ids in encoded["input_ids"]]
-    width, stop_ids = max(map(len, rows)), _stop_ids(model)
-    # Padded here: a tokenizer without a pad token can't, and is the caller's. What it is padded with is never read.
-    known = [tokenizer.pad_token_id, *stop_ids, tokenizer.eos_token_id, 0]
-    pad_token_id = next(token for token in known if token is not None)
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    inputs = pad_left(model, tokenizer, [ids[-settings.max_prompt_tokens :] for ids in encoded["input_ids"]])
+    width, ends = inputs["input_ids"].shape[1], stop_ids(model)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
     with torch.inference_mode():
         tokens = generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **inputs,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=pad_token_id,
             stopping_criteria=[_Said(stop, tokenizer, width)] if stop else None,
             **(sampling if settings.temperature > 0 else {"do_sample": False}),
         )
-    answers = [
-        list(itertools.takewhile(lambda token: token not in stop_ids, row)) for row in tokens[:, width:].tolist()
-    ]
+    answers = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in tokens[:, width:].tolist()]
     spoken = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [answer.partition(stop)[0] for answer in spoken] if stop else spoken
 
@@ -157,7 +148,28 @@ class _Said(StoppingCriteria):
         return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
 
 
-def _stop_ids(model: PreTrainedModel) -> list[int]:
+def pad_left(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> dict[str, Any]:
+    """Arguments for `generate`: a batch of prompts, padded on the left.
+
+    A tokenizer that pads on the right, or has no token to pad with, is the caller's, and stays as it is.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        rows (`Sequence[list[int]]`): Token ids of the prompts.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask`, of shape `(rows, width)`, and `pad_token_id`, which is never read.
+    """
+    width = max(map(len, rows))
+    known = [tokenizer.pad_token_id, *stop_ids(model), tokenizer.eos_token_id, 0]
+    pad = next(token for token in known if token is not None)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": pad}
+
+
+def stop_ids(model: PreTrainedModel) -> list[int]:
     """What `generate` ends an answer at; it fills up the rows of a batch behind it."""
     generation: Any = model.generation_config
     ids = generation.eos_token_id
