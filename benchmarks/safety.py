@@ -59,6 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--only", help="comma-separated parts: methods, a forced flag, ablations, singly, segments")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
     parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
@@ -139,7 +140,10 @@ def show(figures: Sequence[Figure], is_short: bool) -> None:
 
 def main() -> int:
     options = read_options()
-    todo = [part for part in parts(options) if part.methods]
+    chosen = options.only.split(",") if options.only else None
+    todo = [part for part in parts(options) if part.methods and (chosen is None or part.name in chosen)]
+    if not todo:
+        raise SystemExit("Nothing to run: `--only` and `--method` leave no part with a method.")
     answer(options, todo)
     results = report(options, todo)
     nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
