@@ -12,13 +12,22 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
-from .decoding.assistant import as_draft
+from .decoding.assistant import as_draft, check_assistant
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
-from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
+from .decoding.doors import (
+    check_attachable,
+    check_keywords,
+    choose_draft,
+    choose_policy,
+    enter_own_repository,
+    keep_request,
+    num_assistant_tokens,
+)
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
 from .errors import UnsupportedRequestError
+from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_target, check_usable
 from .heads.tokenizers import find_tokenizer
 from .outputs import SafeSpecOutput
@@ -41,6 +50,7 @@ def attach_safety_head(
     tokenizer: PreTrainedTokenizerBase | None = None,
     policy: SafeSpecConfig | None = None,
     always: bool = False,
+    draft: PreTrainedModel | None = None,
     ignore_mismatches: tuple[str, ...] = (),
     **hub_kwargs: Any,
 ) -> GuardedModel:
@@ -56,6 +66,8 @@ def attach_safety_head(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Default: the one beside the model.
         policy ([`SafeSpecConfig`], *optional*): What `safespec=True` means. Default: `SafeSpecConfig()`.
         always (`bool`, defaults to `False`): Guard every `generate`, with the default policy where none is given.
+        draft ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*):
+            What drafts in guarded calls that have neither an `assistant_model` nor another source of drafts.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
         hub_kwargs: For loading the head: `revision`, `token`, `cache_dir`, ...
@@ -91,11 +103,16 @@ def attach_safety_head(
     check_target(head, model, tokenizer, ignore_mismatches)
     check_usable(head, model)
     find_threshold(policy or SafeSpecConfig(), head)  # that there is none is told now
-    check_model(model)  # last, since it takes forwards
+    check_model(model)  # late, since it takes forwards
+    draft = as_draft(draft)
+    if isinstance(draft, DraftHead):
+        draft.bind(model, ignore_mismatches)
+    if tokenizer is not None:
+        check_assistant(model, draft, tokenizer)
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)
-    guarded._safespec = Attachment(head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches)
+    guarded._safespec = Attachment(head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, draft)
     if not isinstance(model, GuardedModel):
         plain_class: Any = type(model)
         guarded.__class__ = guarded_class(plain_class)
@@ -192,6 +209,7 @@ class GuardedModel(_Model):
         Raises:
             SafeSpecError: Before the first forward, if the request can't be met safely.
         """
+        safespec = enter_own_repository(self.safety, safespec, kwargs)
         configs = (
             [self.generation_config] if generation_config is None else [generation_config, self.generation_config]
         )
@@ -201,7 +219,7 @@ class GuardedModel(_Model):
         if args:
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs, configs)
-        assistant = as_draft(kwargs.pop("assistant_model", None))
+        assistant = choose_draft(self.safety, self, kwargs, configs)
         num_tokens = num_assistant_tokens(kwargs, configs, assistant)
         call = GuardedCall(
             policy,
