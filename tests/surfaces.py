@@ -3,16 +3,18 @@
 Nothing here knows of safespec-hf. A surface is a function from a folder to texts, one for each of [`PROMPTS`].
 """
 
-import contextlib
+import atexit
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    LlamaForCausalLM,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -39,7 +42,7 @@ SECONDS = 240
 class Surface(NamedTuple):
     """Attributes: `run`, from a folder to texts; `is_chat`, whether prompts are messages; `needs`, what it imports."""
 
-    run: Callable[[Path], list[str]]
+    run: Callable[[Path], Any]
     is_chat: bool = True
     needs: tuple[str, ...] = ()
 
@@ -48,10 +51,17 @@ def messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def load(folder: Path, **kwargs: Any) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(folder, **LOAD, **kwargs), AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=True, padding_side="left"
-    )
+@functools.lru_cache(maxsize=8)
+def load(folder: Path, device_map: str | None = None) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, **LOAD, device_map=device_map)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
+
+
+@functools.lru_cache(maxsize=8)
+def load_pipeline(folder: Path) -> Any:
+    write = pipeline("text-generation", str(folder), **LOAD)
+    write.tokenizer.padding_side = "left"
+    return write
 
 
 def encode(tokenizer: Any, prompts: list[str]) -> Any:
@@ -102,33 +112,32 @@ def custom_generate(folder: Path) -> list[str]:
 
 
 def placed_by_accelerate(folder: Path) -> list[str]:
-    return answer(*load(folder, device_map="auto", max_memory={"cpu": "8GiB"}))
+    return answer(*load(folder, device_map="auto"))
 
 
 def text_pipeline(folder: Path) -> list[str]:
-    write = pipeline("text-generation", str(folder), **LOAD)
+    write = load_pipeline(folder)
     return [write(prompt, **GREEDY, return_full_text=False)[0]["generated_text"] for prompt in PROMPTS]
 
 
 def full_text_pipeline(folder: Path) -> list[str]:
-    write = pipeline("text-generation", str(folder), **LOAD)
+    write = load_pipeline(folder)
     return [write(prompt, **GREEDY)[0]["generated_text"].removeprefix(prompt) for prompt in PROMPTS]
 
 
 def chat_pipeline(folder: Path) -> list[str]:
-    write = pipeline("text-generation", str(folder), **LOAD)
+    write = load_pipeline(folder)
     return [write(messages(prompt), **GREEDY)[0]["generated_text"][-1]["content"] for prompt in PROMPTS]
 
 
 def batched_pipeline(folder: Path) -> list[str]:
-    write = pipeline("text-generation", str(folder), **LOAD)
-    write.tokenizer.padding_side = "left"
+    write = load_pipeline(folder)
     found = write([messages(prompt) for prompt in PROMPTS], batch_size=2, **GREEDY)
     return [row[0]["generated_text"][-1]["content"] for row in found]
 
 
 def streaming_pipeline(folder: Path) -> list[str]:
-    write, texts = pipeline("text-generation", str(folder), **LOAD), []
+    write, texts = load_pipeline(folder), []
     for prompt in PROMPTS:
         streamer = TextIteratorStreamer(write.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS)
         thread = threading.Thread(target=write, args=(messages(prompt),), kwargs={**GREEDY, "streamer": streamer})
@@ -239,9 +248,9 @@ def call(command: list[str], folder: str, stdin: str = "") -> str:
     return done.stdout
 
 
-@contextlib.contextmanager
-def served(folder: Path, *options: str) -> Iterator[str]:
-    """`transformers serve` on the loopback; gives its address."""
+@functools.lru_cache(maxsize=8)
+def serve(folder: Path, *options: str) -> str:
+    """Starts `transformers serve` on the loopback, until this process ends; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -251,17 +260,14 @@ def served(folder: Path, *options: str) -> Iterator[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            deadline = time.monotonic() + SECONDS
-            while not is_up(address):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise RuntimeError(f"transformers serve did not come up: {log.read()[-2000:]}")
-                time.sleep(0.2)
-            yield address
-        finally:
-            server.kill()
-            server.wait()
+        atexit.register(server.kill)
+        deadline = time.monotonic() + SECONDS
+        while not is_up(address):
+            if server.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                raise RuntimeError(f"transformers serve did not come up: {log.read()[-2000:]}")
+            time.sleep(0.2)
+    return address
 
 
 def is_up(address: str) -> bool:
@@ -289,13 +295,13 @@ def events(reply: str) -> list[dict[str, Any]]:
 
 
 def served_chat(folder: Path) -> list[str]:
-    with served(folder) as address:
-        return [
-            json.loads(post(f"{address}/v1/chat/completions", chat_body(folder, prompt)))["choices"][0]["message"][
-                "content"
-            ]
-            for prompt in PROMPTS
+    address = serve(folder)
+    return [
+        json.loads(post(f"{address}/v1/chat/completions", chat_body(folder, prompt)))["choices"][0]["message"][
+            "content"
         ]
+        for prompt in PROMPTS
+    ]
 
 
 def chat_body(folder: Path, prompt: str, **more: Any) -> dict[str, Any]:
@@ -305,37 +311,37 @@ def chat_body(folder: Path, prompt: str, **more: Any) -> dict[str, Any]:
 
 def served_stream(folder: Path) -> list[str]:
     texts = []
-    with served(folder) as address:
-        for prompt in PROMPTS:
-            reply = post(f"{address}/v1/chat/completions", chat_body(folder, prompt, stream=True))
-            deltas = [choice["delta"] for event in events(reply) for choice in event["choices"]]
-            texts.append("".join(delta.get("content") or "" for delta in deltas))
+    address = serve(folder)
+    for prompt in PROMPTS:
+        reply = post(f"{address}/v1/chat/completions", chat_body(folder, prompt, stream=True))
+        deltas = [choice["delta"] for choice in choices(reply)]
+        texts.append("".join(delta.get("content") or "" for delta in deltas))
     return texts
 
 
 def served_to_the_openai_client(folder: Path) -> list[str]:
     from openai import OpenAI
 
-    with served(folder) as address:
-        client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        texts = []
-        for prompt in PROMPTS:
-            stream = client.chat.completions.create(**chat_body(folder, prompt, stream=True))
-            texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
-        return texts
+    address = serve(folder)
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    texts = []
+    for prompt in PROMPTS:
+        stream = client.chat.completions.create(**chat_body(folder, prompt, stream=True))
+        texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
+    return texts
 
 
 def served_completions(folder: Path) -> list[str]:
-    with served(folder) as address:
-        body = {"model": str(folder), "max_tokens": NUM_TOKENS, "temperature": 0}
-        replies = [post(f"{address}/v1/completions", {**body, "prompt": prompt}) for prompt in PROMPTS]
+    address = serve(folder)
+    body = {"model": str(folder), "max_tokens": NUM_TOKENS, "temperature": 0}
+    replies = [post(f"{address}/v1/completions", {**body, "prompt": prompt}) for prompt in PROMPTS]
     return [json.loads(reply)["choices"][0]["text"] for reply in replies]
 
 
 def served_responses(folder: Path) -> list[str]:
-    with served(folder) as address:
-        body = {"model": str(folder), "max_output_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
-        replies = [post(f"{address}/v1/responses", {**body, "input": messages(prompt)}) for prompt in PROMPTS]
+    address = serve(folder)
+    body = {"model": str(folder), "max_output_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
+    replies = [post(f"{address}/v1/responses", {**body, "input": messages(prompt)}) for prompt in PROMPTS]
     kinds = "response.output_text.delta"
     return ["".join(event["delta"] for event in events(reply) if event["type"] == kinds) for reply in replies]
 
@@ -343,11 +349,11 @@ def served_responses(folder: Path) -> list[str]:
 def chat_command(folder: Path) -> list[str]:
     """`transformers chat`, in which somebody types; of what it draws, the answer is what follows our prompt."""
     texts = []
-    with served(folder) as address:
-        for prompt in PROMPTS:
-            command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), f"{address}/v1"]
-            settings = [f"max_new_tokens={NUM_TOKENS}", "do_sample=False", "temperature=0"]
-            texts.append(call([*command, *settings], tempfile.gettempdir(), stdin=f"{prompt}\n!exit\n"))
+    address = serve(folder)
+    for prompt in PROMPTS:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), f"{address}/v1"]
+        settings = [f"max_new_tokens={NUM_TOKENS}", "do_sample=False", "temperature=0"]
+        texts.append(call([*command, *settings], tempfile.gettempdir(), stdin=f"{prompt}\n!exit\n"))
     return texts
 
 
@@ -376,3 +382,78 @@ SURFACES = {
     "`transformers serve`, `/v1/responses`, streamed": Surface(served_responses, needs=SERVING),
     "`transformers chat`": Surface(chat_command, needs=(*SERVING, "rich")),
 }
+
+
+def refused(call_model: Callable[[], Any]) -> str:
+    """Why a way of running a model is refused.
+
+    Raises:
+        AssertionError: If it is not.
+    """
+    try:
+        found = call_model()
+    except (ImportError, OSError, ValueError) as error:
+        return str(error)
+    raise AssertionError(f"It was not refused, and gave {found!r}.")
+
+
+def ask(folder: Path, **kwargs: Any) -> list[str]:
+    model, tokenizer = load(folder)
+    return answer(model, tokenizer, **kwargs)
+
+
+def batched_continuously(folder: Path) -> Any:
+    model, tokenizer = load(folder)
+    return model.generate_batch([tokenizer(prompt)["input_ids"] for prompt in PROMPTS])
+
+
+def served_continuously(folder: Path) -> str:
+    address = serve(folder, "--continuous-batching")
+    reply = post(f"{address}/v1/chat/completions", chat_body(folder, PROMPTS[0]))
+    if reply.startswith("HTTP 500"):
+        raise ValueError(reply)
+    return reply
+
+
+def served_with_a_policy_of_the_client(folder: Path) -> str:
+    """A client that sends a generation config of its own, with another threshold in it."""
+    settings = json.dumps({"max_new_tokens": NUM_TOKENS, "safespec": {"risk_threshold": 1.0}})
+    address = serve(folder)
+    reply = post(
+        f"{address}/v1/chat/completions", chat_body(folder, PROMPTS[0], stream=True, generation_config=settings)
+    )
+    if '"error"' in reply and not any(choice["delta"].get("content") for choice in choices(reply)):
+        raise ValueError(next(event["error"] for event in events(reply) if "error" in event))
+    return reply
+
+
+def choices(reply: str) -> list[dict[str, Any]]:
+    return [choice for event in events(reply) for choice in event.get("choices", [])]
+
+
+REFUSED: dict[str, Surface] = {
+    "loaded without `trust_remote_code=True`": Surface(
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    ),
+    "loaded by the class of the target": Surface(
+        lambda folder: LlamaForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ),
+    "`pipeline` without `trust_remote_code=True`": Surface(
+        lambda folder: pipeline("text-generation", str(folder), trust_remote_code=False)
+    ),
+    "`generate(num_beams=2)`": Surface(lambda folder: ask(folder, num_beams=2)),
+    "`generate(safespec=False)`": Surface(lambda folder: ask(folder, safespec=False)),
+    "`generate_batch` (continuous batching)": Surface(batched_continuously),
+    "`transformers serve --continuous-batching`": Surface(served_continuously, needs=SERVING),
+    "`transformers serve`, a policy sent by the client": Surface(served_with_a_policy_of_the_client, needs=SERVING),
+}
+
+
+def close_the_garden(folder: Path, closed: Path, refusal: str) -> Path:
+    """A copy of an export in which every token is flagged, and every answer therefore a refusal."""
+    shutil.copytree(folder, closed, copy_function=os.link)
+    config = json.loads((closed / "config.json").read_text())
+    config["safespec"]["policy"] |= {"policy": "refuse", "risk_threshold": 1e-9, "refusal": refusal}
+    (closed / "config.json").unlink()  # a link, which would be written through
+    (closed / "config.json").write_text(json.dumps(config))
+    return closed
