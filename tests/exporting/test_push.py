@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from hub_server import TOKEN
+from huggingface_hub import constants
 from samples import run
 from tiny import PROMPT, attach, build_model, build_noisy_head
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +105,8 @@ def test_a_light_repository_loads_guarded_and_is_pinned(light, target, chat_toke
     assert torch.equal(plain.generate(PROMPT, **SHORT, custom_generate="owner/light", **TRUST), expected)
 
 
-def test_a_light_repository_whose_parts_are_gone_does_not_load(light):
+def test_a_light_repository_whose_parts_are_gone_does_not_load(light, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "of-another-user"))
     del light.repos["owner/head"]
     with pytest.raises(HeadFileError, match="no such repo"):
         AutoModelForCausalLM.from_pretrained("owner/light", **TRUST)
@@ -136,6 +138,7 @@ def test_bad_requests_are_refused_before_a_target_is_loaded(tmp_path):
     for message, arguments in {
         "something else": (tmp_path,),
         "safety head": (tmp_path / "new", "--target", "owner/target"),
+        "operating point": (tmp_path / "new", "--operating-point", "unknown"),
         "abbreviated": (tmp_path / "new", "--license", "my own!"),
     }.items():
         with pytest.raises(SafeSpecError, match=message):

@@ -44,6 +44,7 @@ def export(
     Example: `safespec export guarded --target owner/target --head owner/head --draft owner/draft`
     """
     from ..config import SafeSpecConfig
+    from ..decoding.attachment import find_threshold
     from ..exporting.export import check_folder, export_guarded
     from ..heads.card import check_license
     from ..modeling import attach_safety_head
@@ -54,6 +55,7 @@ def export(
         raise SafeSpecError("Give the target's safety head with `--head`, or make one with `safespec make-head`.")
     small = _load_small(head, draft, is_default_target=target is None)  # first, as the target takes long
     policy = SafeSpecConfig(operating_point=operating_point)
+    find_threshold(policy, small[0])
     model, tokenizer = _load_empty(target) if light else load_target(target, dtype, needs_chat=False)
     guarded = attach_safety_head(model, small[0], tokenizer=tokenizer, policy=policy)
     typer.echo(export_guarded(guarded, folder, draft=small[1], light=light, license=license))
