@@ -3,6 +3,7 @@
     pip install -e ".[surfaces]"
     .venv/bin/python benchmarks/compatibility_surfaces.py             # all, some minutes
     .venv/bin/python benchmarks/compatibility_surfaces.py serve       # those with that in their names
+    .venv/bin/python benchmarks/compatibility_surfaces.py --missing   # those without results
     .venv/bin/python benchmarks/compatibility_surfaces.py --write     # none: only the table in docs/compatibility.md
 
 The default target is exported twice, and asked two prompts in every way of `tests/surfaces.py`, greedily in float32:
@@ -75,8 +76,8 @@ def missing(surface: Surface) -> str:
     return ", ".join(name for name in surface.needs if importlib.util.find_spec(name) is None)
 
 
-def run(words: list[str], results: dict[str, Outcome]) -> None:
-    """Runs the surfaces with these words in their names, and keeps what came out as it comes."""
+def run(names: list[str], results: dict[str, Outcome]) -> None:
+    """Runs these surfaces, and keeps what came out as it comes."""
     answers: dict[bool, list[str]] = {}
 
     def alone(is_chat: bool) -> list[str]:
@@ -95,14 +96,11 @@ def run(words: list[str], results: dict[str, Outcome]) -> None:
         silent = export_guarded(model, Path(folder) / "guarded", draft=draft)
         closed = surfaces.close_the_garden(silent, Path(folder) / "closed", REFUSAL)
         del model, draft
-        for name in chosen(SURFACES, words):
-            keep(name, check(SURFACES[name], silent, closed, alone))
-        for name in chosen(REFUSED, words):
-            keep(name, check_refused(REFUSED[name], silent))
-
-
-def chosen(names: dict[str, Surface], words: list[str]) -> list[str]:
-    return [name for name in names if not words or any(word in name for word in words)]
+        for name in names:
+            if name in SURFACES:
+                keep(name, check(SURFACES[name], silent, closed, alone))
+            else:
+                keep(name, check_refused(REFUSED[name], silent))
 
 
 def table(results: dict[str, Outcome]) -> str:
@@ -130,16 +128,22 @@ def write_page(results: dict[str, Outcome]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="An exported model in code that does not know us.")
     parser.add_argument("words", nargs="*", help="surfaces with one of these in their names; default: all")
+    parser.add_argument("--missing", action="store_true", help="only those without a result")
     parser.add_argument("--write", action="store_true", help="run none, only write the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     results: dict[str, Outcome] = {}
-    if options.words or options.write:
+    if options.words or options.missing or options.write:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.exists() else {}
+    names = [
+        name for name in (*SURFACES, *REFUSED) if not options.words or any(word in name for word in options.words)
+    ]
+    if options.missing:
+        names = [name for name in names if not results.get(name, {}).get("cells")]
     if not options.write:
-        run(options.words, results)
+        run(names, results)
     write_page(results)
     return int(any(not all(found["cells"].values()) for found in results.values()))
 

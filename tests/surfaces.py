@@ -3,24 +3,28 @@
 Nothing here knows of safespec-hf. A surface is a function from a folder to texts, one for each of [`PROMPTS`].
 """
 
-import atexit
 import functools
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 import torch
+from asked import GREEDY, LOAD, PROMPTS, SECONDS, messages
+from served import (
+    chat_command,
+    evaluation_harness,
+    served_chat,
+    served_completions,
+    served_continuously,
+    served_responses,
+    served_stream,
+    served_to_the_openai_client,
+    served_with_a_policy_of_the_client,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,13 +35,6 @@ from transformers import (
     pipeline,
 )
 
-PROMPTS = ["Name two flowers that bloom in spring.", "Why does the sea have tides?"]
-NUM_TOKENS = 12
-GREEDY: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
-# float32, or rounding in blocks of another shape could change a token
-LOAD: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32}
-SECONDS = 240
-
 
 class Surface(NamedTuple):
     """Attributes: `run`, from a folder to texts; `is_chat`, whether prompts are messages; `needs`, what it imports."""
@@ -45,10 +42,6 @@ class Surface(NamedTuple):
     run: Callable[[Path], Any]
     is_chat: bool = True
     needs: tuple[str, ...] = ()
-
-
-def messages(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,153 +203,6 @@ def mapped_data_set(folder: Path) -> list[str]:
     return rows.map(lambda row: {"answer": answer(model, tokenizer, [row["prompt"]])[0]})["answer"][:]
 
 
-def evaluation_harness(folder: Path) -> list[str]:
-    """`lm_eval --model hf`, a task of its own over JSON lines, in a process that has never heard of us."""
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        rows = [json.dumps({"question": prompt}) for prompt in PROMPTS]
-        (place / "garden.jsonl").write_text("\n".join(rows) + "\n")
-        task = {
-            "task": "garden",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(place / "garden.jsonl")}},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "",
-            "generation_kwargs": {"until": ["\x00"], "max_gen_toks": NUM_TOKENS, "do_sample": False},
-            "metric_list": [{"metric": "bypass"}],
-        }
-        (place / "garden.yaml").write_text(json.dumps(task))
-        model = f"pretrained={folder},trust_remote_code=True,dtype=float32"
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", "garden"]
-        command += ["--include_path", name, "--output_path", str(place / "out"), "--log_samples", "--device", "cpu"]
-        command += ["--batch_size", "2"]
-        call(command, name)
-        samples = next((place / "out").rglob("samples_*.jsonl")).read_text().splitlines()
-        return [json.loads(line)["resps"][0][0] for line in samples]
-
-
-def call(command: list[str], folder: str, stdin: str = "") -> str:
-    """The output of a program that can reach no network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": folder, "HF_DATASETS_CACHE": folder}
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{command[2]} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return done.stdout
-
-
-@functools.lru_cache(maxsize=8)
-def serve(folder: Path, *options: str) -> str:
-    """Starts `transformers serve` on the loopback, until this process ends; gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
-    address = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        atexit.register(server.kill)
-        deadline = time.monotonic() + SECONDS
-        while not is_up(address):
-            if server.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                raise RuntimeError(f"transformers serve did not come up: {log.read()[-2000:]}")
-            time.sleep(0.2)
-    return address
-
-
-def is_up(address: str) -> bool:
-    try:
-        with urlopen(f"{address}/health", timeout=2):
-            return True
-    except (URLError, OSError):
-        return False
-
-
-def post(address: str, body: dict[str, Any]) -> str:
-    """The body of the reply, whatever its status."""
-    request = Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urlopen(request, timeout=SECONDS) as reply:
-            return reply.read().decode()
-    except HTTPError as error:
-        return f"HTTP {error.code}: {error.read().decode()}"
-
-
-def events(reply: str) -> list[dict[str, Any]]:
-    """The events of a streamed reply."""
-    lines = [line.removeprefix("data: ") for line in reply.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
-
-
-def served_chat(folder: Path) -> list[str]:
-    address = serve(folder)
-    return [
-        json.loads(post(f"{address}/v1/chat/completions", chat_body(folder, prompt)))["choices"][0]["message"][
-            "content"
-        ]
-        for prompt in PROMPTS
-    ]
-
-
-def chat_body(folder: Path, prompt: str, **more: Any) -> dict[str, Any]:
-    asked = {"model": str(folder), "messages": messages(prompt), "max_tokens": NUM_TOKENS, "temperature": 0}
-    return asked | more
-
-
-def served_stream(folder: Path) -> list[str]:
-    texts = []
-    address = serve(folder)
-    for prompt in PROMPTS:
-        reply = post(f"{address}/v1/chat/completions", chat_body(folder, prompt, stream=True))
-        deltas = [choice["delta"] for choice in choices(reply)]
-        texts.append("".join(delta.get("content") or "" for delta in deltas))
-    return texts
-
-
-def served_to_the_openai_client(folder: Path) -> list[str]:
-    from openai import OpenAI
-
-    address = serve(folder)
-    client = OpenAI(base_url=f"{address}/v1", api_key="none")
-    texts = []
-    for prompt in PROMPTS:
-        stream = client.chat.completions.create(**chat_body(folder, prompt, stream=True))
-        texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
-    return texts
-
-
-def served_completions(folder: Path) -> list[str]:
-    address = serve(folder)
-    body = {"model": str(folder), "max_tokens": NUM_TOKENS, "temperature": 0}
-    replies = [post(f"{address}/v1/completions", {**body, "prompt": prompt}) for prompt in PROMPTS]
-    return [json.loads(reply)["choices"][0]["text"] for reply in replies]
-
-
-def served_responses(folder: Path) -> list[str]:
-    address = serve(folder)
-    body = {"model": str(folder), "max_output_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
-    replies = [post(f"{address}/v1/responses", {**body, "input": messages(prompt)}) for prompt in PROMPTS]
-    kinds = "response.output_text.delta"
-    return ["".join(event["delta"] for event in events(reply) if event["type"] == kinds) for reply in replies]
-
-
-def chat_command(folder: Path) -> list[str]:
-    """`transformers chat`, in which somebody types; of what it draws, the answer is what follows our prompt."""
-    texts = []
-    address = serve(folder)
-    for prompt in PROMPTS:
-        command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), f"{address}/v1"]
-        settings = [f"max_new_tokens={NUM_TOKENS}", "do_sample=False", "temperature=0"]
-        texts.append(call([*command, *settings], tempfile.gettempdir(), stdin=f"{prompt}\n!exit\n"))
-    return texts
-
-
 SERVING = ("fastapi", "uvicorn", "openai", "pydantic")
 SURFACES = {
     "`AutoModelForCausalLM.from_pretrained`": Surface(loaded_by_an_auto_class),
@@ -405,30 +251,6 @@ def ask(folder: Path, **kwargs: Any) -> list[str]:
 def batched_continuously(folder: Path) -> Any:
     model, tokenizer = load(folder)
     return model.generate_batch([tokenizer(prompt)["input_ids"] for prompt in PROMPTS])
-
-
-def served_continuously(folder: Path) -> str:
-    address = serve(folder, "--continuous-batching")
-    reply = post(f"{address}/v1/chat/completions", chat_body(folder, PROMPTS[0]))
-    if reply.startswith("HTTP 500"):
-        raise ValueError(reply)
-    return reply
-
-
-def served_with_a_policy_of_the_client(folder: Path) -> str:
-    """A client that sends a generation config of its own, with another threshold in it."""
-    settings = json.dumps({"max_new_tokens": NUM_TOKENS, "safespec": {"risk_threshold": 1.0}})
-    address = serve(folder)
-    reply = post(
-        f"{address}/v1/chat/completions", chat_body(folder, PROMPTS[0], stream=True, generation_config=settings)
-    )
-    if '"error"' in reply and not any(choice["delta"].get("content") for choice in choices(reply)):
-        raise ValueError(next(event["error"] for event in events(reply) if "error" in event))
-    return reply
-
-
-def choices(reply: str) -> list[dict[str, Any]]:
-    return [choice for event in events(reply) for choice in event.get("choices", [])]
 
 
 REFUSED: dict[str, Surface] = {
