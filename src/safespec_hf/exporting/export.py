@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,10 @@ def export_guarded(
         >>> import tempfile
         >>> from safespec_hf import export_guarded, load_default
         >>> model, tokenizer, draft = load_default()
-        >>> folder = export_guarded(model, tempfile.mkdtemp(), draft=draft)
-        >>> sorted(path.name for path in folder.iterdir() if path.is_dir())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     parts = export_guarded(model, folder, draft=draft).iterdir()
+        ...     folders = sorted(part.name for part in parts if part.is_dir())
+        >>> folders
         ['custom_generate', 'draft', 'head', 'target']
     """
     if not isinstance(model, GuardedModel):
@@ -189,25 +190,27 @@ def _describe(
 ) -> Manifest:
     name, architecture = model.config.name_or_path, type(model).__name__
     target = Part(TARGET, model_id=name if name and is_hub_id(name) else None, architecture=architecture)
-    if light:
+    if light and name:
         commit = find_commit(name, revisions.get(TARGET))
         if commit is None:
             logger.warning("The commit of %s is not known, so the export points to whatever is there later.", name)
         target = Part(repo_id=name, revision=commit, architecture=architecture)
-    place = partial(_point_to, revisions=revisions) if light else lambda _, folder: Part(folder)
+    known = revisions if light else None
     return Manifest(
         target,
-        place(model.safety.head, HEAD),
-        None if draft is None else place(draft, DRAFT),
+        _place(model.safety.head, HEAD, known),
+        None if draft is None else _place(draft, DRAFT, known),
         _policy_of(model),
         tuple(model.safety.ignore_mismatches),
     )
 
 
-def _point_to(part: PreTrainedModel, folder: str, revisions: Mapping[str, str]) -> Part:
-    """Where a head or a draft is on the Hub, or the folder that it is copied to."""
+def _place(part: PreTrainedModel, folder: str, revisions: Mapping[str, str] | None) -> Part:
+    """The folder that a head or a draft is copied to; or, with revisions, where it is on the Hub."""
     name = part.config.name_or_path
-    commit = find_commit(name, revisions.get(folder)) if name and is_hub_id(name) else None
+    if revisions is None or not name or not is_hub_id(name):
+        return Part(folder)
+    commit = find_commit(name, revisions.get(folder))
     return Part(repo_id=name, revision=commit) if commit else Part(folder)
 
 

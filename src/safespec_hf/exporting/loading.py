@@ -139,7 +139,7 @@ def generate(
         UnsupportedRequestError: If the call or the model can't be guarded, or if another head is attached.
     """
     asked_for = _asked_repository()
-    source = Source(asked_for or model.config.name_or_path, take_hub_kwargs(kwargs))
+    source = Source(asked_for or model.config.name_or_path or "", take_hub_kwargs(kwargs))
     guarded = _attach_once(model, source, is_bound=asked_for is None)
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
     request = asked("safespec", kwargs, configs)
@@ -196,7 +196,7 @@ def _choose_class(
     """The class that was exported, with a config that leads nowhere else."""
     architecture = target.architecture or ""
     model_class: Any = getattr(transformers, architecture, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, GenerationMixin)):
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise UnsupportedRequestError(
             f"The target is a {architecture!r}, which transformers {transformers.__version__} does not have."
         )

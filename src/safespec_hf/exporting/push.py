@@ -59,8 +59,10 @@ def push_guarded(
         >>> import tempfile
         >>> from safespec_hf import load_default
         >>> from safespec_hf.exporting import export_guarded, push_guarded
-        >>> folder = export_guarded(load_default().model, tempfile.mkdtemp())
-        >>> push_guarded(folder, "owner/guarded", license="apache-2.0", dry_run=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export = export_guarded(load_default().model, folder)
+        ...     address = push_guarded(export, "owner/guarded", license="apache-2.0", dry_run=True)
+        >>> address
         'https://huggingface.co/owner/guarded'
     """
     files = describe_files(folder, repo_id, license=license, revision=revision)
@@ -129,7 +131,7 @@ def _check_whole(path: Path) -> None:
 def _finish_card(path: Path, repo_id: str, license: str | None) -> bytes:
     card = ModelCard.load(path / CARD)
     if license is not None:
-        card.data.license = license  # type: ignore[attr-defined]  # typed as any card's
+        card.data.license = license
     if not card.data.get("license"):
         logger.warning("license: not chosen. Choose with `--license`, such as apache-2.0 (`license=` in Python).")
     return str(card).replace(UNPUBLISHED, repo_id).encode()
