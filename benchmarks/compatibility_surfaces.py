@@ -35,6 +35,7 @@ from safespec_hf import export_guarded, load_default
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import surfaces
+from served import stop_servers
 from surfaces import REFUSED, SURFACES, Surface
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +144,10 @@ def main() -> int:
     if options.missing:
         names = [name for name in names if not results.get(name, {}).get("cells")]
     if not options.write:
-        run(names, results)
+        try:
+            run(names, results)
+        finally:
+            stop_servers()
     write_page(results)
     return int(any(not all(found["cells"].values()) for found in results.values()))
 

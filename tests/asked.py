@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-PROMPTS = ["Name two flowers that bloom in spring.", "Why does the sea have tides?"]
+PROMPTS = ["Two flowers that bloom in spring are", "The sea has tides because"]
 NUM_TOKENS = 12
 GREEDY: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
 # float32, or rounding in blocks of another shape could change a token

@@ -1,9 +1,8 @@
-"""The ways of running a model that need a process of their own: lm-evaluation-harness, a server, and its clients.
+"""The ways of running a model that others' programs have: lm-evaluation-harness, a server, and its clients.
 
 Nothing here knows of safespec-hf; see `surfaces`.
 """
 
-import atexit
 import functools
 import json
 import os
@@ -18,6 +17,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from asked import NUM_TOKENS, PROMPTS, SECONDS, messages
+
+_servers: list[Any] = []
 
 
 def evaluation_harness(folder: Path) -> list[str]:
@@ -59,25 +60,37 @@ def call(command: list[str], folder: str, stdin: str = "") -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def serve(folder: Path, *options: str) -> str:
-    """Starts `transformers serve` on the loopback, until this process ends; gives its address."""
+def serve(folder: Path, continuous_batching: bool = False) -> str:
+    """Starts what `transformers serve` starts, on the loopback, until [`stop_servers`]; gives its address."""
+    from transformers.cli.serve import Serve
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
-    address = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        atexit.register(server.kill)
-        deadline = time.monotonic() + SECONDS
-        while not is_up(address):
-            if server.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                raise RuntimeError(f"transformers serve did not come up: {log.read()[-2000:]}")
-            time.sleep(0.2)
+    server = Serve(
+        str(folder),
+        continuous_batching=continuous_batching,
+        trust_remote_code=True,
+        host="127.0.0.1",
+        port=port,
+        device="cpu",
+        dtype="float32",
+        non_blocking=True,
+    )
+    _servers.append(server)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
+    while not is_up(address):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the server did not come up")
+        time.sleep(0.1)
     return address
+
+
+def stop_servers() -> None:
+    """Ends all servers; without it, the process would not end."""
+    while _servers:
+        _servers.pop().kill_server()
+    serve.cache_clear()
 
 
 def is_up(address: str) -> bool:
@@ -172,7 +185,7 @@ def chat_command(folder: Path) -> list[str]:
 
 
 def served_continuously(folder: Path) -> str:
-    address = serve(folder, "--continuous-batching")
+    address = serve(folder, continuous_batching=True)
     reply = post(f"{address}/v1/chat/completions", chat_body(folder, PROMPTS[0]))
     if reply.startswith("HTTP 500"):
         raise ValueError(reply)

@@ -1,7 +1,7 @@
 """An exported model in code that does not know us: as the target alone while the head is silent, and never unguarded.
 
 Here on a tiny model, in this process. `make test-surfaces` has the rest, on the default target: lm-evaluation-harness,
-`transformers serve` and its clients, each in a process of its own.
+`transformers serve` and its clients.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import os
 import pytest
 import surfaces
 import tiny
+from served import stop_servers
 from surfaces import REFUSED, SURFACES
 from tiny import attach, build_draft_head, build_head, build_model
 
@@ -38,7 +39,8 @@ def real_exports(tmp_path_factory):
     """The same of the default target."""
     folder, (model, _, draft) = tmp_path_factory.mktemp("real"), load_default()
     silent = export_guarded(model, folder / "guarded", draft=draft)
-    return silent, surfaces.close_the_garden(silent, folder / "closed", REFUSAL)
+    yield silent, surfaces.close_the_garden(silent, folder / "closed", REFUSAL)
+    stop_servers()
 
 
 @pytest.mark.parametrize("name", LOCAL)
