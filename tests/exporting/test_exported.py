@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from tiny import PROMPT, attach, build_head, build_model, build_noisy_head
 from transformers import (
     AutoConfig,
@@ -69,6 +70,19 @@ def test_from_pretrained_gives_the_target_guarded_for_every_call(exported, expec
     assert output.statistics.num_draft_tokens > 0
     with pytest.raises(UnsupportedRequestError, match="always=True"):
         model.generate(PROMPT, **SHORT, safespec=False)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AutoModelForDecision"), reason="this transformers has no such class")
+def test_a_server_that_first_asks_for_a_decision_model_goes_on(chat_tokenizer, tmp_path):
+    # it does so for Qwen 2, and takes a ValueError for a no
+    sizes = {**tiny.SIZES, **tiny.ATTENTION, "eos_token_id": None, "pad_token_id": 0}
+    target = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).eval()
+    folder = export_guarded(attach(target, chat_tokenizer, build_head(target, tokenizer=chat_tokenizer)), tmp_path)
+    with pytest.raises(ValueError, match="takes no decisions"):
+        transformers.AutoModelForDecision.from_pretrained(folder, **TRUST)
+    # servers take the class by the name in the config
+    architecture = getattr(transformers, AutoConfig.from_pretrained(folder, **TRUST).architectures[0])
+    assert isinstance(architecture.from_pretrained(folder, **TRUST), GuardedModel)
 
 
 def test_a_moved_export_is_the_same(exported, expected, tmp_path, monkeypatch):

@@ -35,9 +35,9 @@ CODE_FILES = {
     f"{CODE}.py": '''\
 """Loads the target of this repository with its head on. Run by `from_pretrained(..., trust_remote_code=True)`."""
 
-from safespec_hf.exporting.loading import GuardedConfig, GuardedModelForCausalLM
+from safespec_hf.exporting.loading import GuardedConfig, GuardedModelForCausalLM, NoDecisionModel
 
-__all__ = ["GuardedConfig", "GuardedModelForCausalLM"]
+__all__ = ["GuardedConfig", "GuardedModelForCausalLM", "NoDecisionModel"]
 ''',
     "custom_generate/generate.py": '''\
 """Guarded decoding. Run by `model.generate(..., custom_generate=<this repository>, trust_remote_code=True)`."""

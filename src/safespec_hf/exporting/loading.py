@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import transformers
 from torch import Tensor
@@ -109,6 +109,23 @@ class GuardedModelForCausalLM:
         tokenizer = load_tokenizer(name, config, hub_kwargs)
         _attach(model, head, manifest, tokenizer, Source(name, hub_kwargs), always=True)
         return found
+
+
+class NoDecisionModel:
+    """What `AutoModelForDecision` finds in an exported repository: a no, after which servers ask for a text model."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForDecision") -> None:
+        """Does nothing."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> NoReturn:
+        """Raises.
+
+        Raises:
+            UnsupportedRequestError: Always.
+        """
+        raise UnsupportedRequestError(f"{str(name)!r} is a guarded model, which writes text and takes no decisions.")
 
 
 class Source(NamedTuple):

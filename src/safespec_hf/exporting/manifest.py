@@ -17,7 +17,15 @@ from ..heads.loading import HUB_KWARGS, explain_hub_error, hub_arguments, no_suc
 MODEL_TYPE = "safespec_guarded"
 """Unknown to transformers, so that a repository is never loaded without its code, and with it unguarded."""
 CODE = "guarded"
-AUTO_MAP = {"AutoConfig": f"{CODE}.GuardedConfig", "AutoModelForCausalLM": f"{CODE}.GuardedModelForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": f"{CODE}.GuardedConfig",
+    "AutoModelForCausalLM": f"{CODE}.GuardedModelForCausalLM",
+    # for a target that reads images, too, servers and pipelines ask these
+    "AutoModelForImageTextToText": f"{CODE}.GuardedModelForCausalLM",
+    "AutoModelForMultimodalLM": f"{CODE}.GuardedModelForCausalLM",
+    # before any other, `transformers serve` asks whether it is a model of this kind
+    "AutoModelForDecision": f"{CODE}.NoDecisionModel",
+}
 FORMAT = 1
 VERSION = importlib.metadata.version("safespec-hf")
 TARGET, HEAD, DRAFT = "target", "head", "draft"
