@@ -48,6 +48,16 @@ def test_what_was_pushed_answers_as_the_export_does(pushed, expected):
         assert torch.equal(model.generate(PROMPT, **SHORT, custom_generate="owner/guarded", **TRUST), expected)
 
 
+def test_a_copy_of_a_target_from_a_folder_answers_to_the_id_that_its_head_knows(exported, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    local = AutoModelForCausalLM.from_pretrained(exported / "target")
+    head = SafetyHead.from_pretrained(exported / "head")
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
+    push_guarded(export_guarded(attach(local, tokenizer, head), tmp_path / "again"), "owner/again", license="mit")
+    model = AutoModelForCausalLM.from_pretrained("owner/again", **TRUST)
+    assert model.config.name_or_path == "owner/target"
+
+
 def test_a_revision_is_loaded_as_a_whole(pushed, exported, expected):
     push_guarded(exported, "owner/guarded", revision="v2")
     pushed.put("owner/guarded", {"config.json": b"{}"})

@@ -189,7 +189,7 @@ def _describe(
     model: GuardedModel, draft: PreTrainedModel | None, light: bool, revisions: Mapping[str, str]
 ) -> Manifest:
     name, architecture = model.config.name_or_path, type(model).__name__
-    target = Part(TARGET, model_id=name if name and is_hub_id(name) else None, architecture=architecture)
+    target = Part(TARGET, model_id=_original_id(name, model.safety.head, draft), architecture=architecture)
     if light and name:
         commit = find_commit(name, revisions.get(TARGET))
         if commit is None:
@@ -203,6 +203,12 @@ def _describe(
         _policy_of(model),
         tuple(model.safety.ignore_mismatches),
     )
+
+
+def _original_id(name: str | None, *parts: PreTrainedModel | None) -> str | None:
+    """The id on the Hub of a target: its own, or, of one from a folder, the one that its head or draft is bound to."""
+    bound = [(getattr(part.config, "target", None) or {}).get("model_id") for part in parts if part is not None]
+    return name if name and is_hub_id(name) else next(filter(None, bound), None)
 
 
 def _place(part: PreTrainedModel, folder: str, revisions: Mapping[str, str] | None) -> Part:
