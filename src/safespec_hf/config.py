@@ -202,8 +202,8 @@ class SafeSpecConfig:
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`):
-            Inserted before the candidates while they are sampled. May be empty. Neither the caller nor the model sees it
-            afterwards: candidates are scored, and the answer goes on, without it.
+            Inserted before the candidates while they are sampled. May be empty. Neither the caller nor the model sees
+            it afterwards: candidates are scored, and the answer goes on, without it.
         keep_reflection (`bool`, defaults to `False`): Leave it in, for the model, and in the returned answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
         recovery_temperature (`float`, defaults to 0.7): Temperature of candidate sampling, > 0.

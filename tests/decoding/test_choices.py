@@ -6,7 +6,7 @@ import pytest
 from scripted import answer, count_after, tokens_of
 from tiny import THINK
 
-# After the reflection the target goes on with 20, or with 30, which is safer; where they will stand 20 is likelier too.
+# After the reflection the target goes on with 20, or with 30, which is safer; without it 20 is likelier as well.
 SCRIPT = count_after({THINK: {20: 0.7, 30: 0.3}, 13: {14: 0.5, 20: 0.35, 30: 0.15}})
 RISKS = {15: 0.9, 20: 0.3}
 SOURCES = pytest.mark.parametrize("draft", [None, SCRIPT], ids=["target", "draft"])
