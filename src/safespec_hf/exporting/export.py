@@ -159,7 +159,7 @@ def _check_exportable(model: GuardedModel, draft: PreTrainedModel | None, light:
             f"{name} is not a class of transformers, so whoever loads the export would not have it. Models with code "
             "of their own can't be exported."
         )
-    if model._hf_peft_config_loaded:
+    if getattr(model, "peft_config", None):
         raise UnsupportedRequestError("The model has adapters, which are saved apart from it. Merge them first.")
     is_empty = any(weight.is_meta for weight in model.parameters())
     if is_empty and not light:
