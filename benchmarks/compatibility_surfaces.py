@@ -45,6 +45,7 @@ BEGIN, END = "<!-- surfaces: begin -->\n", "<!-- surfaces: end -->"
 CELLS = ("as alone", "guarded")
 REFUSAL = "The garden is closed today."
 Outcome = dict[str, Any]
+UNKNOWN: Outcome = {"cells": {}, "why": "not run yet"}
 
 
 def check(surface: Surface, silent: Path, closed: Path, alone: Callable[[bool], list[str]]) -> Outcome:
@@ -107,16 +108,16 @@ def run(names: list[str], results: dict[str, Outcome]) -> None:
 def table(results: dict[str, Outcome]) -> str:
     """The part of the page that says what came out."""
     lines = [f"| surface | {' | '.join(CELLS)} |", f"|---|{'---|' * len(CELLS)}"]
-    for name, found in results.items():
-        if name in SURFACES:
-            marks = [{True: "yes", False: "**no**"}.get(found["cells"].get(cell), found["why"]) for cell in CELLS]
-            lines.append(f"| {name} | {' | '.join(marks)} |")
+    for name in SURFACES:
+        found = results.get(name, UNKNOWN)
+        marks = [{True: "yes", False: "**no**"}.get(found["cells"].get(cell), found["why"]) for cell in CELLS]
+        lines.append(f"| {name} | {' | '.join(marks)} |")
     lines += ["", "| refused | why |", "|---|---|"]
-    for name, found in results.items():
-        if name in REFUSED:
-            words = " ".join(found["why"].split()).replace("|", "/")
-            why = words[:160] + ("..." if len(words) > 160 else "")
-            lines.append(f"| {name} | {why if found['cells'].get('refused', True) else '**not refused**'} |")
+    for name in REFUSED:
+        found = results.get(name, UNKNOWN)
+        words = " ".join(found["why"].split()).replace("|", "/")
+        why = words[:160] + ("..." if len(words) > 160 else "")
+        lines.append(f"| {name} | {why if found['cells'].get('refused', True) else '**not refused**'} |")
     return "\n".join(lines) + "\n"
 
 
