@@ -69,7 +69,8 @@ def check_refused(surface: Surface, folder: Path) -> Outcome:
     if absent := missing(surface):
         return {"cells": {}, "why": f"not run: {absent} is not installed"}
     try:
-        return {"cells": {"refused": True}, "why": surfaces.refused(lambda: surface.run(folder))}
+        why = surfaces.refused(lambda: surface.run(folder))
+        return {"cells": {"refused": True}, "why": why.replace(str(folder), "owner/guarded")}
     except (AssertionError, LookupError, RuntimeError, TypeError) as error:
         return {"cells": {"refused": False}, "why": f"{type(error).__name__}: {error}"}
 

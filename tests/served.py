@@ -48,9 +48,10 @@ def evaluation_harness(folder: Path) -> list[str]:
         return [json.loads(line)["resps"][0][0] for line in samples]
 
 
-def call(command: list[str], folder: str, stdin: str = "") -> str:
-    """The output of a program that can reach no network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": folder, "HF_DATASETS_CACHE": folder}
+def call(command: list[str], folder: str, stdin: str = "", offline: bool = True) -> str:
+    """The output of a program that asks no Hub; one that talks to our server can't be told that there is none."""
+    environment = {**os.environ, "HF_HOME": folder, "HF_DATASETS_CACHE": folder, "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     done = subprocess.run(
         command, input=stdin, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False
     )
@@ -176,7 +177,7 @@ def chat_command(folder: Path) -> list[str]:
         command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), f"{address}/v1"]
         command += [f"max_new_tokens={NUM_TOKENS}", "do_sample=False"]
         # an answer that is cut short is followed by a question, which the first of these declines
-        call(command, tempfile.gettempdir(), stdin=f"{prompt}\n!save\n!save\n!exit\n")
+        call(command, tempfile.gettempdir(), stdin=f"{prompt}\n!save\n!save\n!exit\n", offline=False)
         saved = sorted(folder.glob("chat_*.json"))
         texts.append(json.loads(saved[-1].read_text())["chat_history"][-1]["content"])
         for file in saved:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import SafeSpecError
-from .loading import load_target
+from .loading import load_target, open_draft
 from .options import Target, parse_name, parse_path
 
 if TYPE_CHECKING:
@@ -48,9 +48,11 @@ def export(
     from ..exporting.export import check_folder, export_guarded
     from ..heads.card import check_license
     from ..modeling import attach_safety_head
+    from ..training.files import check_writable_folder
 
     check_folder(folder)
     check_license(license)
+    check_writable_folder(folder)
     if target is not None and head is None:
         raise SafeSpecError("Give the target's safety head with `--head`, or make one with `safespec make-head`.")
     small = _load_small(head, draft, is_default_target=target is None)  # first, as the target takes long
@@ -67,26 +69,13 @@ def _load_small(head: str | None, draft: str | None, *, is_default_target: bool)
     Raises:
         SafeSpecError: If there is no such head or draft; says why.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from ..defaults.default_target import find_default_draft, load_default_head
-    from ..heads.draft_head import DraftHead, DraftHeadConfig
-    from ..heads.loading import explain_hub_error, hub_arguments
     from ..heads.safety_head import SafetyHead
 
     loaded_head = load_default_head() if head is None else SafetyHead.from_pretrained(head)
     if draft is None and is_default_target:
-        return loaded_head, DraftHead.from_pretrained(find_default_draft())
-    if draft is None or draft == "none":
-        return loaded_head, None
-    try:
-        where = hub_arguments(draft, {}, "draft")
-        is_head = isinstance(AutoConfig.from_pretrained(draft, **where), DraftHeadConfig)
-        loader: Any = DraftHead if is_head else AutoModelForCausalLM
-        return loaded_head, loader.from_pretrained(draft, **where)
-    except (OSError, ValueError) as error:
-        why = explain_hub_error(draft, error, {}) or error
-        raise SafeSpecError(f"No draft could be loaded from {draft!r}: {why}") from error
+        draft = str(find_default_draft())
+    return loaded_head, None if draft is None or draft == "none" else open_draft(draft)
 
 
 def _load_empty(target: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -96,6 +85,7 @@ def _load_empty(target: str | None) -> tuple[PreTrainedModel, PreTrainedTokenize
         SafeSpecError: If there is no such model, or no tokenizer beside it; says why.
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from ..defaults.default_target import DEFAULT_TARGET_ID
@@ -106,7 +96,7 @@ def _load_empty(target: str | None) -> tuple[PreTrainedModel, PreTrainedTokenize
         where = hub_arguments(name, {}, "target")
         config = AutoConfig.from_pretrained(name, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         why = explain_hub_error(name, error, {}) or error
         raise SafeSpecError(f"No target could be loaded from {name!r}: {why}") from error
     with init_empty_weights(include_buffers=False):

@@ -93,23 +93,37 @@ def load_draft(name: str | None, target: PreTrainedModel, *, is_default_target: 
     Raises:
         SafeSpecError: If there is no such draft; says why.
     """
+    from ..defaults.default_target import load_default_draft
+    from ..heads.draft_head import DraftHead
+
+    if name is None or name == "none":
+        return load_default_draft(target) if name is None and is_default_target else None
+    draft = open_draft(name, dtype=target.dtype).to(target.device).eval()
+    return draft.bind(target) if isinstance(draft, DraftHead) else draft
+
+
+def open_draft(name: str, **kwargs: Any) -> Any:
+    """A draft head or model as it is stored, not on a target yet.
+
+    Args:
+        name (`str`): Its Hub id or folder.
+        kwargs: As for `from_pretrained`: `dtype`.
+
+    Raises:
+        SafeSpecError: If there is no such draft; says why.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..defaults.default_target import load_default_draft
     from ..heads.draft_head import DraftHead, DraftHeadConfig
     from ..heads.loading import explain_hub_error, hub_arguments
 
-    if name is None or name == "none":
-        return load_default_draft(target) if name is None and is_default_target else None
     try:
         where = hub_arguments(name, {}, "draft")
-        if isinstance(AutoConfig.from_pretrained(name, **where), DraftHeadConfig):
-            head: Any = DraftHead.from_pretrained(name)
-            return head.to(device=target.device, dtype=target.dtype).eval().bind(target)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **where, dtype=target.dtype)
+        is_head = isinstance(AutoConfig.from_pretrained(name, **where), DraftHeadConfig)
+        loader: Any = DraftHead if is_head else AutoModelForCausalLM
+        return loader.from_pretrained(name, **where, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
         why = explain_hub_error(name, error, {}) or error
         raise SafeSpecError(f"No draft could be loaded from {name!r}: {why}") from error
-    return model.to(target.device).eval()
