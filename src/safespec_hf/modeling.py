@@ -227,10 +227,9 @@ class GuardedModel(_Model):
         return _GuardedKwargs(mode_kwargs, tokenizer=tokenizer) if is_ours else mode_kwargs
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, mode_kwargs: Any) -> None:
-        # transformers' assisted decoding can't take recurrent states back; guarded decoding can
-        is_ours = isinstance(mode_kwargs, _GuardedKwargs) and config.num_return_sequences == 1
-        is_refused = is_ours and self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION
-        mode = GenerationMode.GREEDY_SEARCH if is_refused else mode
+        # transformers' assisted decoding can't take recurrent states back, nor write several answers; ours can
+        is_ours = isinstance(mode_kwargs, _GuardedKwargs) and mode == GenerationMode.ASSISTED_GENERATION
+        mode = GenerationMode.GREEDY_SEARCH if is_ours else mode
         cast("Any", super())._validate_generation_mode(mode, config, mode_kwargs)
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:

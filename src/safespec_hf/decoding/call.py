@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .loop import Decoder
 from .plan import Plan, check_context
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
 from .segment_mode import SegmentDecoder
+from .step_outputs import read_steps, wanted_outputs
 
 logger = logging.get_logger(__name__)
 
@@ -100,13 +101,29 @@ class GuardedCall:
             decoder = self._make_decoder(model, rows, plan, generation_config)
             decoder.statistics.measuring_seconds = spent() - before
             cache: Any = model_kwargs.get(CACHE_NAME)
+            num_cached = 0
             if getattr(cache, "_is_user_defined", False):
+                num_cached = cache.get_seq_length()
                 decoder.target.take_cache(cache)
             decoder.run()
-        input_ids = input_ids.to(input_device(model))
-        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
-        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
-        return output if is_whole else output.sequences
+            output = self._output(decoder, input_ids.to(input_device(model)), generation_config)
+            if wanted_outputs(generation_config):
+                steps = read_steps(
+                    model,
+                    rows,
+                    output.sequences,
+                    input_ids.shape[1],
+                    config=generation_config,
+                    processors=logits_processor,
+                    model_kwargs=model_kwargs,
+                    num_cached=num_cached,
+                )
+                output = replace(output, **steps)
+        return output if generation_config.return_dict_in_generate else output.sequences
+
+    def _output(self, decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> SafeSpecOutput:
+        pad, with_cache = config._pad_token_tensor, bool(config.return_dict_in_generate and config.use_cache)
+        return decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=with_cache)
 
     def _check(
         self,

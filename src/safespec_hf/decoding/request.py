@@ -158,17 +158,12 @@ def check_generation_config(config: GenerationConfig) -> None:
     Raises:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
-    mode, outputs = config.get_generation_mode(), "`model(...)` on the returned sequences"
+    mode = config.get_generation_mode()
     refused: list[tuple[bool, str, Any, str]] = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
-        (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
     ]
     for name, neutral, instead in (
         ("cache_implementation", (None, "dynamic"), "the default, a dynamic cache"),
-        ("output_attentions", (None, False), outputs),
-        ("output_hidden_states", (None, False), outputs),
-        ("output_scores", (None, False), outputs),
-        ("output_logits", (None, False), outputs),
         ("prefill_chunk_size", (None,), "one prefill"),
         ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
         ("assistant_early_exit", (None,), "`assistant_model`"),
