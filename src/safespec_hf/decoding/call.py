@@ -22,7 +22,6 @@ from transformers.utils import logging
 from ..answer.rows import Row
 from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
-from ..engine.cache import CACHE_NAME
 from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
@@ -32,6 +31,7 @@ from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .attachment import Attachment
+from .callers import CallersCache
 from .loop import Decoder
 from .plan import Plan, check_context
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
@@ -68,6 +68,7 @@ class GuardedCall:
     ) -> SafeSpecOutput | Tensor:
         self.has_run = True
         attachment: Attachment = model._safespec
+        callers = CallersCache(model, generation_config, input_ids, model_kwargs)
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
@@ -77,7 +78,7 @@ class GuardedCall:
             tokenizer,
             config=generation_config,
             processors=logits_processor,
-            model_kwargs=model_kwargs,
+            model_kwargs=callers.model_kwargs,
         )
         plan = make_plan(
             model,
@@ -100,13 +101,13 @@ class GuardedCall:
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config)
             decoder.statistics.measuring_seconds = spent() - before
-            cache: Any = model_kwargs.get(CACHE_NAME)
-            num_cached = 0
-            if getattr(cache, "_is_user_defined", False):
-                num_cached = cache.get_seq_length()
-                decoder.target.take_cache(cache)
+            callers.give_to(decoder)
             decoder.run()
-            output = self._output(decoder, input_ids.to(input_device(model)), generation_config)
+            output = decoder.output(
+                input_ids.to(input_device(model)),
+                0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor),
+                callers.take_back(decoder),
+            )
             if wanted_outputs(generation_config):
                 steps = read_steps(
                     model,
@@ -116,14 +117,10 @@ class GuardedCall:
                     config=generation_config,
                     processors=logits_processor,
                     model_kwargs=model_kwargs,
-                    num_cached=num_cached,
+                    num_cached=callers.num_cached,
                 )
                 output = replace(output, **steps)
         return output if generation_config.return_dict_in_generate else output.sequences
-
-    def _output(self, decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> SafeSpecOutput:
-        pad, with_cache = config._pad_token_tensor, bool(config.return_dict_in_generate and config.use_cache)
-        return decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=with_cache)
 
     def _check(
         self,

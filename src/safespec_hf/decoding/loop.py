@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.callers_cache import States, lay_out
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
@@ -82,6 +83,7 @@ class Decoder:
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
+        self.finished: dict[int, States] | None = None  # of finished rows what they have read, if a caller wants it
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
@@ -302,6 +304,9 @@ class Decoder:
             self.streamer.end()
 
     def _drop_finished(self) -> None:
+        for index, row in enumerate(self.live):
+            if self.finished is not None and row.finish_reason is not None:
+                self.finished[row.index] = self.target.states_of(index)
         left = [index for index, row in enumerate(self.live) if row.finish_reason is None]
         self.live = [self.live[index] for index in left]
         if left:
@@ -311,9 +316,7 @@ class Decoder:
     def _leave_consistent(self) -> None:
         """A single row's cache, which the caller may go on with, ends before anything the caller does not see."""
         if len(self.rows) == 1:
-            row = self.rows[0]
-            hidden = (index for index in range(len(row.tokens)) if not row.is_visible(index))
-            self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
+            self.target.trim_cache(self.rows[0].num_continuable)
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
         self.statistics.num_reread_tokens = target.num_reread_tokens
@@ -322,12 +325,15 @@ class Decoder:
         self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
-    def _is_plain(self, prompt_ids: Tensor) -> bool:
-        """Whether the cache has a column per token, so that a later call can go on with it."""
-        return len(self.rows) == 1 and len(self.rows[0].prompt) == prompt_ids.shape[1]
+    def whole_cache(self, prompt_length: int) -> States:
+        """What a batch has read, in the columns of the sequences that are returned, up to where the first row ends."""
+        assert self.finished is not None
+        starts = [prompt_length - len(row.prompt) for row in self.rows]
+        ends = [start + row.num_continuable for start, row in zip(starts, self.rows, strict=True)]
+        return lay_out([self.finished[row.index] for row in self.rows], starts, ends)
 
-    def output(self, prompt_ids: Tensor, pad_token_id: int, with_cache: bool = True) -> SafeSpecOutput:
-        """The finished batch, padded on the right."""
+    def output(self, prompt_ids: Tensor, pad_token_id: int, cache: Any = None) -> SafeSpecOutput:
+        """The finished batch, padded on the right, with a cache that a later call can go on with."""
         tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
             sequences=cast("torch.LongTensor", torch.cat([prompt_ids, tokens], dim=1)),
@@ -337,5 +343,5 @@ class Decoder:
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
             segments=self.segments,
-            **{CACHE_NAME: self.target.give_cache() if with_cache and self._is_plain(prompt_ids) else None},
+            **{CACHE_NAME: cache},
         )

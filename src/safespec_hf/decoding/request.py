@@ -19,7 +19,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 from transformers.generation.logits_process import (
     ClassifierFreeGuidanceLogitsProcessor,
     DiaClassifierFreeGuidanceLogitsProcessor,
@@ -59,6 +59,7 @@ DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 SOON = 256  # new tokens that a call is measured for: most answers end long before they may get no longer
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+STATIC = {name for name in ALL_STATIC_CACHE_IMPLEMENTATIONS if "offloaded" not in name}
 STATEFUL = (
     ClassifierFreeGuidanceLogitsProcessor,
     DiaClassifierFreeGuidanceLogitsProcessor,
@@ -163,7 +164,7 @@ def check_generation_config(config: GenerationConfig) -> None:
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
     ]
     for name, neutral, instead in (
-        ("cache_implementation", (None, "dynamic"), "the default, a dynamic cache"),
+        ("cache_implementation", (None, "dynamic", *STATIC), "the default, a dynamic cache, or a static one"),
         ("prefill_chunk_size", (None,), "one prefill"),
         ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
         ("assistant_early_exit", (None,), "`assistant_model`"),

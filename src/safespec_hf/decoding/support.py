@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
+from ..engine.traits import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
 from .proof import check_signature, check_sizes, prove
 
@@ -89,9 +89,6 @@ def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mappi
         UnsupportedRequestError: Names what would be dropped.
     """
     check_model_kwargs(model_kwargs, prompt_ids)
-    cache: Any = model_kwargs.get(CACHE_NAME)
-    if getattr(cache, "_is_user_defined", False):
-        check_user_cache(cache, prompt_ids, model_kwargs.get("attention_mask"))
     check_prepared_inputs(model, prompt_ids, model_kwargs)
     check_adapters(model)
 

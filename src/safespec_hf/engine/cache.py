@@ -33,7 +33,6 @@ from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
-from .traits import check_user_cache as check_user_cache
 from .traits import has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
 
@@ -248,13 +247,18 @@ class CachedModel:
         fork = copy.copy(self)
         fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
         fork.columns, fork._read = Columns.filled(num_copies, self.lengths[row]), [self._read[row]] * num_copies
-        columns = self.columns.of(row)
-        for index, layer in enumerate(self.cache.layers):
-            states = [_columns(state[row : row + 1], columns) for state in column_states(layer)]
+        for index, states in enumerate(self.states_of(row)):
             _set_layer(fork.cache, index, [state.expand(num_copies, -1, -1, -1) for state in states])
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, self.lengths, fork.cache)
         return fork
+
+    def states_of(self, row: int) -> list[list[Tensor]]:
+        """For each layer, a row's states that have columns, without holes."""
+        columns = self.columns.of(row)
+        return [
+            [_columns(state[row : row + 1], columns) for state in column_states(layer)] for layer in self.cache.layers
+        ]
 
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
         """Row `row` becomes row `other_row` of another batch of the same model."""
@@ -286,6 +290,18 @@ class CachedModel:
         length = cache.get_seq_length()
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
         self._read = [length]
+
+    def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
+        """Makes of every row, all empty, one whose first tokens have been read.
+
+        Args:
+            states (`Sequence[Sequence[torch.Tensor]]`): Of each layer, as those of `states_of` for all rows.
+            used_BL (`np.ndarray` of shape `(B, L)`): Whether a column holds a token of a row.
+        """
+        self.columns.extend(used_BL)
+        self._read = list(self.lengths)
+        for index, each in enumerate(states):
+            _set_layer(self.cache, index, each)
 
     def trim_cache(self, length: int) -> None:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""

@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..errors import UnsupportedRequestError
@@ -155,24 +154,4 @@ def check_cache_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
             "Guarded decoding knows attention with a KV cache, full, sliding-window or indexed, and recurrent states "
             "that are in the cache."
-        )
-
-
-def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises unless a cache that the caller passed can be continued.
-
-    Raises:
-        UnsupportedRequestError: For anything but a `DynamicCache` of full-attention layers with one row of a part of
-            the prompt, unpadded.
-    """
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` must be a `DynamicCache` of full-attention layers, but it is a "
-            f"{type(cache).__name__}. Leave it out, and the cache is made for you."
-        )
-    is_padded = attention_mask is not None and not bool(attention_mask.all())
-    if prompt_ids.shape[0] > 1 or is_padded or cache.get_seq_length() >= prompt_ids.shape[1]:
-        raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` can be continued for one unpadded row that is longer than the cache, but there are "
-            f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
         )
