@@ -27,6 +27,7 @@ from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.prompt import Prompt
 from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
@@ -70,7 +71,7 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
-        rows = self._check(
+        rows, prompt = self._check(
             model,
             input_ids,
             tokenizer,
@@ -88,6 +89,7 @@ class GuardedCall:
             rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
+            num_unseen=0 if prompt is None else prompt.num_unseen,
         )
         check_context(rows, plan)
         if plan.observes:
@@ -98,6 +100,7 @@ class GuardedCall:
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config)
+            decoder.prompt = prompt
             decoder.statistics.measuring_seconds = spent() - before
             cache: Any = model_kwargs.get(CACHE_NAME)
             if getattr(cache, "_is_user_defined", False):
@@ -117,9 +120,9 @@ class GuardedCall:
         config: GenerationConfig,
         processors: LogitsProcessorList,
         model_kwargs: dict[str, Any],
-    ) -> list[Row]:
-        """Raises unless the request can be kept; gives an empty answer for each prompt."""
-        is_real = check_request(
+    ) -> tuple[list[Row], Prompt | None]:
+        """Raises unless the request can be kept; gives an empty answer for each prompt, and what else it is."""
+        is_real, prompt = check_request(
             model,
             self.assistant,
             self.policy,
@@ -131,7 +134,7 @@ class GuardedCall:
             assistant_tokenizer=self.assistant_tokenizer,
             is_streamed=self.streamer is not None,
         )
-        return make_rows(
+        rows = make_rows(
             input_ids.to(input_device(model)),
             is_real,
             max_length=config.max_length,
@@ -139,6 +142,7 @@ class GuardedCall:
             **find_boundaries(tokenizer)._asdict(),
             processors=processors,
         )
+        return rows, prompt
 
     def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
         """Measures what forwards take, where that is not known."""

@@ -20,6 +20,7 @@ from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
@@ -78,6 +79,7 @@ class Decoder:
         self.plan = plan
         self.streamer = streamer
         self.watch = watch
+        self.prompt: Prompt | None = None  # what the prompts are besides tokens
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
@@ -90,11 +92,21 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
+            if self.prompt is not None:
+                self._prefill(self.prompt)
             while self.live:
                 self._round()
             self.commits.report()
         finally:
             self._leave_consistent()
+
+    def _prefill(self, prompt: Prompt) -> None:
+        """Reads prompts that are more than tokens, by themselves; all others are read in the first round."""
+        self.prompt, output = None, self.target.prefill(prompt)  # images are read once, and need not be kept
+        _, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
+        if states_BLF is not None and any(prompt.num_tokens):
+            for index, is_real_L in enumerate(torch.from_numpy(prompt.is_real_BL)):
+                self.drafter.observe(index, 0, states_BLF[index, is_real_L.to(states_BLF.device)])
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""
