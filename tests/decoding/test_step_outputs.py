@@ -19,7 +19,7 @@ def eager(kind="llama", **config):
 
 
 def assert_alike(ours, theirs, is_real=None):
-    """`is_real`: of the places in the last dimension but one, since what is said of padding before a prompt is chance."""
+    """`is_real`: of the places in the last dimension but one; what is said of padding before a prompt is chance."""
     assert type(ours) is type(theirs)
     if isinstance(theirs, tuple):
         assert len(ours) == len(theirs)
@@ -67,7 +67,9 @@ def test_what_attention_does_not_give_is_none_as_in_plain_decoding(guarded):
 
 
 def test_only_what_was_asked_for_comes_back_and_nothing_without_a_dict(guarded):
-    output = guarded.generate(PROMPT, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, safespec=True)
+    output = guarded.generate(
+        PROMPT, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, safespec=True
+    )
     assert [output.get(name) is not None for name in OUTPUTS] == [False, True, False, False]
     assert guarded.generate(PROMPT, max_new_tokens=4, output_logits=True, safespec=True).shape == (1, 8)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.prompt import Prompt
 from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
@@ -36,7 +37,7 @@ from .loop import Decoder
 from .plan import Plan, check_context
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
 from .segment_mode import SegmentDecoder
-from .step_outputs import read_steps, wanted_outputs
+from .step_outputs import wanted_outputs, with_steps
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +73,7 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
-        rows = self._check(
+        rows, prompt = self._check(
             model,
             input_ids,
             tokenizer,
@@ -90,6 +91,7 @@ class GuardedCall:
             rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
+            num_unseen=0 if prompt is None else prompt.num_unseen,
         )
         check_context(rows, plan)
         if plan.observes:
@@ -100,26 +102,24 @@ class GuardedCall:
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config)
+            decoder.prompt = prompt
             decoder.statistics.measuring_seconds = spent() - before
             callers.give_to(decoder)
             decoder.run()
-            output = decoder.output(
-                input_ids.to(input_device(model)),
-                0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor),
-                callers.take_back(decoder),
-            )
-            if wanted_outputs(generation_config):
-                steps = read_steps(
+        pad = generation_config._pad_token_tensor
+        ids, cache = input_ids.to(input_device(model)), callers.take_back(decoder)
+        output = decoder.output(ids, 0 if pad is None else int(pad), cache)
+        if wanted_outputs(generation_config):
+            with self._fast_forwards(model, head):
+                output = with_steps(
+                    output,
                     model,
                     rows,
-                    output.sequences,
-                    input_ids.shape[1],
                     config=generation_config,
                     processors=logits_processor,
                     model_kwargs=model_kwargs,
                     num_cached=callers.num_cached,
                 )
-                output = replace(output, **steps)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _check(
@@ -131,9 +131,9 @@ class GuardedCall:
         config: GenerationConfig,
         processors: LogitsProcessorList,
         model_kwargs: dict[str, Any],
-    ) -> list[Row]:
-        """Raises unless the request can be kept; gives an empty answer for each prompt."""
-        is_real = check_request(
+    ) -> tuple[list[Row], Prompt | None]:
+        """Raises unless the request can be kept; gives an empty answer for each prompt, and what else it is."""
+        is_real, prompt = check_request(
             model,
             self.assistant,
             self.policy,
@@ -145,7 +145,7 @@ class GuardedCall:
             assistant_tokenizer=self.assistant_tokenizer,
             is_streamed=self.streamer is not None,
         )
-        return make_rows(
+        rows = make_rows(
             input_ids.to(input_device(model)),
             is_real,
             max_length=config.max_length,
@@ -153,6 +153,7 @@ class GuardedCall:
             **find_boundaries(tokenizer)._asdict(),
             processors=processors,
         )
+        return rows, prompt
 
     def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
         """Measures what forwards take, where that is not known."""

@@ -36,10 +36,11 @@ class CallersCache:
     ):
         self.model = model
         self.is_wanted = bool(config.return_dict_in_generate and config.use_cache)
-        self.prompt_length = prompt_ids.shape[1]
         given: Any = model_kwargs.get(CACHE_NAME)
         mask: Tensor | None = model_kwargs.get("attention_mask")
-        self._is_real = prompt_ids.new_ones(prompt_ids.shape) if mask is None else mask
+        embedded = model_kwargs.get("inputs_embeds")
+        shape = prompt_ids.shape if embedded is None else embedded.shape[:2]
+        self._is_real = prompt_ids.new_ones(shape) if mask is None else mask
         self.is_users = bool(getattr(given, "_is_user_defined", False))
         if self.is_users:
             check_user_cache(model, given, prompt_ids)
@@ -62,7 +63,7 @@ class CallersCache:
             decoder.target.take_cache(self._given)
         elif self._opened is not None and self.num_cached:
             states = [column_states(layer) for layer in self._opened.layers]
-            decoder.target.begin_with(states, used_columns(self._is_real, self.num_cached))
+            decoder.target.begin_with(states, used_columns(self._is_real[:, : self.num_cached]))
         if self._is_laid_out(decoder):
             decoder.finished = {}
 
@@ -70,7 +71,7 @@ class CallersCache:
         """What the caller gets after the call; a cache of the caller's is filled in any case."""
         cache = None
         if self._is_laid_out(decoder):
-            cache = fill_cache(self.model, decoder.whole_cache(self.prompt_length), self._given)
+            cache = fill_cache(self.model, decoder.whole_cache(used_columns(self._is_real)), self._given)
         elif self.is_wanted and len(decoder.rows) == 1 and bool(self._is_real.all()):
             cache = decoder.target.give_cache()
         return cache if self.is_wanted else None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.callers_cache import States, lay_out
+from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
@@ -79,6 +81,7 @@ class Decoder:
         self.plan = plan
         self.streamer = streamer
         self.watch = watch
+        self.prompt: Prompt | None = None  # what the prompts are besides tokens
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
@@ -92,11 +95,21 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
+            if self.prompt is not None:
+                self._prefill(self.prompt)
             while self.live:
                 self._round()
             self.commits.report()
         finally:
             self._leave_consistent()
+
+    def _prefill(self, prompt: Prompt) -> None:
+        """Reads prompts that are more than tokens, by themselves; all others are read in the first round."""
+        self.prompt, output = None, self.target.prefill(prompt)  # images are read once, and need not be kept
+        _, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
+        if states_BLF is not None and any(prompt.num_tokens):
+            for index, is_real_L in enumerate(torch.from_numpy(prompt.is_real_BL)):
+                self.drafter.observe(index, 0, states_BLF[index, is_real_L.to(states_BLF.device)])
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""
@@ -325,12 +338,17 @@ class Decoder:
         self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
-    def whole_cache(self, prompt_length: int) -> States:
-        """What a batch has read, in the columns of the sequences that are returned, up to where the first row ends."""
+    def whole_cache(self, is_real_BL: np.ndarray) -> States:
+        """What a batch has read, in the columns of the sequences that are returned, up to where the first row ends.
+
+        `is_real_BL`: `False` for padding, of the prompts.
+        """
         assert self.finished is not None
-        starts = [prompt_length - len(row.prompt) for row in self.rows]
-        ends = [start + row.num_continuable for start, row in zip(starts, self.rows, strict=True)]
-        return lay_out([self.finished[row.index] for row in self.rows], starts, ends)
+        length, columns = is_real_BL.shape[1], []
+        ends = [length + row.num_continuable - len(row.prompt) for row in self.rows]
+        for is_real_L, end in zip(is_real_BL, ends, strict=True):
+            columns.append(np.concatenate([np.flatnonzero(is_real_L), np.arange(length, max(end, length))]))
+        return lay_out([self.finished[row.index] for row in self.rows], columns, min(ends))
 
     def output(self, prompt_ids: Tensor, pad_token_id: int, cache: Any = None) -> SafeSpecOutput:
         """The finished batch, padded on the right, with a cache that a later call can go on with."""

@@ -41,6 +41,7 @@ from ..drafting.router import DraftRouter
 from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
+from ..engine.prompt import Prompt
 from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
@@ -51,8 +52,9 @@ from .attachment import find_threshold
 from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
+from .prompts import check_prompts
 from .quality import find_digit_ids
-from .support import check_positions, check_prompt, max_context
+from .support import max_context
 from .watch import Watch
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
@@ -82,7 +84,7 @@ def check_request(
     tokenizer: PreTrainedTokenizerBase,
     assistant_tokenizer: PreTrainedTokenizerBase | None,
     is_streamed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Prompt | None]:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
@@ -90,14 +92,15 @@ def check_request(
             The target's, and the draft's if that was given.
 
     Returns:
-        `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
+        `tuple`: A `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding. And what the
+        prompts are besides tokens, if anything.
 
     Raises:
         UnsupportedRequestError: Says what can't be kept, and what to do instead.
     """
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
-    check_prompt(model, prompt_ids, model_kwargs)
+    is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
@@ -121,11 +124,7 @@ def check_request(
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and config._pad_token_tensor is None:
         raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
-    mask: Tensor | None = model_kwargs.get("attention_mask")
-    is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
-    is_real = is_real.to(input_device(model))
-    check_positions(model_kwargs.get("position_ids"), is_real)
-    return is_real
+    return is_real, prompt
 
 
 def check_segment_mode(
@@ -250,7 +249,7 @@ def make_rows(
         Row(
             index,
             ids,
-            real,
+            real[: len(ids)],  # of embeddings no ids are known
             max_new_tokens=most - prompt_ids.shape[1],
             policy=policy,
             newline_ids=newline_ids,
@@ -307,8 +306,9 @@ def make_plan(
     rows: Sequence[Row],
     num_assistant_tokens: int | None,
     is_monitored: bool,
+    num_unseen: int = 0,
 ) -> Plan:
-    """Everything about a call that stays the same while it runs."""
+    """Everything about a call that stays the same while it runs; `num_unseen`: as for [`max_context`]."""
     policy = policy.resolved()
     ends, do_sample = eos_ids(criteria), bool(config.do_sample)
     given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
@@ -325,8 +325,8 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=max_context(model, rows),
-        max_positions=max_positions(model) or 2**31,
+        max_context=max_context(model, rows, num_unseen),
+        max_positions=(max_positions(model) or 2**31) - num_unseen,
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
         pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),

@@ -170,6 +170,8 @@ class ModelDrafter:
             return []
         start = self.cached.lengths[index]
         block = row.context(start)
+        if not block:  # of embeddings no token is known
+            return []
         if max(block) < self.num_known:
             return block
         self._unknown_at[index] = start + next(at for at, token in enumerate(block) if token >= self.num_known)

@@ -40,7 +40,7 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor) -
     is_known = isinstance(cache, (DynamicCache, StaticCache)) and not getattr(cache, "offloading", False)
     if not is_known or any(type(layer) not in TAKEN for layer in cache.layers) or is_recurrent(model):
         raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` must be a `DynamicCache` or a `StaticCache` of attention layers, not offloaded, but it is "
+            f"`{CACHE_NAME}` must be a `DynamicCache` or `StaticCache` of attention layers, not offloaded, but it is "
             f"a {type(cache).__name__}{' of a model with recurrent states' if is_recurrent(model) else ''}. Leave it "
             "out, and the cache is made for you."
         )
@@ -48,7 +48,7 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor) -
     held = {len(states[0]) for layer in cache.layers if length and (states := _states(layer))}
     if length >= prompt_ids.shape[1] or held - {num_rows}:
         raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` can be continued by rows that are longer than the cache, as many as it has, but there are "
+            f"`{CACHE_NAME}` can be continued by as many rows as it has, each longer than the cache, but there are "
             f"{num_rows} rows of {prompt_ids.shape[1]} tokens, and {length} cached ones of {sorted(held) or 0} rows."
         )
 
@@ -92,21 +92,25 @@ def _states(layer: Any) -> list[Tensor]:
     return column_states(layer)
 
 
-def lay_out(rows: Sequence[States], starts: Sequence[int], ends: Sequence[int]) -> States:
-    """The states of a batch, each row's where its tokens lie, up to where the first row ends.
+def lay_out(rows: Sequence[States], columns: Sequence[np.ndarray], width: int) -> States:
+    """The states of a batch, each row's where its tokens lie.
 
     Args:
         rows (`Sequence[States]`): Of each row, what it has read.
-        starts, ends (`Sequence[int]`): The columns of its first token, and after the last that the caller sees.
+        columns (`Sequence[np.ndarray]`): The columns of its tokens, ascending; only those before `width` are wanted.
+        width (`int`): Columns of the whole.
     """
-    end = min(ends)
     layers = []
     for parts in zip(*rows, strict=True):
-        states = [
-            [pad(state[:, :, : end - start], (0, 0, start, 0)) for state in row]
-            for row, start in zip(parts, starts, strict=True)
-        ]
-        layers.append([torch.cat(each) for each in zip(*states, strict=True)])
+        layer = []
+        for each in zip(*parts, strict=True):
+            first = each[0]
+            laid = first.new_zeros(len(rows), first.shape[1], width, first.shape[3])
+            for row, state in enumerate(each):
+                places = torch.from_numpy(columns[row][columns[row] < width]).to(state.device)
+                laid[row, :, places] = state[0, :, : len(places)]
+            layer.append(laid)
+        layers.append(layer)
     return layers
 
 
@@ -148,7 +152,7 @@ def _empty(layer: Any) -> None:
         layer.cumulative_length = 0
 
 
-def used_columns(is_real_BP: Tensor, length: int) -> np.ndarray:
-    """Which of a cache's columns hold a token of a row, of shape `(B, length)`."""
-    used: np.ndarray = is_real_BP[:, :length].bool().cpu().numpy()
+def used_columns(is_real_BL: Tensor) -> np.ndarray:
+    """Which columns hold a token of a row, of shape `(B, L)`."""
+    used: np.ndarray = is_real_BL.bool().cpu().numpy()
     return used

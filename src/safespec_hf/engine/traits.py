@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..errors import UnsupportedRequestError
-from .growing import KINDS, is_recurrent, model_layers
+from .growing import KINDS, column_states, is_recurrent, model_layers
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
@@ -154,4 +154,18 @@ def check_cache_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
             "Guarded decoding knows attention with a KV cache, full, sliding-window or indexed, and recurrent states "
             "that are in the cache."
+        )
+
+
+def check_prompt_columns(model: PreTrainedModel, cache: Any, width: int) -> None:
+    """Raises unless a forward over a prompt has left a column for each of its places, in every layer that has any.
+
+    Raises:
+        UnsupportedRequestError: If it has not, as with layers that attend to images by themselves.
+    """
+    nums = {state.shape[2] for layer in cache.layers for state in column_states(layer)} - {width}
+    if nums:
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} read a prompt of {width} places and keeps {max(nums)} in a layer: what cross-"
+            "attention keeps of images can't be rolled back with the tokens. Generate without `safespec`."
         )
