@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: env demo test lint check doctest docs format bench bench-invariants clean
+.PHONY: env demo test peer lint check doctest docs format bench bench-invariants clean
 .DEFAULT_GOAL := env
 
 env: .venv/.stamp
@@ -30,6 +30,10 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+# transformers' own generation tests, guarded: some minutes, and a network for their files the first time.
+peer: env
+	$(BIN)/python benchmarks/peer.py
 
 doctest: env
 	$(BIN)/python -m pytest -q --doctest-modules src

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import DRAFTING, PROMPT, REFLECTION, REFUSAL, attach, build_coin_head, build_model, drafting
 
-from safespec_hf import SafeSpecConfig
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError
 
 OUTPUTS = ("scores", "logits", "hidden_states", "attentions")
 PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
@@ -35,8 +35,9 @@ def assert_alike(ours, theirs, is_real=None):
 
 
 def agree(model, drafts, **arguments):
-    theirs = model.generate(**arguments, **ASKED)
-    ours = model.generate(**arguments, **ASKED, **drafts, safespec=POLICY)
+    arguments = ASKED | arguments
+    theirs = model.generate(**arguments)
+    ours = model.generate(**arguments, **drafts, safespec=POLICY)
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     mask = arguments.get("attention_mask")
     for name in OUTPUTS:
@@ -60,6 +61,27 @@ def test_rows_of_a_batch_go_on_with_padding_as_in_plain_decoding(kind, use_cache
     output = agree(model, {}, **BATCH, do_sample=False, eos_token_id=end, use_cache=use_cache)
     assert output.finish_reasons[0] == "eos"
     assert (output.past_key_values if "past_key_values" in output else output.get("cache")) is None or use_cache
+
+
+RAGGED = {
+    "inputs": torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34]]),
+    "attention_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_on_the_right_is_read_as_in_plain_decoding(kind, source, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    agree(model, drafting(source, model), **RAGGED, do_sample=False)
+
+
+def test_padding_on_the_right_is_refused_where_it_would_be_read_otherwise(tokenizer):
+    model = attach(eager("sliding"), tokenizer)
+    agree(model, {"prompt_lookup_num_tokens": 3}, **RAGGED, do_sample=False, max_new_tokens=4)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(UnsupportedRequestError, match="Right padding"):
+        model.generate(**RAGGED, max_new_tokens=5, safespec=True)
 
 
 def test_what_attention_does_not_give_is_none_as_in_plain_decoding(guarded):

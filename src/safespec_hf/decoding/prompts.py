@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..engine.growing import is_recurrent
 from ..engine.prompt import FILLER, Prompt
-from ..engine.traits import CACHE_NAME, has_windows, input_device, takes_positions
+from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
 from ..errors import UnsupportedRequestError
 from .support import (
     CACHE_NAMES,
@@ -85,10 +85,9 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     shape = prompt_ids.shape if embedded is None else embedded.shape[:2]
     is_real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    # then the first token is what the model says at a place of padding, so the prompt is more than its tokens
     is_padded_right = is_real.shape == shape and not bool(is_real[:, -1].all())
-    if is_padded_right:
-        check_right_padding(model)
-    elif not extras and is_real.shape == shape and _is_counted(positions, is_real):
+    if not extras and is_real.shape == shape and _is_counted(positions, is_real) and not is_padded_right:
         changed = changed_inputs(model, prompt_ids, model_kwargs)
         if changed - {"position_ids"} or not changed:
             return None  # and what else is changed is refused as it is for tokens
@@ -103,18 +102,26 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     return Prompt(inputs=inputs, is_real_BL=is_real.numpy(), num_tokens=nums, **_continue(model, given))
 
 
-def check_right_padding(model: PreTrainedModel) -> None:
+def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
     """Raises if padding between a prompt and its answer would not stay what it is in plain decoding.
 
-    There the first token is what the model says at a place of padding, and the places count where distances do.
+    There its places count, in the state of a recurrent layer and in the distance that a sliding window reaches.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        is_real (`torch.BoolTensor` of shape `(B, L)`): `False` for padding.
+        num_new (`float`): Tokens that an answer may have.
 
     Raises:
-        UnsupportedRequestError: For recurrent layers and sliding windows.
+        UnsupportedRequestError: For recurrent layers, and for sliding windows that the text outgrows.
     """
-    if is_recurrent(model) or has_windows(model):
+    if bool(is_real[:, -1].all()):
+        return
+    reach = min_window(model) if has_windows(model) else None
+    if is_recurrent(model) or (reach is not None and is_real.shape[1] + num_new > reach):
         raise UnsupportedRequestError(
-            "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers or sliding "
-            "windows guarded decoding needs left padding; set `tokenizer.padding_side = 'left'`."
+            "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, or beyond a "
+            "sliding window, guarded decoding needs left padding; set `tokenizer.padding_side = 'left'`."
         )
 
 

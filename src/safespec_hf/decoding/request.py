@@ -52,7 +52,7 @@ from .attachment import find_threshold
 from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
-from .prompts import check_prompts
+from .prompts import check_prompts, check_right_padding
 from .quality import find_digit_ids
 from .support import max_context
 from .watch import Watch
@@ -101,6 +101,7 @@ def check_request(
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
     is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
+    check_right_padding(model, is_real, config.max_length - prompt_ids.shape[1])
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")

@@ -343,12 +343,7 @@ class CachedModel:
         self._read = [length]
 
     def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
-        """Makes of every row, all empty, one whose first tokens have been read.
-
-        Args:
-            states (`Sequence[Sequence[torch.Tensor]]`): Of each layer, as those of `states_of` for all rows.
-            used_BL (`np.ndarray` of shape `(B, L)`): Whether a column holds a token of a row.
-        """
+        """Makes of empty rows ones whose first tokens have been read, given each layer's states of all rows."""
         self.columns.extend(used_BL)
         self._read = list(self.lengths)
         for index, each in enumerate(states):

@@ -92,6 +92,12 @@ def has_windows(model: PreTrainedModel) -> bool:
     )
 
 
+def min_window(model: PreTrainedModel) -> int:
+    """The shortest sliding window of a model's layers; 0 where its cache does not say."""
+    windows = [getattr(layer, "sliding_window", None) for layer in model_layers(model)]
+    return min((window for window in windows if window), default=0)
+
+
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether a model can read a tree in one forward.
 
