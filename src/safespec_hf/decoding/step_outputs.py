@@ -79,6 +79,8 @@ def with_steps(
     if not wanted or output.risks is None:
         return output
     start, num_new = time.perf_counter(), output.risks.shape[1]
+    if num_new == 0:
+        return replace(output, **{name: () for name in wanted})
     text = _Text.of(rows, output.sequences, num_new, model_kwargs)
     outputs = _forward(model, text, wanted, model_kwargs)
     if output.statistics is not None:
@@ -202,7 +204,8 @@ def _by_step(
 def _states_of(states: Tensor, seen: Tensor | None, start: int, end: int) -> Tensor:
     if seen is None:
         return states[..., start:end, :].clone()
-    return states.take_along_dim(seen[:, start:end, None].to(states.device), dim=-2)
+    at = seen[:, start:end, None].to(states.device)
+    return states.take_along_dim(at.view(*[1] * (states.dim() - 3), *at.shape), dim=-2)  # of several streams, each
 
 
 def _attentions(
