@@ -79,11 +79,6 @@ class Row(Transcript):
         return self.max_new_tokens - self.num_visible
 
     @property
-    def has_hidden(self) -> bool:
-        """Whether the model reads tokens that the caller does not see."""
-        return len(self.tokens) > self.num_visible
-
-    @property
     def num_continuable(self) -> int:
         """Tokens of prompt and answer that were read, up to the first that the caller does not see."""
         hidden = (index for index in range(len(self.tokens)) if not self.is_visible(index))

@@ -26,6 +26,7 @@ from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.private_names import pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.speeds import spent
 from ..engine.traits import input_device
@@ -106,15 +107,13 @@ class GuardedCall:
             decoder.statistics.measuring_seconds = spent() - before
             callers.give_to(decoder)
             decoder.run()
-        pad = generation_config._pad_token_tensor
         ids, cache = input_ids.to(input_device(model)), callers.take_back(decoder)
-        output = decoder.output(ids, 0 if pad is None else int(pad), cache)
+        output = decoder.output(ids, pad_token_id(generation_config) or 0, cache)
         if wanted_outputs(generation_config):
             with self._fast_forwards(model, head):
                 output = with_steps(
                     output,
                     model,
-                    rows,
                     config=generation_config,
                     processors=logits_processor,
                     model_kwargs=model_kwargs,

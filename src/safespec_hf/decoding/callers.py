@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
 from ..engine.growing import column_states, is_recurrent, model_layers
+from ..engine.private_names import is_user_cache
 from ..engine.traits import CACHE_NAME
 from ..errors import UnsupportedRequestError
 from .loop import Decoder
@@ -41,7 +42,7 @@ class CallersCache:
         embedded = model_kwargs.get("inputs_embeds")
         shape = prompt_ids.shape if embedded is None else embedded.shape[:2]
         self._is_real = prompt_ids.new_ones(shape) if mask is None else mask
-        self.is_users = bool(getattr(given, "_is_user_defined", False))
+        self.is_users = is_user_cache(given)
         if self.is_users:
             check_user_cache(model, given, prompt_ids)
         elif isinstance(given, StaticCache) and is_recurrent(model):

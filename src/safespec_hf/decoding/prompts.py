@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engine.growing import is_recurrent
+from ..engine.private_names import continued_inputs, is_user_cache
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
 from ..errors import UnsupportedRequestError
@@ -147,7 +148,7 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
             f"`attention_mask` must have the shape of the prompt, {tuple(shape)}, but has "
             f"{tuple(given.is_real.shape)}."
         )
-    if getattr(given.kwargs.get(CACHE_NAME), "_is_user_defined", False):
+    if is_user_cache(given.kwargs.get(CACHE_NAME)):
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued with tokens only, but got {extras} as well. Pass the whole prompt, and "
             "no cache."
@@ -212,7 +213,7 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
 
 def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     """What a forward over so many tokens after the prompt is given."""
-    kwargs = model._update_model_kwargs_for_generation({}, dict(given.kwargs), num_new_tokens=num_new)
+    kwargs = continued_inputs(model, given.kwargs, num_new)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])
     ids = torch.cat([given.ids, given.ids.new_full((len(given.ids), num_new), FILLER)], dim=1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)

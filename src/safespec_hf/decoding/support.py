@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
+from ..engine.private_names import forward_pre_hooks
 from ..engine.traits import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
 from .proof import check_signature, check_sizes, prove
@@ -280,7 +281,7 @@ def check_adapters(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedRequestError: Names the argument.
     """
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for module in model.modules() for hook in forward_pre_hooks(module)]
     keywords = [hook.keywords for hook in hooks if isinstance(hook, functools.partial)]
     for name in ("adapter_names", "alora_offsets"):
         if any(given.get(name) is not None for given in keywords):
