@@ -1,11 +1,11 @@
 """Tiny random vision-language models, and prompts with images for them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tiny import VOCAB_SIZE
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 IMAGE, VIDEO, START, END = 35, 36, 37, 38  # stand for places of images, and for what is around them
 TEXT = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -49,7 +49,11 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen3_5": {
         "text_config": TEXT
         | MROPE
-        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+        }
         | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
         "vision_config": {**SIGHT, **QWEN, "out_hidden_size": 32, "num_position_embeddings": 16},
         **IDS,
@@ -67,13 +71,6 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 NUM_PLACES = 4  # of an image in a prompt
-
-
-class Sight(NamedTuple):
-    """A model, and the arguments of `generate` for a batch of prompts with an image each."""
-
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
 
 
 def build_vision(name: str, std: float = 0.25) -> PreTrainedModel:
@@ -108,3 +105,20 @@ def look(name: str, lengths: tuple[int, ...] = (9,), seed: int = 1) -> dict[str,
     if name == "smolvlm":
         return inputs | {"pixel_values": pixels[:, None]}
     return inputs | {"pixel_values": pixels} | ({"token_type_ids": kinds} if name == "gemma3" else {})
+
+
+def reread(model: Any, inputs: dict[str, Tensor], sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits before each token of answers, and last hidden states of all but their last: of plain `generate`."""
+    num_given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    output = model.generate(
+        **inputs,
+        max_new_tokens=sequences.shape[1] - num_given,
+        do_sample=False,
+        prefix_allowed_tokens_fn=lambda row, ids: [int(sequences[row, len(ids)])],
+        output_logits=True,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, sequences)
+    states = [step[-1] for step in output.hidden_states[1:]]
+    return torch.stack(output.logits, dim=1), torch.cat(states, dim=1)
