@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FIELDS, attach, build_noisy_head, perturb
-from vision import VISION, build_vision, look, reread
+from tiny import FIELDS, VOCAB_SIZE, attach, build_noisy_head, build_tokenizer, perturb
+from vision import IMAGE, VISION, build_vision, look, reread
 
 from safespec_hf import Provenance, SafeSpecConfig
 
@@ -31,6 +31,15 @@ def drafting(source, model):
     }[source]
 
 
+def check_risks(model, inputs, output):
+    """Holds risks against those of plain steps, whose logits it returns."""
+    logits, states = reread(model, inputs, output.sequences)
+    risks, is_scored = model.safety.head.risk(states).detach(), ~output.risks[:, :-1].isnan()
+    # the same float32 sums in another order
+    torch.testing.assert_close(output.risks[:, :-1][is_scored], risks[is_scored], atol=2e-4, rtol=0.0)
+    return logits
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_greedy_text_depends_on_the_image_and_is_that_of_plain_generate(built, tokenizer, name):
     model = attach(built[name], tokenizer)
@@ -43,12 +52,25 @@ def test_greedy_text_depends_on_the_image_and_is_that_of_plain_generate(built, t
         assert torch.equal(output, plain), source
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "llava"])
-def test_a_draft_is_accepted_after_an_image(built, tokenizer, name):
-    model = attach(built[name], tokenizer)
-    arguments = {**GREEDY, "assistant_model": perturb(model, 0.0), "return_dict_in_generate": True}
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("num_known", [VOCAB_SIZE, IMAGE])
+def test_a_draft_need_not_know_what_stands_for_an_image(built, name, num_known):
+    model = attach(built[name], build_tokenizer(num_known))  # what is above was added to the target
+    draft = build_vision(name)
+    draft.resize_token_embeddings(num_known)
+    arguments = {**GREEDY, "assistant_model": draft, "return_dict_in_generate": True}
     output = model.generate(**look(name), safespec=CONSTANT, **arguments)
     assert output.statistics.num_accepted_tokens > 0
+
+
+def test_segments_are_judged_after_an_image(built):
+    model, inputs = built["qwen2_5_vl"], look("qwen2_5_vl", BATCH)
+    attach(model, build_tokenizer(has_digits=True), build_noisy_head(model, 0.8, pooling="last"))
+    policy = SafeSpecConfig(**FLAGS, verification="segment", quality_prompt="w27 w28", quality_threshold=4)
+    arguments = {**GREEDY, "assistant_model": perturb(model), "return_dict_in_generate": True}
+    output = model.generate(**inputs, **arguments, safespec=policy)
+    assert output.statistics.num_segments_by_target > 0 < output.statistics.num_flags
+    check_risks(model, inputs, output)
 
 
 @pytest.mark.parametrize(("policy", "source"), [(RECOVERING, "draft"), (BARE, "draft"), (BARE, "target")])
@@ -61,11 +83,7 @@ def test_after_recoveries_tokens_and_risks_are_those_of_reading_all_again(built,
     output = model.generate(**inputs, **arguments, safespec=replace(policy, candidate_source=source))
     assert output.statistics.num_flags > 0
     assert not bool((output.risks >= model.safety.risk_threshold).any())
-    start, is_scored = inputs["input_ids"].shape[1], ~output.risks[:, :-1].isnan()
-    logits, states = reread(model, inputs, output.sequences)
-    risks = model.safety.head.risk(states).detach()
-    # the same float32 sums in another order
-    torch.testing.assert_close(output.risks[:, :-1][is_scored], risks[is_scored], atol=2e-4, rtol=0.0)
+    logits = check_risks(model, inputs, output)
     is_own = (output.provenance == Provenance.TARGET) | (output.provenance == Provenance.DRAFTED)
     assert is_own.sum() > 3
-    assert torch.equal(output.sequences[:, start:][is_own], logits.argmax(dim=-1)[is_own])
+    assert torch.equal(output.sequences[:, -logits.shape[1] :][is_own], logits.argmax(dim=-1)[is_own])

@@ -1,5 +1,6 @@
 """Tiny random vision-language models, and prompts with images for them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from tiny import VOCAB_SIZE
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
-IMAGE, VIDEO, START, END = 35, 36, 37, 38  # stand for places of images, and for what is around them
+START, END, IMAGE, VIDEO = 35, 36, 38, 39  # what is around an image, and what stands in its places
 TEXT = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
 TEXT |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -87,7 +88,7 @@ def build_vision(name: str, std: float = 0.25) -> PreTrainedModel:
     return model
 
 
-def look(name: str, lengths: tuple[int, ...] = (9,), seed: int = 1) -> dict[str, Tensor]:
+def look(name: str, lengths: Sequence[int] = (9,), seed: int = 1) -> dict[str, Tensor]:
     """Prompts of these lengths, left-padded, each with an image in it."""
     generator, width = torch.Generator().manual_seed(seed), max(lengths)
     ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import CACHE_NAME, input_device, takes_positions
@@ -96,7 +96,19 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     _check_first(model, given, inputs)
     nums = is_real.sum(dim=1).tolist() if prompt_ids.shape[1] else [0] * len(prompt_ids)
     inputs = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
-    return Prompt(inputs=inputs, is_real_BL=is_real.numpy(), num_tokens=nums, **_continue(model, given))
+    return Prompt(
+        inputs=inputs,
+        is_real_BL=is_real.numpy(),
+        num_tokens=nums,
+        placeholders=_placeholders(model.config),
+        **_continue(model, given),
+    )
+
+
+def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
+    """Tokens that stand for images and the like, by the names that configs have for them."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    return frozenset(token for name in names if isinstance(token := getattr(config, name, None), int))
 
 
 def _is_counted(positions: Tensor | None, is_real: Tensor) -> bool:
@@ -121,6 +133,11 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
             f"`attention_mask` must have the shape of the prompt, {tuple(shape)}, but has "
             f"{tuple(given.is_real.shape)}."
         )
+    positions = given.kwargs.get("position_ids")
+    if positions is not None and positions.shape[-1] != shape[1]:
+        raise UnsupportedRequestError(
+            f"`position_ids` must be as long as the prompt, {shape[1]} places, but cover {positions.shape[-1]}."
+        )
     if not bool(given.is_real[:, -1].all()):
         raise UnsupportedRequestError(
             "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
@@ -130,6 +147,12 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued with tokens only, but got {extras} as well. Pass the whole prompt, and "
             "no cache."
+        )
+    beside = [name for name in given.extras if "pixel" in name or "cross_attention" in name]
+    if beside and getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} keeps images in layers of their own, for cross-attention, which can't be rolled "
+            f"back with the tokens. Leave out {sorted(beside)}, or generate without `safespec`."
         )
     check_adapters(model)
 
@@ -191,7 +214,9 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
 
 def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     """What a forward over so many tokens after the prompt is given."""
-    kwargs = model._update_model_kwargs_for_generation({}, dict(given.kwargs), num_new_tokens=num_new)
+    kwargs = dict(given.kwargs)
+    for _ in range(num_new):  # as plain decoding goes on; several at once it continues in another way
+        kwargs = model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=1)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])
     ids = torch.cat([given.ids, given.ids.new_full((len(given.ids), num_new), FILLER)], dim=1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)
