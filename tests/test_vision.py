@@ -66,7 +66,9 @@ def test_a_draft_need_not_know_what_stands_for_an_image(built, name, num_known):
 def test_segments_are_judged_after_an_image(built):
     model, inputs = built["qwen2_5_vl"], look("qwen2_5_vl", BATCH)
     attach(model, build_tokenizer(has_digits=True), build_noisy_head(model, 0.8, pooling="last"))
-    policy = SafeSpecConfig(**FLAGS, verification="segment", quality_prompt="w27 w28", quality_threshold=4)
+    policy = SafeSpecConfig(
+        **FLAGS, keep_reflection=True, verification="segment", quality_prompt="w27 w28", quality_threshold=4
+    )
     arguments = {**GREEDY, "assistant_model": perturb(model), "return_dict_in_generate": True}
     output = model.generate(**inputs, **arguments, safespec=policy)
     assert output.statistics.num_segments_by_target > 0 < output.statistics.num_flags
