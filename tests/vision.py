@@ -1,13 +1,14 @@
 """Tiny random vision-language models, and prompts with images for them."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tiny import VOCAB_SIZE
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
-IMAGE, VIDEO, START, END = 35, 36, 37, 38  # stand for places of images, and for what is around them
+START, END, IMAGE, VIDEO = 35, 36, 38, 39  # what is around an image, and what stands in its places
 TEXT = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
 TEXT |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -73,13 +74,6 @@ VISION: dict[str, dict[str, Any]] = {
 NUM_PLACES = 4  # of an image in a prompt
 
 
-class Sight(NamedTuple):
-    """A model, and the arguments of `generate` for a batch of prompts with an image each."""
-
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
-
-
 def build_vision(name: str, std: float = 0.25) -> PreTrainedModel:
     """A random model whose greedy text is not one token for ever, and depends on the image."""
     config = CONFIG_MAPPING[name](**VISION[name], tie_word_embeddings=False)
@@ -94,7 +88,7 @@ def build_vision(name: str, std: float = 0.25) -> PreTrainedModel:
     return model
 
 
-def look(name: str, lengths: tuple[int, ...] = (9,), seed: int = 1) -> dict[str, Tensor]:
+def look(name: str, lengths: Sequence[int] = (9,), seed: int = 1) -> dict[str, Tensor]:
     """Prompts of these lengths, left-padded, each with an image in it."""
     generator, width = torch.Generator().manual_seed(seed), max(lengths)
     ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
@@ -112,3 +106,20 @@ def look(name: str, lengths: tuple[int, ...] = (9,), seed: int = 1) -> dict[str,
     if name == "smolvlm":
         return inputs | {"pixel_values": pixels[:, None]}
     return inputs | {"pixel_values": pixels} | ({"token_type_ids": kinds} if name == "gemma3" else {})
+
+
+def reread(model: Any, inputs: dict[str, Tensor], sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits before each token of answers, and last hidden states of all but their last: of plain `generate`."""
+    num_given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    output = model.generate(
+        **inputs,
+        max_new_tokens=sequences.shape[1] - num_given,
+        do_sample=False,
+        prefix_allowed_tokens_fn=lambda row, ids: [int(sequences[row, len(ids)])],
+        output_logits=True,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, sequences)
+    states = [step[-1] for step in output.hidden_states[1:]]
+    return torch.stack(output.logits, dim=1), torch.cat(states, dim=1)

@@ -36,12 +36,10 @@ REFUSED = {
     "longer mask": ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "must have the shape of `input_ids`"),
     "longer mask of ones": ({"attention_mask": torch.ones(1, 4)}, "attention_mask|position_ids"),
     "empty prompt": ({"attention_mask": torch.tensor([[0, 0, 0]])}, "padding"),
-    "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "Custom `position_ids`"),
     "custom_generate": ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
     "custom_generate repository": ({"custom_generate": "org/name"}, "custom_generate"),
     "assistant_tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
     "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
-    "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
     "prefill_chunk_size": ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
     "assistant_early_exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
     "guidance_scale": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
@@ -65,9 +63,8 @@ def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, neve
         arguments[CACHE_NAME] = target(PROMPT, use_cache=True)[CACHE_NAME]
     model = attach_safety_head(target, never, tokenizer=tokenizer, always=always_on)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
-    prompt = {} if "inputs_embeds" in arguments else {"inputs": PROMPT}
     with pytest.raises(ValueError, match=message):
-        model.generate(**prompt, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
+        model.generate(PROMPT, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
 
 
 def test_a_draft_of_another_vocabulary_is_refused(guarded):

@@ -42,6 +42,7 @@ class Row(Transcript):
         num_settled (`int`): Answer tokens whose risk is known to be safe, or that have none.
         num_final (`int`): Answer tokens that nothing can take back any more.
         closing (`str`, *optional*): Finish reason of an answer whose last token is still to be scored.
+        placeholders (`frozenset[int]`): Tokens that stand for images and the like, which a draft need not know.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Row(Transcript):
         self.events: list[SafeSpecEvent] = []
         self.finish_reason: str | None = None
         self.closing: str | None = None
+        self.placeholders: frozenset[int] = frozenset()
 
     @property
     def room(self) -> int:

@@ -102,8 +102,8 @@ class GuardedCall:
             )
         before = spent()
         with self._fast_forwards(model, head):
-            decoder = self._make_decoder(model, rows, plan, generation_config)
-            decoder.prompt = prompt
+            decoder = self._make_decoder(model, rows, plan, generation_config, prompt)
+            prompt = None  # its images are not needed once they were read
             decoder.statistics.measuring_seconds = spent() - before
             callers.give_to(decoder)
             decoder.run()
@@ -152,14 +152,18 @@ class GuardedCall:
             **find_boundaries(tokenizer)._asdict(),
             processors=processors,
         )
+        for row in rows:
+            row.placeholders = frozenset() if prompt is None else prompt.placeholders
         return rows, prompt
 
-    def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
+    def _make_decoder(
+        self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig, prompt: Prompt | None
+    ) -> Decoder:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
         drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
-        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
+        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter), prompt)
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:

@@ -61,6 +61,7 @@ class Decoder:
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
         watch ([`Watch`], *optional*): Stops speculation while it loses.
+        prompt ([`Prompt`], *optional*): What the prompts are besides tokens.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
         watch: Watch | None = None,
+        prompt: Prompt | None = None,
     ):
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
@@ -81,7 +83,7 @@ class Decoder:
         self.plan = plan
         self.streamer = streamer
         self.watch = watch
-        self.prompt: Prompt | None = None  # what the prompts are besides tokens
+        self.prompt = prompt
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]

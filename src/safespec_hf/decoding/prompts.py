@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.growing import is_recurrent
 from ..engine.private_names import continued_inputs, is_user_cache
@@ -100,7 +100,19 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     _check_first(model, given, inputs)
     nums = is_real.sum(dim=1).tolist() if prompt_ids.shape[1] else [0] * len(prompt_ids)
     inputs = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
-    return Prompt(inputs=inputs, is_real_BL=is_real.numpy(), num_tokens=nums, **_continue(model, given))
+    return Prompt(
+        inputs=inputs,
+        is_real_BL=is_real.numpy(),
+        num_tokens=nums,
+        placeholders=_placeholders(model.config),
+        **_continue(model, given),
+    )
+
+
+def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
+    """Tokens that stand for images and the like, by the names that configs have for them."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    return frozenset(token for name in names if isinstance(token := getattr(config, name, None), int))
 
 
 def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
@@ -148,10 +160,21 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
             f"`attention_mask` must have the shape of the prompt, {tuple(shape)}, but has "
             f"{tuple(given.is_real.shape)}."
         )
+    positions = given.kwargs.get("position_ids")
+    if positions is not None and positions.shape[-1] != shape[1]:
+        raise UnsupportedRequestError(
+            f"`position_ids` must be as long as the prompt, {shape[1]} places, but cover {positions.shape[-1]}."
+        )
     if is_user_cache(given.kwargs.get(CACHE_NAME)):
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued with tokens only, but got {extras} as well. Pass the whole prompt, and "
             "no cache."
+        )
+    beside = [name for name in given.extras if "pixel" in name or "cross_attention" in name]
+    if beside and getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise UnsupportedRequestError(
+            f"{type(model).__name__} keeps images in layers of their own, for cross-attention, which can't be rolled "
+            f"back with the tokens. Leave out {sorted(beside)}, or generate without `safespec`."
         )
     check_adapters(model)
 

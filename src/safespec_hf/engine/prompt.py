@@ -32,6 +32,7 @@ class Prompt:
         per_token (`Mapping[str, torch.Tensor]`): Forward arguments of shape `(B, 1, ...)` for each token after them.
         per_row (`Mapping[str, torch.Tensor]`): Others of shape `(B, ...)`, for each block.
         fixed (`Mapping[str, Any]`): Others that concern no row.
+        placeholders (`frozenset[int]`): Tokens that stand in the place of images and the like.
     """
 
     inputs: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Prompt:
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     per_row: Mapping[str, Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    placeholders: frozenset[int] = frozenset()
 
     @property
     def num_unseen(self) -> int:
