@@ -13,6 +13,7 @@ from transformers import (
 
 from safespec_hf import (
     SafeSpecConfig,
+    UnsupportedRequestError,
     attach_safety_head,
 )
 from safespec_hf.engine.cache import CACHE_NAME
@@ -193,6 +194,14 @@ def test_a_batchs_cache_ends_with_its_shortest_answer(tokenizer):
         ).logits[:, -1]
         expected = model(sequences, attention_mask=mask, position_ids=positions).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_windows_cache_is_not_continued_after_padding_between_tokens(tokenizer):
+    model, mask = build_model("sliding"), torch.tensor([[1, 1, 0, 1]])
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    cache = fill(model, 3, BATCH[:1])
+    with pytest.raises(UnsupportedRequestError, match="padding between tokens"):
+        model.generate(BATCH[:1], attention_mask=mask, **{CACHE_NAME: cache}, **SHORT, safespec=True)
 
 
 @pytest.mark.parametrize("quantile", [0.6, 0.9])

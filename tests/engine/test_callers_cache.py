@@ -35,6 +35,13 @@ def test_a_cache_of_another_kind_is_refused_by_name(target):
             check_user_cache(model, cache, torch.zeros(1, 4))
 
 
+def test_a_static_cache_without_room_for_the_answer_is_refused(target):
+    cache = StaticCache(config=target.config, max_cache_len=8)
+    assert check_user_cache(target, cache, torch.zeros(1, 4), max_length=9) is None
+    with pytest.raises(UnsupportedRequestError, match="room for 8 tokens, but the text may get 10"):
+        check_user_cache(target, cache, torch.zeros(1, 4), max_length=10)
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_cache_of_a_part_of_the_prompt_is_taken(target, num_rows):
     assert check_user_cache(target, filled(target, 3, num_rows), torch.zeros(num_rows, 4)) is None

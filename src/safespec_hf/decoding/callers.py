@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
 from ..engine.growing import column_states, is_recurrent, model_layers
 from ..engine.private_names import is_user_cache
-from ..engine.traits import CACHE_NAME
+from ..engine.traits import CACHE_NAME, has_windows
 from ..errors import UnsupportedRequestError
 from .loop import Decoder
 
@@ -44,11 +44,16 @@ class CallersCache:
         self._is_real = prompt_ids.new_ones(shape) if mask is None else mask
         self.is_users = is_user_cache(given)
         if self.is_users:
-            check_user_cache(model, given, prompt_ids)
+            check_user_cache(model, given, prompt_ids, config.max_length)
         elif isinstance(given, StaticCache) and is_recurrent(model):
             raise UnsupportedRequestError(
                 f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
                 "default, a dynamic cache."
+            )
+        if self.is_users and has_windows(model) and bool((self._is_real.diff(dim=1) < 0).any()):
+            raise UnsupportedRequestError(
+                f"`{CACHE_NAME}` of a model with sliding windows can't be continued after padding between tokens: what "
+                "the windows have forgotten would be in reach. Pass the whole text, and no cache."
             )
         self.num_cached = int(given.get_seq_length()) if self.is_users else 0
         self._is_used_as_it_is = self.is_users and is_plain(given, prompt_ids, mask)

@@ -30,12 +30,12 @@ States = list[list[Tensor]]
 """For each layer the states of one row that have columns, of shape `(1, H, L, D)`; none where a layer has none."""
 
 
-def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor) -> None:
-    """Raises unless a cache that the caller passed can be continued.
+def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, max_length: float = 0) -> None:
+    """Raises unless a cache that the caller passed can be continued, by texts of so many tokens at most.
 
     Raises:
         UnsupportedRequestError: For anything but a dynamic or static cache of attention layers, full or with a sliding
-            window, that holds the beginning of every row.
+            window, that holds the beginning of every row and has room for the rest.
     """
     is_known = isinstance(cache, (DynamicCache, StaticCache)) and not getattr(cache, "offloading", False)
     if not is_known or any(type(layer) not in TAKEN for layer in cache.layers) or is_recurrent(model):
@@ -50,6 +50,12 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor) -
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued by as many rows as it has, each longer than the cache, but there are "
             f"{num_rows} rows of {prompt_ids.shape[1]} tokens, and {length} cached ones of {sorted(held) or 0} rows."
+        )
+    rooms = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
+    if rooms and max_length - 1 > min(rooms):  # the last token is written but not read
+        raise UnsupportedRequestError(
+            f"`{CACHE_NAME}` has room for {min(rooms)} tokens, but the text may get {max_length} tokens long. Make it "
+            "with a larger `max_cache_len`, or lower `max_new_tokens`."
         )
 
 
