@@ -50,10 +50,10 @@ class CallersCache:
                 f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
                 "default, a dynamic cache."
             )
-        if self.is_users and has_windows(model) and bool((self._is_real.diff(dim=1) < 0).any()):
+        if self.is_users and has_windows(model) and bool((self._is_real.long().diff(dim=1) < 0).any()):
             raise UnsupportedRequestError(
-                f"`{CACHE_NAME}` of a model with sliding windows can't be continued after padding between tokens: what "
-                "the windows have forgotten would be in reach. Pass the whole text, and no cache."
+                f"`{CACHE_NAME}` of a model with sliding windows can't be continued after padding between tokens: "
+                "what the windows have forgotten would be in reach. Pass the whole text, and no cache."
             )
         self.num_cached = int(given.get_seq_length()) if self.is_users else 0
         self._is_used_as_it_is = self.is_users and is_plain(given, prompt_ids, mask)
