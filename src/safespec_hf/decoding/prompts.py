@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import CACHE_NAME, input_device, takes_positions
 from ..errors import UnsupportedRequestError
@@ -143,7 +144,7 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
             "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
             "padding; set `tokenizer.padding_side = 'left'`."
         )
-    if getattr(given.kwargs.get(CACHE_NAME), "_is_user_defined", False):
+    if is_user_cache(given.kwargs.get(CACHE_NAME)):
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued with tokens only, but got {extras} as well. Pass the whole prompt, and "
             "no cache."
@@ -215,8 +216,8 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
 def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     """What a forward over so many tokens after the prompt is given."""
     kwargs = dict(given.kwargs)
-    for _ in range(num_new):  # as plain decoding goes on; several at once it continues in another way
-        kwargs = model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=1)
+    for _ in range(num_new):  # of several at once transformers says other things
+        kwargs = next_model_kwargs(model, kwargs)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])
     ids = torch.cat([given.ids, given.ids.new_full((len(given.ids), num_new), FILLER)], dim=1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)
