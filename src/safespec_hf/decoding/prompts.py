@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.growing import is_recurrent
-from ..engine.private_names import continued_inputs, is_user_cache
+from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
 from ..errors import UnsupportedRequestError
@@ -236,7 +236,9 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
 
 def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     """What a forward over so many tokens after the prompt is given."""
-    kwargs = continued_inputs(model, given.kwargs, num_new)
+    kwargs = dict(given.kwargs)
+    for _ in range(num_new):  # of several at once transformers says other things
+        kwargs = next_model_kwargs(model, kwargs)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])
     ids = torch.cat([given.ids, given.ids.new_full((len(given.ids), num_new), FILLER)], dim=1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)

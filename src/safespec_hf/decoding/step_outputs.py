@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from ..engine.growing import model_layers
-from ..engine.private_names import continued_inputs
+from ..engine.private_names import next_model_kwargs
 from ..engine.traits import CACHE_NAME
 from ..outputs import SafeSpecOutput
 
@@ -109,7 +109,8 @@ def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model
     if "logits_to_keep" in given:
         given["logits_to_keep"] = num_new
     if num_after > 0:
-        given = continued_inputs(model, given, num_after)
+        for _ in range(num_after):  # of several at once transformers says other things
+            given = next_model_kwargs(model, given)
         if (embedded := given.get("inputs_embeds")) is not None:
             new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
             given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)

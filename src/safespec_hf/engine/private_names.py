@@ -93,12 +93,9 @@ def keeps_logits(model: Any) -> bool:
     return bool(model._supports_logits_to_keep())
 
 
-def continued_inputs(model: Any, kwargs: Mapping[str, Any], num_new: int) -> dict[str, Any]:
-    """The arguments of a model's forward, as `generate` goes on with them after so many new tokens."""
-    continued = dict(kwargs)
-    for _ in range(num_new):  # as plain decoding goes on; several at once it continues in another way
-        continued = model._update_model_kwargs_for_generation({}, continued, num_new_tokens=1)
-    return continued
+def next_model_kwargs(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model one token on, as plain decoding goes on with them."""
+    return dict(model._update_model_kwargs_for_generation({}, dict(kwargs)))
 
 
 if TYPE_CHECKING:
