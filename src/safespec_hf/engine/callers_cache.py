@@ -49,7 +49,8 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, m
     if length >= prompt_ids.shape[1] or held - {num_rows}:
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued by as many rows as it has, each longer than the cache, but there are "
-            f"{num_rows} rows of {prompt_ids.shape[1]} tokens, and {length} cached ones of {sorted(held) or 0} rows."
+            f"{num_rows} rows of {prompt_ids.shape[1]} tokens, and {length} cached ones of {sorted(held) or 0} rows. "
+            "Pass the whole text as `input_ids`, what is cached included."
         )
     rooms = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
     if rooms and max_length - 1 > min(rooms):  # the last token is written but not read
