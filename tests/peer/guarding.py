@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from unittest.mock import patch
 
@@ -66,7 +67,8 @@ def compare(model, args, kwargs):
     except SafeSpecError as error:
         note("refused", str(error), kwargs)
     except Exception as error:  # noqa: BLE001  # whatever it is, it is what is counted here
-        note("crashed", f"{type(error).__name__}: {error}", kwargs)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        note("crashed", f"{Path(last.filename).name}:{last.lineno}: {type(error).__name__}: {error}", kwargs)
     else:
         difference = differs(expected, found, is_sampled(model, args, kwargs))
         note("differed" if difference else "guarded", difference, kwargs)
