@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
 from ..engine.growing import column_states, is_recurrent, model_layers
@@ -66,7 +66,7 @@ class CallersCache:
     def give_to(self, decoder: Decoder) -> None:
         """Has a decoder begin with what the cache holds."""
         if self._is_used_as_it_is:
-            decoder.target.take_cache(self._given)
+            decoder.target.take_cache(cast("DynamicCache", self._given))
         elif self._opened is not None and self.num_cached:
             states = [column_states(layer) for layer in self._opened.layers]
             decoder.target.begin_with(states, used_columns(self._is_real[:, : self.num_cached]))

@@ -88,7 +88,9 @@ class Decoder:
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
-        self.finished: dict[int, States] | None = None  # of finished rows what they have read, if a caller wants it
+        self.finished: dict[int, tuple[int, States]] | None = (
+            None  # of finished rows what they have read, if a caller wants it
+        )
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
@@ -321,7 +323,9 @@ class Decoder:
     def _drop_finished(self) -> None:
         for index, row in enumerate(self.live):
             if self.finished is not None and row.finish_reason is not None:
-                self.finished[row.index] = self.target.states_of(index)
+                # text that was inserted at its end is read by nobody
+                num_read = min(self.target.lengths[index], row.num_continuable)
+                self.finished[row.index] = num_read, self.target.states_of(index)
         left = [index for index, row in enumerate(self.live) if row.finish_reason is None]
         self.live = [self.live[index] for index in left]
         if left:
@@ -347,10 +351,11 @@ class Decoder:
         """
         assert self.finished is not None
         length, columns = is_real_BL.shape[1], []
-        ends = [length + row.num_continuable - len(row.prompt) for row in self.rows]
+        nums, states = zip(*(self.finished[row.index] for row in self.rows), strict=True)
+        ends = [length + num - len(row.prompt) for num, row in zip(nums, self.rows, strict=True)]
         for is_real_L, end in zip(is_real_BL, ends, strict=True):
             columns.append(np.concatenate([np.flatnonzero(is_real_L), np.arange(length, max(end, length))]))
-        return lay_out([self.finished[row.index] for row in self.rows], columns, min(ends))
+        return lay_out(states, columns, min(ends))
 
     def output(self, prompt_ids: Tensor, pad_token_id: int, cache: Any = None) -> SafeSpecOutput:
         """The finished batch, padded on the right, with a cache that a later call can go on with."""

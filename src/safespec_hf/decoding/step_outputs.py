@@ -53,7 +53,6 @@ def wanted_outputs(config: GenerationConfig) -> tuple[str, ...]:
 def with_steps(
     output: SafeSpecOutput,
     model: Any,
-    *,
     config: GenerationConfig,
     processors: LogitsProcessorList,
     model_kwargs: dict[str, Any],
@@ -71,19 +70,19 @@ def with_steps(
         model_kwargs (`dict[str, Any]`): What `generate` prepared for the prompt.
         num_cached (`int`, defaults to 0): Tokens of the prompts that a cache of the caller held.
     """
-    wanted = wanted_outputs(config)
+    wanted, steps = wanted_outputs(config), dict[str, Any]()
     assert output.risks is not None
     assert output.statistics is not None
     start, num_new = time.perf_counter(), output.risks.shape[1]
     if num_new == 0:
-        return replace(output, **dict.fromkeys(wanted, ()))
+        steps.update(dict.fromkeys(wanted, ()))
+        return replace(output, **steps)
     embedded = model_kwargs.get("inputs_embeds")
     num_places = output.sequences.shape[1] - num_new if embedded is None else embedded.shape[1]
     outputs = _forward(model, output.sequences[:, :-1], num_new, wanted, model_kwargs)
     output.statistics.num_target_forwards += 1
     output.statistics.target_seconds += time.perf_counter() - start
     with torch.inference_mode(False), torch.no_grad():
-        steps: dict[str, Steps] = {}
         if "scores" in wanted or "logits" in wanted:
             logits_BNV = outputs.logits[:, -num_new:]  # not all models leave out what was not asked for
             steps["logits"] = tuple(logits_BNV[:, step].to(torch.float32, copy=True) for step in range(num_new))
@@ -98,7 +97,7 @@ def with_steps(
         if "attentions" in wanted:
             widths = _widths(model, len(outputs.attentions), model_kwargs.get(CACHE_NAME)) if is_cached else []
             steps["attentions"] = tuple(_attentions(outputs.attentions, cut, widths) for cut in cuts)
-    return replace(output, **{name: steps[name] for name in wanted})
+    return replace(output, **{name: each for name, each in steps.items() if name in wanted})
 
 
 def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model_kwargs: dict[str, Any]) -> Any:
