@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from vision import build_vision, look, reread
 
 from safespec_hf import Provenance, SafeSpecConfig, UnsupportedRequestError
+from safespec_hf.decoding.prompts import check_prompts
 from safespec_hf.engine.cache import CACHE_NAME
 
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
@@ -185,16 +186,25 @@ def test_what_has_no_meaning_is_refused_before_the_first_forward(target, tokeniz
         model.generate(input_ids=torch.tensor([[11, 17, 23]]), **GREEDY, **arguments, safespec=True)
 
 
-def test_arguments_that_change_from_token_to_token_are_refused_by_name(target, tokenizer, monkeypatch):
-    model = attach(target, tokenizer)
+def test_arguments_that_change_from_token_to_token_are_refused_by_name(tokenizer, monkeypatch):
+    model = attach(build_model("gpt2"), tokenizer)
     prepare = model.prepare_inputs_for_generation
 
     def count(ids, **kwargs):
-        return prepare(ids, **kwargs) | {"depth": torch.arange(ids.shape[1])[None, -1:]}
+        inputs = prepare(ids, **kwargs)
+        return inputs | {"token_type_ids": torch.arange(ids.shape[1])[None, -inputs["input_ids"].shape[1] :]}
 
     monkeypatch.setattr(model, "prepare_inputs_for_generation", count)
-    with pytest.raises(UnsupportedRequestError, match="depth"):
-        model.generate(torch.tensor([[11, 17, 23]]), **GREEDY, safespec=True)
+    ids = torch.tensor([[11, 17, 23]])
+    with pytest.raises(UnsupportedRequestError, match=r"can't go on with \['token_type_ids'\]"):
+        model.generate(ids, token_type_ids=torch.zeros_like(ids), **GREEDY, safespec=True)
+
+
+def test_images_that_cross_attention_keeps_are_refused(target, tokenizer):
+    model = attach(target, tokenizer)
+    model.config.cross_attention_layers = [1]
+    with pytest.raises(UnsupportedRequestError, match="cross-attention"):
+        check_prompts(model, torch.tensor([[11]]), {"pixel_values": torch.ones(1)})
 
 
 def test_images_are_streamed_and_sampled_after_like_text(tokenizer):

@@ -185,7 +185,8 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
         UnsupportedRequestError: Names those that change from token to token.
     """
     one, two = (_after(model, given, num) for num in (1, 2))
-    num_rows, per_token, per_row, fixed, unknown = len(given.ids), {}, {}, {}, []
+    num_rows, unknown = len(given.ids), list[str]()
+    per_token, per_row, fixed = dict[str, Tensor](), dict[str, Tensor](), dict[str, Any]()
     for name in one.keys() | two.keys():
         first, second = one.get(name), two.get(name)
         if name in KNOWN_INPUTS or name in OF_IMAGES or not (_says(first) or _says(second)):
