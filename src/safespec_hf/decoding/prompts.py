@@ -86,6 +86,8 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     shape = prompt_ids.shape if embedded is None else embedded.shape[:2]
     is_real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
     if not extras and is_real.shape == shape and _is_counted(positions, is_real):
+        if is_user_cache(model_kwargs.get(CACHE_NAME)):
+            return None
         changed = changed_inputs(model, prompt_ids, model_kwargs)
         if changed - {"position_ids"} or not changed:
             return None  # and what else is changed is refused as it is for tokens
