@@ -110,7 +110,8 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
 
 def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
     """Tokens that stand for images and the like, by the names that configs have for them."""
-    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    kinds = ("image", "video", "audio")
+    names = [f"{kind} token {end}".replace(" ", "_") for kind in kinds for end in ("id", "index")]
     return frozenset(token for name in names if isinstance(token := getattr(config, name, None), int))
 
 
