@@ -34,6 +34,8 @@ from .support import (
 
 OF_IMAGES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "spatial_shapes", "per_layer_inputs")
 """What models are shown again with every token, though it is about the prompt alone."""
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+"""What configs call the tokens that stand in the place of images and the like."""
 
 
 class Given(NamedTuple):
@@ -109,10 +111,8 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
 
 
 def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
-    """Tokens that stand for images and the like, by the names that configs have for them."""
-    kinds = ("image", "video", "audio")
-    names = [f"{kind} token {end}".replace(" ", "_") for kind in kinds for end in ("id", "index")]
-    return frozenset(token for name in names if isinstance(token := getattr(config, name, None), int))
+    """Tokens that stand for images and the like."""
+    return frozenset(token for name in PLACEHOLDERS if isinstance(token := getattr(config, name, None), int))
 
 
 def _is_counted(positions: Tensor | None, is_real: Tensor) -> bool:
