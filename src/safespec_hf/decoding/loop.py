@@ -305,7 +305,7 @@ class Decoder:
 
     def _roll_back_caches(self) -> None:
         """Every cache forgets what was not kept; the last token of a row always waits for the next forward."""
-        lengths = [row.num_context - 1 for row in self.live]
+        lengths = [max(row.num_context - 1, 0) for row in self.live]  # of embeddings no token is known
         self.target.keep(lengths)
         self.drafter.keep(lengths)
 

@@ -35,6 +35,8 @@ from .support import (
 
 OF_IMAGES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "spatial_shapes", "per_layer_inputs")
 """What models are shown again with every token, though it is about the prompt alone."""
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+"""What configs call the tokens that stand in the place of images and the like."""
 
 
 class Given(NamedTuple):
@@ -89,6 +91,8 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
     # then the first token is what the model says at a place of padding, so the prompt is more than its tokens
     is_padded_right = is_real.shape == shape and not bool(is_real[:, -1].all())
     if not extras and is_real.shape == shape and _is_counted(positions, is_real) and not is_padded_right:
+        if is_user_cache(model_kwargs.get(CACHE_NAME)):
+            return None
         changed = changed_inputs(model, prompt_ids, model_kwargs)
         if changed - {"position_ids"} or not changed:
             return None  # and what else is changed is refused as it is for tokens
@@ -110,9 +114,8 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
 
 
 def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
-    """Tokens that stand for images and the like, by the names that configs have for them."""
-    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
-    return frozenset(token for name in names if isinstance(token := getattr(config, name, None), int))
+    """Tokens that stand for images and the like."""
+    return frozenset(token for name in PLACEHOLDERS if isinstance(token := getattr(config, name, None), int))
 
 
 def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
@@ -148,7 +151,8 @@ def _is_counted(positions: Tensor | None, is_real: Tensor) -> bool:
 
 
 def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) -> None:
-    extras = sorted(given.extras) or ["position_ids"]
+    is_padded_right = not bool(given.is_real[:, -1].all())
+    extras = sorted(given.extras) or ["right padding" if is_padded_right else "position_ids"]
     shape = given.ids.shape if embedded is None else embedded.shape[:2]
     if given.ids.shape[1] not in (0, shape[1]) or given.ids.shape[0] != shape[0]:
         raise UnsupportedRequestError(
@@ -206,7 +210,8 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
         UnsupportedRequestError: Names those that change from token to token.
     """
     one, two = (_after(model, given, num) for num in (1, 2))
-    num_rows, per_token, per_row, fixed, unknown = len(given.ids), {}, {}, {}, []
+    num_rows, unknown = len(given.ids), list[str]()
+    per_token, per_row, fixed = dict[str, Tensor](), dict[str, Tensor](), dict[str, Any]()
     for name in one.keys() | two.keys():
         first, second = one.get(name), two.get(name)
         if name in KNOWN_INPUTS or name in OF_IMAGES or not (_says(first) or _says(second)):

@@ -186,7 +186,7 @@ class CachedModel:
             UnsupportedRequestError: If a layer keeps something else of them than a column for each place.
         """
         start, width = time.perf_counter(), prompt.is_real_BL.shape[1]
-        added_BT = prompt.is_real_BL.shape if prompt.is_real_BL.all() else prompt.is_real_BL
+        added_BT: Any = prompt.is_real_BL.shape if prompt.is_real_BL.all() else prompt.is_real_BL
         reading = self._reading(added_BT, None, False)
         self.columns.extend(added_BT)
         arguments = {**prompt.inputs, self._cache_name: self.cache, **self._fixed}
@@ -353,6 +353,7 @@ class CachedModel:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
         if self._after is not None:  # where a row is padded, that is no token, but a column as well
             length = max(length - self._after.num_tokens[0], 0) + self._after.num_columns
+        length = max(length, 0)  # of embeddings no token is known
         if self._tree_start is not None:
             length = min(length, self._tree_start)
         if self.recurrent is not None:

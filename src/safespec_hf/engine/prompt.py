@@ -50,7 +50,7 @@ class Prompt:
         nums = self.is_real_BL.sum(axis=1).tolist()
         ahead = [num - known for num, known in zip(nums, self.num_tokens, strict=True)]
         if self.next_positions is not None:
-            highest = self.next_positions.view(-1, len(nums)).amax(dim=0).tolist()
+            highest = self.next_positions.reshape(-1, len(nums)).amax(dim=0).tolist()
             ahead += [position - known for position, known in zip(highest, self.num_tokens, strict=True)]
         return max(0, *ahead)
 
