@@ -88,9 +88,8 @@ class Decoder:
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
-        self.finished: dict[int, tuple[int, States]] | None = (
-            None  # of finished rows what they have read, if a caller wants it
-        )
+        # of finished rows the number of tokens that they have read, and their states, if a caller wants them
+        self.finished: dict[int, tuple[int, States]] | None = None
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
