@@ -94,9 +94,10 @@ def open_cache(cache: Any) -> DynamicCache:
 
 
 def _states(layer: Any) -> list[Tensor]:
-    if isinstance(layer, StaticLayer):
-        return [layer.keys, layer.values] if layer.is_initialized else []
-    return column_states(layer)
+    if not isinstance(layer, StaticLayer):
+        return column_states(layer)
+    states: list[Any] = [layer.keys, layer.values]
+    return states if layer.is_initialized else []
 
 
 def lay_out(rows: Sequence[States], columns: Sequence[np.ndarray], width: int) -> States:
