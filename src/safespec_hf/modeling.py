@@ -27,7 +27,7 @@ from .decoding.doors import (
 )
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
-from .engine.private_names import GenerateSteps, check_private_names, is_stateful, mark_user_cache
+from .engine.private_names import GenerateSteps, check_private_names, mark_user_cache
 from .errors import UnsupportedRequestError
 from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_target, check_usable
@@ -245,10 +245,9 @@ class GuardedModel(GenerateSteps, _Model):
         return _GuardedKwargs(kept, tokenizer=given.get("tokenizer")) if is_ours else kept
 
     def _validated_mode(self, mode: GenerationMode, config: GenerationConfig, kwargs: Any) -> GenerationMode:
-        # transformers' assisted decoding can't take recurrent states back; guarded decoding can
-        is_ours = isinstance(kwargs, _GuardedKwargs) and config.num_return_sequences == 1
-        is_refused = is_ours and is_stateful(self) and mode == GenerationMode.ASSISTED_GENERATION
-        return GenerationMode.GREEDY_SEARCH if is_refused else mode
+        # transformers' assisted decoding can't take recurrent states back, nor write several answers; ours can
+        is_ours = isinstance(kwargs, _GuardedKwargs) and mode == GenerationMode.ASSISTED_GENERATION
+        return GenerationMode.GREEDY_SEARCH if is_ours else mode
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
         """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""

@@ -177,7 +177,6 @@ def check_keywords(kwargs: Mapping[str, Any], configs: Sequence[GenerationConfig
     for name, why in (
         ("custom_generate", "is a decoding strategy of its own"),
         ("synced_gpus", "needs all processes to run the same number of forwards"),
-        ("inputs_embeds", "hides the prompt's tokens; pass `input_ids`"),
     ):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise UnsupportedRequestError(f"`{name}` can't be combined with `safespec`: it {why}.")
