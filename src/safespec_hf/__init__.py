@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .drafting.candidates import SafeSpecCandidateGenerator
     from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
     from .heads.draft_head import DraftHead, DraftHeadConfig
+    from .heads.eagle import load_eagle3_draft
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
     from .outputs import (
@@ -62,6 +63,7 @@ __all__ = [
     "load_default_draft",
     "load_default_head",
     "load_default_target",
+    "load_eagle3_draft",
     "load_truncated_draft",
     "target_binding",
 ]
@@ -81,6 +83,7 @@ _HOMES = {
     "drafting.candidates": ["SafeSpecCandidateGenerator"],
     "errors": ["HeadFileError", "HeadMismatchError", "SafeSpecError", "UnsupportedRequestError"],
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
+    "heads.eagle": ["load_eagle3_draft"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
     "outputs": [
@@ -109,3 +112,4 @@ def __dir__() -> list[str]:
 if "transformers" in sys.modules:  # then it costs nothing, and `AutoModel.from_pretrained` knows our heads at once
     importlib.import_module(".heads.safety_head", __name__)
     importlib.import_module(".heads.draft_head", __name__)
+    importlib.import_module(".heads.eagle", __name__)

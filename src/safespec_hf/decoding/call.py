@@ -32,9 +32,10 @@ from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .attachment import Attachment
+from .drafts import SOON, Draft, choose_draft, make_drafting, make_watch
 from .loop import Decoder
 from .plan import Plan, check_context
-from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
+from .request import check_request, make_plan, make_rows
 from .segment_mode import SegmentDecoder
 
 logger = logging.get_logger(__name__)
@@ -50,6 +51,7 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    draft: Draft = field(default=Draft(None), init=False)
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
@@ -70,6 +72,7 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
+        self.draft = choose_draft(model, self.assistant, generation_config, tokenizer, self.assistant_tokenizer)
         rows = self._check(
             model,
             input_ids,
@@ -121,14 +124,14 @@ class GuardedCall:
         """Raises unless the request can be kept; gives an empty answer for each prompt."""
         is_real = check_request(
             model,
-            self.assistant,
+            self.draft.model,
             self.policy,
             input_ids,
             config=config,
             processors=processors,
             model_kwargs=model_kwargs,
             tokenizer=tokenizer,
-            assistant_tokenizer=self.assistant_tokenizer,
+            tokenizers=self.draft.tokenizers,
             is_streamed=self.streamer is not None,
         )
         return make_rows(
@@ -143,16 +146,18 @@ class GuardedCall:
     def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
-        drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
+        drafter = make_drafting(model, self.draft, config, self.policy, len(rows), num_context)
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
         return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
-        models = [model] if self.assistant is None else [model, self.assistant]
+        draft = self.draft.model
+        models = [model] if draft is None else [model, draft]
+        packed = [model] if self.draft.is_part else models
         with (
             evaluating([*models, head]),
-            packed_weights(models, self.policy.pack_weights, self.policy.costs == "measured"),
+            packed_weights(packed, self.policy.pack_weights, self.policy.costs == "measured"),
             compiled_forwards(models, self.policy.compile),
             inference_mode([*models, head]),
         ):

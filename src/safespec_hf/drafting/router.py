@@ -12,9 +12,11 @@ from ..engine.cache import CachedModel
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts, DraftLength, Pace
 from .drafters import Drafter, Found, Proposal, fill_gaps
+from .foreign import ForeignDrafter, SharedTokensDrafter
 from .head import HeadDrafter
 from .lookup import LookupDrafter
 from .model import IsWhole, ModelDrafter
+from .translation import TokenizerPair
 
 NUM_OTHERS = 3
 """Guesses for a token that may be verified beside the draft's first one."""
@@ -31,6 +33,7 @@ class DraftRouter:
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
         takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
+        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class DraftRouter:
         do_sample: bool = False,
         costs: DraftCosts | None = None,
         takes_trees: bool = False,
+        tokenizers: TokenizerPair | None = None,
     ):
         self.vocab_size = vocab_size
         self.num_plain_rounds = 0
@@ -55,6 +59,11 @@ class DraftRouter:
             # its likeliest guesses, several for a token, are what the target draws more often than one that it draws
             do_sample = do_sample and num_others == 0
             self.model = HeadDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
+        elif assistant_model is not None and tokenizers is not None:
+            if do_sample and vocab_size is not None and tokenizers.shared.target:
+                self.model = SharedTokensDrafter(assistant_model, num_rows, length, tokenizers, vocab_size)
+            else:
+                self.model = ForeignDrafter(assistant_model, num_rows, length, tokenizers)
         elif assistant_model is not None:
             # drafts that were sampled are accepted one after the other
             num_others = 0 if do_sample else num_others

@@ -1,0 +1,153 @@
+"""Every way of drafting that `generate` knows, with a target and a draft that has it right for the most part."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from tiny import VOCAB_SIZE, build_draft_head, build_model, build_tokenizer, perturb
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from safespec_hf import load_eagle3_draft
+
+
+class Case(NamedTuple):
+    """A target that is not guarded yet, and the arguments of `generate` that ask for a way of drafting."""
+
+    target: PreTrainedModel
+    arguments: dict[str, Any]
+
+
+# ids of the words of the tiny tokenizer in another one
+SHUFFLED = torch.cat([torch.arange(10), 10 + torch.randperm(30, generator=torch.Generator().manual_seed(1))])
+
+
+def shuffled_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with other ids."""
+    vocabulary = {word: int(SHUFFLED[id_]) for word, id_ in build_tokenizer().get_vocab().items()}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")
+    return _wrapped(backend)
+
+
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of which a word is several tokens, and a space is one."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", " ", "\n", "w", *"0123456789", "pause", "think", "no", "thanks"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"w|\d| |\n|[a-z]{2,}"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return _wrapped(backend)
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@torch.no_grad()
+def shuffled_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model for the tokens of [`shuffled_tokenizer`]."""
+    shuffled: Any = copy.deepcopy(model)
+    for weight in (shuffled.get_input_embeddings().weight, shuffled.get_output_embeddings().weight):
+        rows = weight.clone()
+        rows[SHUFFLED] = weight.clone()
+        weight.copy_(rows)
+    return shuffled
+
+
+@torch.no_grad()
+def bigram_model(num_hidden_layers: int = 6) -> PreTrainedModel:
+    """A model whose next token depends on the last one only."""
+    model: Any = build_model(num_hidden_layers=num_hidden_layers)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    return model
+
+
+@torch.no_grad()
+def write_eagle3(
+    folder: Path, target: Any, *, is_speculators: bool = False, draft_vocab_size: int = 30, **fields: Any
+) -> Path:
+    """A checkpoint as others publish it, of a head that attends to the token at hand and drafts what follows it."""
+    width, generator = target.config.hidden_size, torch.Generator().manual_seed(7)
+    eye, nothing = torch.eye(width), torch.zeros(width, width)
+    known = torch.arange(VOCAB_SIZE)[-draft_vocab_size:]
+    layer = "layers.0." if is_speculators else "midlayer."
+    weights = {
+        "fc.weight": 0.05 * torch.randn(width, 3 * width, generator=generator),
+        f"{layer}self_attn.q_proj.weight": torch.cat([20 * eye, nothing], 1),
+        f"{layer}self_attn.k_proj.weight": torch.cat([20 * eye, nothing], 1),
+        f"{layer}self_attn.v_proj.weight": torch.cat([20 * eye, nothing], 1),
+        f"{layer}self_attn.o_proj.weight": eye,
+        f"{layer}input_layernorm.weight": torch.ones(width),
+        f"{layer}hidden_norm.weight": torch.ones(width),
+        f"{layer}post_attention_layernorm.weight": torch.ones(width),
+        f"{layer}mlp.gate_proj.weight": torch.randn(8, width, generator=generator),
+        f"{layer}mlp.up_proj.weight": torch.randn(8, width, generator=generator),
+        f"{layer}mlp.down_proj.weight": torch.zeros(width, 8),
+        "norm.weight": target.model.norm.weight,
+        "lm_head.weight": target.lm_head.weight[known],
+        "d2t": known - torch.arange(draft_vocab_size),
+        "t2d": torch.isin(torch.arange(VOCAB_SIZE), known),
+    }
+    sizes = {"hidden_size": width, "vocab_size": VOCAB_SIZE, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": width, "hidden_act": "silu"}
+    sizes |= {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 64, "model_type": "llama"}
+    if is_speculators:
+        weights["embed_tokens.weight"] = target.get_input_embeddings().weight
+        found = {"speculators_model_type": "eagle3", "transformer_layer_config": sizes, "norm_before_residual": True}
+    else:
+        found = {"architectures": ["LlamaForCausalLMEagle3"], **sizes}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: weight.clone().contiguous() for key, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(found | {"draft_vocab_size": draft_vocab_size, **fields}))
+    return folder
+
+
+def _eagle3(is_speculators: bool) -> Case:
+    target = bigram_model()
+    with tempfile.TemporaryDirectory() as folder:
+        draft = load_eagle3_draft(write_eagle3(Path(folder), target, is_speculators=is_speculators), target)
+    return Case(target, {"assistant_model": draft})
+
+
+def _same_tokenizer() -> Case:
+    target = build_model()
+    return Case(target, {"assistant_model": perturb(target)})
+
+
+def _another_tokenizer(do_sample: bool = False) -> Case:
+    target = build_model()
+    arguments = {"assistant_model": shuffled_model(perturb(target)), "assistant_tokenizer": shuffled_tokenizer()}
+    return Case(target, {**arguments, "do_sample": do_sample})
+
+
+def _early_exit() -> Case:
+    target = build_model(num_hidden_layers=4)
+    return Case(target, {"assistant_early_exit": 3})
+
+
+def _draft_head() -> Case:
+    target = build_model()
+    return Case(target, {"assistant_model": build_draft_head(target)})
+
+
+METHODS: dict[str, Callable[[], Case]] = {
+    "assistant_model": _same_tokenizer,
+    "assistant_model, assistant_tokenizer": _another_tokenizer,
+    "assistant_model, assistant_tokenizer, do_sample": lambda: _another_tokenizer(True),
+    "assistant_early_exit": _early_exit,
+    "prompt_lookup_num_tokens": lambda: Case(build_model(), {"prompt_lookup_num_tokens": 4}),
+    "prompt_lookup_num_tokens, max_matching_ngram_size": lambda: Case(
+        build_model(), {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 3}
+    ),
+    "a DraftHead": _draft_head,
+    "an EAGLE-3 checkpoint": lambda: _eagle3(False),
+    "an EAGLE-3 checkpoint of speculators": lambda: _eagle3(True),
+}
