@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from tiny import VOCAB_SIZE, build_draft_head, build_model, build_tokenizer, perturb
+from tiny import VOCAB_SIZE, build_model, build_tokenizer, perturb
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from safespec_hf import load_eagle3_draft
+from safespec_hf import DraftHead, DraftHeadConfig, load_eagle3_draft
 
 
 class Case(NamedTuple):
@@ -134,8 +134,12 @@ def _early_exit() -> Case:
 
 
 def _draft_head() -> Case:
-    target = build_model()
-    return Case(target, {"assistant_model": build_draft_head(target)})
+    target, arguments = _eagle3(False)
+    theirs = arguments["assistant_model"]
+    names = DraftHeadConfig().to_dict().keys() - {"model_type"}
+    draft = DraftHead(DraftHeadConfig(**{name: getattr(theirs.config, name) for name in names}))
+    draft.load_state_dict({name: theirs.state_dict()[name] for name in draft.state_dict()})
+    return Case(target, {"assistant_model": draft.eval().bind(target)})
 
 
 METHODS: dict[str, Callable[[], Case]] = {

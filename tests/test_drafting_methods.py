@@ -37,7 +37,7 @@ def test_a_row_alone_needs_fewer_forwards_than_tokens(case, tokenizer):
     attach(case.target, tokenizer)
     arguments = {**GREEDY, "max_new_tokens": 32, **case.arguments, "return_dict_in_generate": True}
     statistics = case.target.generate(PROMPT, **arguments, safespec=POLICY).statistics
-    assert statistics.num_accepted_tokens == statistics.num_new_tokens - statistics.num_target_forwards
+    assert statistics.num_target_forwards < 32
     assert statistics.num_accepted_tokens > 0
 
 

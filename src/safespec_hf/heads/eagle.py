@@ -120,8 +120,8 @@ def load_eagle3_draft(name: str | os.PathLike[str], target: PreTrainedModel, **h
     """Loads an EAGLE-3 checkpoint as a draft for its target.
 
     It may be in the format of its authors, as SpecForge and others write it too, or in that of `speculators`. One
-    decoder layer of Llama's kind is read, in safetensors. These files don't all say what they were trained for: whether
-    one suits the target is up to the caller. A draft that does not costs time, and changes no answer.
+    decoder layer of Llama's kind is read, in safetensors. Not all of these files say what they were trained for:
+    whether one suits the target is up to the caller. A draft that does not costs time, and changes no answer.
 
     Args:
         name (`str` or `os.PathLike`): Folder, or id on the Hub.
