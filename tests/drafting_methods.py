@@ -155,3 +155,13 @@ METHODS: dict[str, Callable[[], Case]] = {
     "an EAGLE-3 checkpoint": lambda: _eagle3(False),
     "an EAGLE-3 checkpoint of speculators": lambda: _eagle3(True),
 }
+
+
+def _refused(**arguments: Any) -> Callable[[], Case]:
+    return lambda: Case(build_model(), arguments)
+
+
+REFUSED: dict[str, Callable[[], Case]] = {
+    "assistant_ensemble_weight": _refused(assistant_ensemble_weight=0.5),
+    "is_assistant": _refused(is_assistant=True),
+}
