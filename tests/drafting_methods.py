@@ -11,9 +11,15 @@ import torch
 from safetensors.torch import save_file
 from tiny import VOCAB_SIZE, build_model, build_tokenizer, perturb
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    MuseGlimmerAssistantConfig,
+    MuseGlimmerAssistantModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from safespec_hf import DraftHead, DraftHeadConfig, load_eagle3_draft
+from safespec_hf.decoding.companions import mtp_draft
 
 
 class Case(NamedTuple):
@@ -142,6 +148,71 @@ def _draft_head() -> Case:
     return Case(target, {"assistant_model": draft.eval().bind(target)})
 
 
+@torch.no_grad()
+def write_mtp(folder: Path, target: Any, num_layers: int = 2) -> Path:
+    """A checkpoint of the target that has layers behind the last one, which draft what follows the token at hand."""
+    from transformers.modeling_layers import MtpModel
+
+    target.config.num_mtp_layers = num_layers
+    network: Any = MtpModel(target, num_layers)
+    eye = torch.eye(target.config.hidden_size)
+    for layer in network.layers:
+        layer.eh_proj.weight.copy_(torch.cat([eye, 0.01 * eye], 1))
+        layer.mtp_block.self_attn.o_proj.weight.zero_()
+        layer.mtp_block.mlp.down_proj.weight.zero_()
+    first = target.config.num_hidden_layers
+    weights = {f"model.{name}": weight for name, weight in target.model.state_dict().items()}
+    weights |= {"lm_head.weight": target.lm_head.weight}
+    for name, weight in network.state_dict().items():
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            weights[f"model.layers.{first + int(number)}.{rest.removeprefix('mtp_block.')}"] = weight
+    target._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + index}\..*" for index in range(num_layers)]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    target.config.save_pretrained(folder)
+    target.config.name_or_path = str(folder)
+    return folder
+
+
+def _mtp() -> Case:
+    target = bigram_model()
+    with tempfile.TemporaryDirectory() as folder:
+        write_mtp(Path(folder), target)
+        mtp_draft(target)  # it is read once
+    target.config.name_or_path = ""
+    return Case(target, {"use_mtp": True})
+
+
+@torch.no_grad()
+def build_dflash(target: Any, block_size: int = 5, mask_token_id: int = 3) -> PreTrainedModel:
+    """A random network that denoises blocks over the states of two layers of the target."""
+    torch.manual_seed(4)
+    sizes = {"hidden_size": target.config.hidden_size, "num_hidden_layers": 2, "intermediate_size": 48}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+    kinds = ["sliding_attention", "full_attention"]
+    own = {"block_size": block_size, "mask_token_id": mask_token_id, "target_layer_ids": [0, 1]}
+    config = MuseGlimmerAssistantConfig(**sizes, layer_types=kinds, max_position_embeddings=128, **own)
+    draft = MuseGlimmerAssistantModel(config).eval()
+    for weight in draft.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return draft
+
+
+@torch.no_grad()
+def _dflash() -> Case:
+    target: Any = build_model()
+    often = 20  # a token that the target writes often, and the draft whenever it sees a mask
+    target.lm_head.weight[often] *= 2
+    target.model.embed_tokens.weight[3] = target.lm_head.weight[often]
+    draft: Any = build_dflash(target)
+    for layer in draft.layers:
+        layer.self_attn.o_proj.weight.mul_(0.1)
+        layer.mlp.down_proj.weight.mul_(0.1)
+    return Case(target, {"assistant_model": draft, "speculation_type": "dflash"})
+
+
 METHODS: dict[str, Callable[[], Case]] = {
     "assistant_model": _same_tokenizer,
     "assistant_model, assistant_tokenizer": _another_tokenizer,
@@ -152,6 +223,8 @@ METHODS: dict[str, Callable[[], Case]] = {
         build_model(), {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 3}
     ),
     "a DraftHead": _draft_head,
+    "use_mtp": _mtp,
+    'assistant_model, speculation_type="dflash"': _dflash,
     "an EAGLE-3 checkpoint": lambda: _eagle3(False),
     "an EAGLE-3 checkpoint of speculators": lambda: _eagle3(True),
 }

@@ -26,7 +26,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from safespec_hf import SafeSpecConfig, SafetyHead
 from safespec_hf.config import SafetyHeadConfig
-from safespec_hf.decoding.drafts import Draft, make_drafting
+from safespec_hf.decoding.assistant import Draft
+from safespec_hf.decoding.drafts import make_drafting
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan

@@ -10,7 +10,8 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from safespec_hf import SafeSpecConfig, attach_safety_head
 from safespec_hf.answer.rows import Row
 from safespec_hf.config import STANDS_FOR
-from safespec_hf.decoding.drafts import Draft, make_drafting
+from safespec_hf.decoding.assistant import Draft
+from safespec_hf.decoding.drafts import make_drafting
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafting.router import MakeDrafter
 from ..drafting.translation import TokenizerPair
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
@@ -45,24 +47,39 @@ def as_draft(assistant: nn.Module | None) -> PreTrainedModel | None:
     )
 
 
-def writes(assistant: PreTrainedModel | None, tokenizers: TokenizerPair | None = None) -> bool:
-    """Whether a draft can write tokens of the target by itself."""
-    return assistant is not None and tokenizers is None and not isinstance(assistant, DraftHead)
+class Draft(NamedTuple):
+    """What drafts for a call.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft model.
+        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
+        is_part (`bool`): Whether its weights are the target's.
+        make_drafter (`Callable`, *optional*): What makes its drafter, where it is no language model.
+    """
+
+    model: PreTrainedModel | None
+    tokenizers: TokenizerPair | None = None
+    is_part: bool = False
+    make_drafter: MakeDrafter | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can write tokens of the target by itself."""
+        return self.title == "a language model"
+
+    @property
+    def title(self) -> str:
+        """What to call it in an error."""
+        if self.model is None:
+            return "none"
+        if isinstance(self.model, DraftHead):
+            return "a draft head"
+        if self.make_drafter is not None:
+            return f"a {type(self.model).__name__}, which reads states of the target"
+        return "a language model" if self.tokenizers is None else "a model with another tokenizer"
 
 
-def describe_draft(assistant: PreTrainedModel | None) -> str:
-    """What to call a draft in an error that does not [`writes`]."""
-    if assistant is None:
-        return "none"
-    return "a draft head" if isinstance(assistant, DraftHead) else "a model with another tokenizer"
-
-
-def check_assistant(
-    model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizers: TokenizerPair | None = None,
-) -> None:
+def check_assistant(model: PreTrainedModel, draft: Draft, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises unless the draft model speaks the target's vocabulary, or there is a tokenizer to translate with.
 
     Where no other tokenizer was given, the draft's is the one beside its weights, if that is on this machine; without
@@ -71,15 +88,15 @@ def check_assistant(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
-        assistant ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft.
+        draft ([`Draft`]): The draft.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
-        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
 
     Raises:
         UnsupportedRequestError: Says what differs.
         HeadMismatchError: If a draft head was distilled from another target.
     """
-    if assistant is None:
+    assistant, tokenizers = draft.model, draft.tokenizers
+    if assistant is None or draft.make_drafter is not None:
         return
     if isinstance(assistant, DraftHead):
         if tokenizers is not None:

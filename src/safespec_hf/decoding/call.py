@@ -31,8 +31,9 @@ from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
+from .assistant import Draft
 from .attachment import Attachment
-from .drafts import SOON, Draft, choose_draft, make_drafting, make_watch
+from .drafts import SOON, choose_draft, make_drafting, make_watch
 from .loop import Decoder
 from .plan import Plan, check_context
 from .request import check_request, make_plan, make_rows
@@ -124,14 +125,13 @@ class GuardedCall:
         """Raises unless the request can be kept; gives an empty answer for each prompt."""
         is_real = check_request(
             model,
-            self.draft.model,
+            self.draft,
             self.policy,
             input_ids,
             config=config,
             processors=processors,
             model_kwargs=model_kwargs,
             tokenizer=tokenizer,
-            tokenizers=self.draft.tokenizers,
             is_streamed=self.streamer is not None,
         )
         return make_rows(
@@ -154,11 +154,11 @@ class GuardedCall:
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
         draft = self.draft.model
         models = [model] if draft is None else [model, draft]
-        packed = [model] if self.draft.is_part else models
+        is_own = self.draft.is_part or self.draft.make_drafter is not None
         with (
             evaluating([*models, head]),
-            packed_weights(packed, self.policy.pack_weights, self.policy.costs == "measured"),
-            compiled_forwards(models, self.policy.compile),
+            packed_weights([model] if is_own else models, self.policy.pack_weights, self.policy.costs == "measured"),
+            compiled_forwards([model] if self.draft.make_drafter else models, self.policy.compile),
             inference_mode([*models, head]),
         ):
             yield

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
-from ..heads.draft_head import DraftHead
 from .attachment import Attachment
 
 GENERATING = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -148,7 +147,7 @@ def num_assistant_tokens(
     Raises:
         UnsupportedRequestError: If it is not a whole number >= 1.
     """
-    if assistant is not None and not isinstance(assistant, DraftHead):
+    if isinstance(assistant, GenerationMixin):  # which a draft head is not
         configs = [*configs, assistant.generation_config]
     number = asked("num_assistant_tokens", kwargs, configs)
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):

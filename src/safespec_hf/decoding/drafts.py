@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,26 +14,13 @@ from ..engine.early_exit import early_exit
 from ..engine.speeds import is_timed
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
-from .assistant import agree, fit
+from .assistant import Draft, agree, fit
+from .companions import dflash_draft, mtp_draft
 from .measuring import MeasuredCosts, measure_costs
 from .watch import Watch
 
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 SOON = 256  # new tokens that a call is measured for: most answers end long before they may get no longer
-
-
-class Draft(NamedTuple):
-    """What drafts for a call.
-
-    Attributes:
-        model ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*): The draft model.
-        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
-        is_part (`bool`): Whether its weights are the target's.
-    """
-
-    model: PreTrainedModel | None
-    tokenizers: TokenizerPair | None = None
-    is_part: bool = False
 
 
 def choose_draft(
@@ -50,12 +35,18 @@ def choose_draft(
     Raises:
         UnsupportedRequestError: If there are two, or the target can't be its own draft.
     """
-    num_layers = config.assistant_early_exit
-    if num_layers is not None:
-        if assistant is not None or config.prompt_lookup_num_tokens is not None:
-            other = "assistant_model" if assistant is not None else "prompt_lookup_num_tokens"
-            raise UnsupportedRequestError(f"`assistant_early_exit` drafts, and so does `{other}`. Choose one.")
-        return Draft(early_exit(model, num_layers), is_part=True)
+    own = [name for name in ("assistant_early_exit", "use_mtp") if getattr(config, name, None)]
+    if own:
+        others = {"assistant_model": assistant, "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens}
+        names = own[1:] + [name for name, value in others.items() if value is not None]
+        if names:
+            raise UnsupportedRequestError(f"`{own[0]}` drafts, and so does `{names[0]}`. Choose one.")
+    if config.assistant_early_exit is not None:
+        return Draft(early_exit(model, config.assistant_early_exit), is_part=True)
+    if own:
+        return mtp_draft(model)
+    if getattr(config, "speculation_type", None) == "dflash":
+        return dflash_draft(model, assistant)
     if assistant_tokenizer is None or (
         agree(tokenizer, assistant_tokenizer) and (assistant is None or fit(model, assistant, tokenizer))
     ):
@@ -76,21 +67,22 @@ def make_drafting(
 
     `num_context`: tokens that a row will have about.
     """
-    assistant, is_by_token = draft.model, policy.verification == "token"
+    is_by_token = policy.verification == "token"
     if config.prompt_lookup_num_tokens is not None:
-        assistant, ngram_size = None, config.max_matching_ngram_size or 2
+        draft, ngram_size = Draft(None), config.max_matching_ngram_size or 2
     else:
-        ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts and is_by_token else 0
-    is_adaptive = policy.adaptive_drafts and is_by_token and (assistant is not None or ngram_size > 0)
+        ngram_size = LOOKUP_SIZE if draft.model is not None and policy.lookup_drafts and is_by_token else 0
+    is_adaptive = policy.adaptive_drafts and is_by_token and (draft.model is not None or ngram_size > 0)
     return DraftRouter(
-        assistant,
+        draft.model,
         num_rows=num_rows,
         vocab_size=model.config.get_text_config().vocab_size,
         max_matching_ngram_size=ngram_size,
         do_sample=bool(config.do_sample),
-        costs=draft_costs(model, assistant, policy, num_rows, num_context) if is_adaptive else None,
+        costs=draft_costs(model, draft, policy, num_rows, num_context) if is_adaptive else None,
         takes_trees=takes_trees(model),
         tokenizers=draft.tokenizers,
+        make_drafter=draft.make_drafter,
     )
 
 
@@ -101,13 +93,14 @@ def make_watch(drafter: DraftRouter) -> Watch | None:
 
 
 def draft_costs(
-    model: PreTrainedModel, assistant: PreTrainedModel | None, policy: SafeSpecConfig, num_rows: int, num_context: int
+    model: PreTrainedModel, draft: Draft, policy: SafeSpecConfig, num_rows: int, num_context: int
 ) -> DraftCosts:
     """Costs by the seconds that forwards take, or by the weights that they read.
 
     A forward over few tokens spends most of its time on reading weights, but not on every machine.
     """
-    if policy.costs == "measured" and is_timed(model, num_read(model)):
+    assistant = draft.model
+    if policy.costs == "measured" and draft.make_drafter is None and is_timed(model, num_read(model)):
         return measure_costs(
             model,
             assistant,

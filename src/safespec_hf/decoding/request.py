@@ -36,13 +36,12 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
-from ..drafting.translation import TokenizerPair
 from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead
-from .assistant import check_assistant, describe_draft, writes
+from .assistant import Draft, check_assistant
 from .attachment import find_threshold
 from .monitor import RiskMonitor
 from .plan import Plan
@@ -63,7 +62,7 @@ STATEFUL = (
 
 def check_request(
     model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
+    draft: Draft,
     policy: SafeSpecConfig,
     prompt_ids: Tensor,
     *,
@@ -71,14 +70,13 @@ def check_request(
     processors: LogitsProcessorList,
     model_kwargs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    tokenizers: TokenizerPair | None = None,
     is_streamed: bool,
 ) -> Tensor:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
+        draft ([`Draft`]): What drafts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
-        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
 
     Returns:
         `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
@@ -94,20 +92,20 @@ def check_request(
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
         check_compiler(input_device(model))
-        for each in (model, assistant):
+        for each in (model, None if draft.make_drafter else draft.model):
             if each is not None and is_recurrent(each):
                 raise UnsupportedRequestError(
                     f"`compile=True` can't be kept: the recurrent layers of {type(each).__name__} are read in parts, "
                     "which compiled code does not allow. Leave `compile` out."
                 )
-    if policy.candidate_source == "draft" and not writes(assistant, tokenizers):
+    if policy.candidate_source == "draft" and not draft.writes:
         raise UnsupportedRequestError(
             "`candidate_source='draft'` needs an `assistant_model` that can write the target's tokens by itself, but "
-            f"it is {describe_draft(assistant)}."
+            f"it is {draft.title}."
         )
     if policy.verification == "segment":
-        check_segment_mode(assistant, config, tokenizer, model.config.get_text_config().vocab_size, tokenizers)
-    check_assistant(model, assistant, tokenizer, tokenizers)
+        check_segment_mode(draft, config, tokenizer, model.config.get_text_config().vocab_size)
+    check_assistant(model, draft, tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and config._pad_token_tensor is None:
@@ -120,11 +118,7 @@ def check_request(
 
 
 def check_segment_mode(
-    assistant: PreTrainedModel | None,
-    config: GenerationConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    tokenizers: TokenizerPair | None = None,
+    draft: Draft, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Raises unless there is a draft that can write whole segments, and digits to grade them with.
 
@@ -132,8 +126,8 @@ def check_segment_mode(
         UnsupportedRequestError: Says what is missing.
     """
     is_lookup = config.prompt_lookup_num_tokens is not None
-    if is_lookup or not writes(assistant, tokenizers):
-        found = "prompt lookup" if is_lookup else describe_draft(assistant)
+    if is_lookup or not draft.writes:
+        found = "prompt lookup" if is_lookup else draft.title
         raise UnsupportedRequestError(
             "`verification='segment'` needs an `assistant_model` that is a language model, which can write a whole "
             f"segment by itself, but the draft is {found}. Pass such a model, or use `verification='token'`."
@@ -167,8 +161,7 @@ def check_generation_config(config: GenerationConfig) -> None:
         ("output_logits", (None, False), outputs),
         ("prefill_chunk_size", (None,), "one prefill"),
         ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
-        ("use_mtp", (None, False), "`assistant_model`"),
-        ("speculation_type", (None,), "`assistant_model`"),
+        ("speculation_type", (None, "dflash"), "`assistant_model`, or 'dflash'"),
         ("is_assistant", (None, False), "the guarded model as the target"),
     ):
         value = getattr(config, name, None)  # not every release of transformers has all of them

@@ -79,6 +79,16 @@ class ModelDrafter:
         self._starts: list[int] = []
 
     @property
+    def network(self) -> PreTrainedModel:
+        """What drafts."""
+        return self.cached.model
+
+    @property
+    def num_forwards(self) -> int:
+        """Its forwards so far."""
+        return self.cached.usage.num_forwards
+
+    @property
     def layers(self) -> list[int]:
         """The target's hidden states that `observe` needs."""
         return []

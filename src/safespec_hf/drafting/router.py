@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,10 +16,14 @@ from .foreign import ForeignDrafter, SharedTokensDrafter
 from .head import HeadDrafter
 from .lookup import LookupDrafter
 from .model import IsWhole, ModelDrafter
+from .states import StatesDrafter
 from .translation import TokenizerPair
 
 NUM_OTHERS = 3
 """Guesses for a token that may be verified beside the draft's first one."""
+
+
+MakeDrafter = Callable[[int, DraftLength], StatesDrafter]
 
 
 class DraftRouter:
@@ -34,6 +38,7 @@ class DraftRouter:
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
         takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
         tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
+        make_drafter (`Callable`, *optional*): Makes what drafts instead, for so many rows.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class DraftRouter:
         costs: DraftCosts | None = None,
         takes_trees: bool = False,
         tokenizers: TokenizerPair | None = None,
+        make_drafter: MakeDrafter | None = None,
     ):
         self.vocab_size = vocab_size
         self.num_plain_rounds = 0
@@ -54,8 +60,10 @@ class DraftRouter:
         self._pace = Pace(self.costs)
         length = DraftLength(self._pace, is_adaptive)
         num_others = NUM_OTHERS if takes_trees and is_adaptive else 0
-        self.model: ModelDrafter | None = None
-        if isinstance(assistant_model, DraftHead):
+        self.model: ModelDrafter | StatesDrafter | None = None
+        if make_drafter is not None:
+            self.model = make_drafter(num_rows, length)
+        elif isinstance(assistant_model, DraftHead):
             # its likeliest guesses, several for a token, are what the target draws more often than one that it draws
             do_sample = do_sample and num_others == 0
             self.model = HeadDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
@@ -84,12 +92,12 @@ class DraftRouter:
     @property
     def models(self) -> list[PreTrainedModel]:
         """The draft model or head, to be run in [`evaluating`]: dropout would belie the distributions."""
-        return [] if self.model is None else [self.model.cached.model]
+        return [] if self.model is None else [self.model.network]
 
     @property
     def num_forwards(self) -> int:
         """Forwards of the draft model or head."""
-        return 0 if self.model is None else self.model.cached.usage.num_forwards
+        return 0 if self.model is None else self.model.num_forwards
 
     def sampler(self, index: int, row: Row, num_tokens: int) -> CachedModel | None:
         """A draft model that can write so many tokens after the context of a row by itself, if there is one.
@@ -103,7 +111,7 @@ class DraftRouter:
 
     def write(self, rows: Sequence[Row], num_tokens: Sequence[int], is_whole: IsWhole) -> list[list[int]]:
         """What the draft model goes on with, at most `num_tokens[row]` tokens; see [`ModelDrafter`]."""
-        assert self.model is not None
+        assert isinstance(self.model, ModelDrafter)
         return self.model.write(rows, num_tokens, is_whole)
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:

@@ -1,0 +1,93 @@
+"""Drafts that transformers has for some targets only, and that read what the target computed: MTP layers, DFlash."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..drafting.draft_length import DraftLength
+from ..drafting.states import DFlashDrafter, MtpDrafter
+from ..errors import UnsupportedRequestError
+from .assistant import Draft
+from .proof import FAILURES
+
+_MTP: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+
+
+def mtp_draft(model: PreTrainedModel) -> Draft:
+    """The multi-token prediction layers that were trained with a model, read from its checkpoint once.
+
+    Raises:
+        UnsupportedRequestError: If it has none, or they can't be read.
+    """
+    text = model.config.get_text_config(decoder=True)
+    num = getattr(text, "num_mtp_layers", None)
+    if not num:
+        raise UnsupportedRequestError(
+            f"`use_mtp=True` can't be kept: the config of {type(model).__name__} has no `num_mtp_layers`. Use "
+            "`assistant_model` or `prompt_lookup_num_tokens`."
+        )
+    network, last_layer = _mtp_network(model), text.num_hidden_layers
+
+    def make(num_rows: int, length: DraftLength) -> MtpDrafter:
+        return MtpDrafter(network, num_rows, length, last_layer)
+
+    return Draft(network, make_drafter=make)
+
+
+def _mtp_network(model: Any) -> Any:
+    known = _MTP.get(model)
+    if known is not None and (known.dtype, known.device) == (model.dtype, model.device):
+        known.tie_with_main_model(model)  # whose embeddings may have been replaced
+        return known
+    try:
+        from transformers.modeling_layers import MtpModel
+
+        network: Any = MtpModel.from_pretrained(model, device_map={"": model.device})
+    except (ImportError, OSError, *FAILURES) as error:
+        raise UnsupportedRequestError(
+            f"`use_mtp=True` can't be kept: the MTP layers of {type(model).__name__} could not be read from its "
+            f"checkpoint, {model.config.name_or_path!r}: {error}"
+        ) from error
+    _MTP[model] = network.eval()
+    return network
+
+
+def dflash_draft(model: Any, assistant: PreTrainedModel | None) -> Draft:
+    """A network that denoises a block of drafts over the target's states.
+
+    Raises:
+        UnsupportedRequestError: If it is none, or not made for such a target.
+    """
+    config: Any = getattr(assistant, "config", None)
+    fields = {name: getattr(config, name, None) for name in ("block_size", "mask_token_id", "target_layer_ids")}
+    if assistant is None or None in fields.values():
+        raise UnsupportedRequestError(
+            "`speculation_type='dflash'` needs an `assistant_model` with `block_size`, `mask_token_id` and "
+            f"`target_layer_ids` in its config, but it is {'none' if assistant is None else type(assistant).__name__}."
+        )
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    text = model.config.get_text_config(decoder=True)
+    is_shared = isinstance(inputs, nn.Embedding) and isinstance(outputs, nn.Linear)
+    is_shared = is_shared and not (inputs.weight.is_meta or outputs.weight.is_meta)
+    is_fit = max(fields["target_layer_ids"]) < text.num_hidden_layers and fields["block_size"] > 1
+    if not (is_shared and is_fit and config.hidden_size == text.hidden_size):
+        raise UnsupportedRequestError(
+            f"{type(assistant).__name__} can't draft for {type(model).__name__}: it reads layers "
+            f"{fields['target_layer_ids']}, {config.hidden_size} wide, drafts blocks of {fields['block_size']}, and "
+            f"shares embeddings and LM head, but the target has {text.num_hidden_layers} layers, {text.hidden_size} "
+            f"wide, with {inputs} and {outputs}."
+        )
+    if fields["mask_token_id"] >= inputs.num_embeddings:
+        raise UnsupportedRequestError(
+            f"`mask_token_id={fields['mask_token_id']}` of {type(assistant).__name__} is no token of the target, "
+            f"which has {inputs.num_embeddings}."
+        )
+
+    def make(num_rows: int, length: DraftLength) -> DFlashDrafter:
+        return DFlashDrafter(assistant, num_rows, length, model)
+
+    return Draft(assistant, make_drafter=make)
