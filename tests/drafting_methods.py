@@ -12,6 +12,10 @@ from safetensors.torch import save_file
 from tiny import VOCAB_SIZE, build_model, build_tokenizer, perturb
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     MuseGlimmerAssistantConfig,
     MuseGlimmerAssistantModel,
     PreTrainedModel,
@@ -213,6 +217,38 @@ def _dflash() -> Case:
     return Case(target, {"assistant_model": draft, "speculation_type": "dflash"})
 
 
+@torch.no_grad()
+def build_gemma4() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target of Gemma 4's kind, whose next token depends on the last one only, and an assistant that knows it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "sliding_window": 8}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "max_position_embeddings": 128}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    target: Any = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **special, num_kv_shared_layers=0)).eval()
+    text = Gemma4TextConfig(**sizes, **special, num_kv_shared_layers=2)
+    assistant: Any = Gemma4AssistantForCausalLM(
+        Gemma4AssistantConfig(text_config=text, backbone_hidden_size=32)
+    ).eval()
+    for model in (target, assistant):
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.3)
+            if "o_proj" in name or "down_proj" in name:
+                weight.mul_(0.01)
+    target.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, 32))
+    assistant.lm_head.weight = target.lm_head.weight
+    eye = torch.eye(32)
+    assistant.pre_projection.weight.copy_(torch.cat([eye, 0 * eye], 1))
+    return target, assistant
+
+
+def _shared_kv() -> Case:
+    target, assistant = build_gemma4()
+    return Case(target, {"assistant_model": assistant})
+
+
 METHODS: dict[str, Callable[[], Case]] = {
     "assistant_model": _same_tokenizer,
     "assistant_model, assistant_tokenizer": _another_tokenizer,
@@ -225,6 +261,7 @@ METHODS: dict[str, Callable[[], Case]] = {
     "a DraftHead": _draft_head,
     "use_mtp": _mtp,
     'assistant_model, speculation_type="dflash"': _dflash,
+    "assistant_model with shared KV (Gemma 4)": _shared_kv,
     "an EAGLE-3 checkpoint": lambda: _eagle3(False),
     "an EAGLE-3 checkpoint of speculators": lambda: _eagle3(True),
 }

@@ -1,4 +1,4 @@
-"""Drafts that transformers has for some targets only, and that read what the target computed: MTP layers, DFlash."""
+"""Drafts that transformers has for some targets only, and that read what those computed: MTP, DFlash, shared KV."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..drafting.draft_length import DraftLength
-from ..drafting.states import DFlashDrafter, MtpDrafter
+from ..drafting.states import DFlashDrafter, MtpDrafter, SharedKvDrafter
 from ..errors import UnsupportedRequestError
 from .assistant import Draft
 from .proof import FAILURES
 
+SHARED_KV = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Model types of assistants that read the target's keys and values."""
 _MTP: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 
 
@@ -89,5 +91,32 @@ def dflash_draft(model: Any, assistant: PreTrainedModel | None) -> Draft:
 
     def make(num_rows: int, length: DraftLength) -> DFlashDrafter:
         return DFlashDrafter(assistant, num_rows, length, model)
+
+    return Draft(assistant, make_drafter=make)
+
+
+def shared_kv_draft(model: Any, assistant: PreTrainedModel) -> Draft:
+    """A network that reads the keys and values of the target's last layers of each kind.
+
+    Raises:
+        UnsupportedRequestError: If it is not made for such a target.
+    """
+    config: Any = assistant.config
+    text, own = model.config.get_text_config(decoder=True), config.get_text_config()
+    layers_of = {
+        module.layer_type: module.layer_idx
+        for module in model.get_decoder().modules()
+        if getattr(module, "store_full_length_kv", False)
+    }
+    found = text.hidden_size, text.vocab_size, sorted(layers_of)
+    wanted = config.backbone_hidden_size, own.vocab_size, sorted(set(own.layer_types))
+    if found != wanted:
+        raise UnsupportedRequestError(
+            f"{type(assistant).__name__} can't draft for {type(model).__name__}: it wants hidden states, a vocabulary "
+            f"and shared keys and values of {wanted}, but the target has {found}."
+        )
+
+    def make(num_rows: int, length: DraftLength) -> SharedKvDrafter:
+        return SharedKvDrafter(assistant, num_rows, length, model, layers_of)
 
     return Draft(assistant, make_drafter=make)

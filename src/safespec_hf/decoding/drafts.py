@@ -14,8 +14,8 @@ from ..engine.early_exit import early_exit
 from ..engine.speeds import is_timed
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
-from .assistant import Draft, agree, fit
-from .companions import dflash_draft, mtp_draft
+from .assistant import Draft, agree, check_tokenizers, fit
+from .companions import SHARED_KV, dflash_draft, mtp_draft, shared_kv_draft
 from .measuring import MeasuredCosts, measure_costs
 from .watch import Watch
 
@@ -47,8 +47,14 @@ def choose_draft(
         return mtp_draft(model)
     if getattr(config, "speculation_type", None) == "dflash":
         return dflash_draft(model, assistant)
-    if assistant_tokenizer is None or (
-        agree(tokenizer, assistant_tokenizer) and (assistant is None or fit(model, assistant, tokenizer))
+    if assistant is not None and assistant.config.model_type in SHARED_KV:
+        return shared_kv_draft(model, assistant)
+    if assistant_tokenizer is not None and assistant is None:
+        check_tokenizers(tokenizer, assistant_tokenizer, "`assistant_tokenizer`, without an `assistant_model`,")
+    if (
+        assistant is None
+        or assistant_tokenizer is None
+        or (agree(tokenizer, assistant_tokenizer) and fit(model, assistant, tokenizer))
     ):
         return Draft(assistant)
     lookbehinds = config.target_lookbehind or LOOKBEHIND, config.assistant_lookbehind or LOOKBEHIND

@@ -72,6 +72,7 @@ class Decoder:
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
         self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
+        drafter.attach(self.target)
         self.rows = rows
         self.live = list(rows)
         self.drafter = drafter

@@ -84,6 +84,11 @@ class DraftRouter:
         self._last: Proposal = Proposal([])
         self._num_steps = 0  # forwards of the draft model for it
 
+    def attach(self, target: CachedModel) -> None:
+        """Takes note of the target with its cache, before it has read anything: some read what it keeps."""
+        if isinstance(self.model, StatesDrafter):
+            self.model.attach(target)
+
     @property
     def layers(self) -> list[int]:
         """The target's hidden states that the drafts are made from, for `observe`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.cache import CachedModel
@@ -53,9 +53,12 @@ class StatesDrafter:
         """For one row."""
         raise NotImplementedError
 
-    def _guess(self, index: int, row: Row) -> Tensor:
-        """Logits of the drafts after a row's context, of shape `(G, V)`."""
+    def _guess(self, index: int, row: Row, num: int) -> Tensor:
+        """Logits of the drafts after a row's context, of shape `(G, V)`; more than the first `num` are not wanted."""
         raise NotImplementedError
+
+    def attach(self, target: CachedModel) -> None:
+        """Takes note of the target with its cache, before it has read anything."""
 
     def observe(self, row: int, start: int, states_TF: Tensor) -> None:
         """Takes the target's states of `layers` of a row's context, from position `start` on."""
@@ -72,7 +75,7 @@ class StatesDrafter:
         for index, (row, num) in enumerate(zip(rows, num_tokens, strict=True)):
             window = self._windows[index]
             is_ready = num > 0 and row.num_context > 1 and window.end >= row.num_context - 1
-            probs_GV = self._safe_guess(index, row)[:num].float().softmax(-1) if is_ready else torch.empty(0, 1)
+            probs_GV = self._safe_guess(index, row, num)[:num].float().softmax(-1) if is_ready else torch.empty(0, 1)
             chances_G, tokens_G = probs_GV.max(dim=-1)
             chances = chances_G.tolist()
             # from the first that is no number on, there are none
@@ -88,10 +91,9 @@ class StatesDrafter:
         kept = self.length.num_worthwhile(*kinds)
         return Proposal([tokens[:kept] for tokens in drafts], kinds=[row_kinds[:kept] for row_kinds in kinds])
 
-    def _safe_guess(self, index: int, row: Row) -> Tensor:
-        self.num_forwards += 1
+    def _safe_guess(self, index: int, row: Row, num: int) -> Tensor:
         try:
-            return self._guess(index, row)
+            return self._guess(index, row, num)
         except BaseException:
             # whatever broke it off, the cache may hold half of a forward
             self._caches[index] = self._new_cache()
@@ -140,7 +142,8 @@ class MtpDrafter(StatesDrafter):
 
         return MtpCache()  # without a config it keeps everything: masks hide what is outside of a window
 
-    def _guess(self, index: int, row: Row) -> Tensor:
+    def _guess(self, index: int, row: Row, num: int) -> Tensor:
+        self.num_forwards += 1
         cache = self._caches[index]
         start, device = cache.get_seq_length(), self.network.device
         _, logits_1GV, _ = self.network(
@@ -176,7 +179,8 @@ class DFlashDrafter(StatesDrafter):
 
         return DFlashCache()
 
-    def _guess(self, index: int, row: Row) -> Tensor:
+    def _guess(self, index: int, row: Row, num: int) -> Tensor:
+        self.num_forwards += 1
         cache, device = self._caches[index], self.network.device
         start, end = cache.get_seq_length(), row.num_context - 1
         cache.set_previous_accepted_tokens(end - start)
@@ -195,3 +199,56 @@ class DFlashDrafter(StatesDrafter):
         cache.set_previous_accepted_tokens(0)
         logits: Tensor = self.head(outputs.last_hidden_state[0, 1:].to(self.head.weight))
         return logits
+
+
+class SharedKvDrafter(StatesDrafter):
+    """Drafts with a network that has no keys and values of its own: it reads those of the target's last layers.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]): An assistant of Gemma 4's kind.
+        num_rows, length: As for [`StatesDrafter`].
+        target ([`~transformers.PreTrainedModel`]): Whose embeddings it uses.
+        layers_of (`dict[str, int]`): For each kind of layers, which of the target's to read.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, num_rows: int, length: DraftLength, target: Any, layers_of: dict[str, int]
+    ):
+        config: Any = network.config
+        text = target.config.get_text_config(decoder=True)
+        super().__init__(network, num_rows, length, [text.num_hidden_layers], config.backbone_hidden_size)
+        self.embeddings, self.layers_of = target.get_input_embeddings(), layers_of
+        self.window: int = config.get_text_config().sliding_window
+        self.target: CachedModel | None = None
+
+    def _new_cache(self) -> Any:
+        return DynamicCache()  # which stays empty
+
+    def attach(self, target: CachedModel) -> None:
+        self.target = target
+
+    def _guess(self, index: int, row: Row, num: int) -> Tensor:
+        assert self.target is not None
+        end = row.num_context - 1
+        # a token sees as many before it as its window holds, itself included
+        most = {kind: self.window - 1 if kind == "sliding_attention" else end for kind in self.layers_of}
+        shared = {
+            kind: tuple(state[:, :, -most[kind] :] for state in self.target.states_of(index, layer))
+            for kind, layer in self.layers_of.items()
+        }
+        state_11F = self._windows[index].read(end - 1, end)[None]
+        token_11 = torch.tensor([row.context(end)], device=self.embeddings.weight.device)
+        position_ids = torch.tensor([[end]], device=self.network.device)
+        logits: list[Tensor] = []
+        for _ in range(num):
+            self.num_forwards += 1
+            embedded_11D = self.embeddings(token_11).to(state_11F)
+            outputs = self.network(
+                inputs_embeds=torch.cat([embedded_11D, state_11F], dim=-1),
+                position_ids=position_ids,
+                shared_kv_states=shared,
+                use_cache=False,
+            )
+            logits.append(outputs.logits[0, -1])
+            token_11, state_11F = outputs.logits[:, -1:].argmax(dim=-1).to(token_11.device), outputs.last_hidden_state
+        return torch.stack(logits)

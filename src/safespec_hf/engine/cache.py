@@ -271,6 +271,11 @@ class CachedModel:
             self.recurrent.replace(row, other.recurrent, other_row)
         self._read[row] = other._read[other_row]
 
+    def states_of(self, row: int, layer: int) -> list[Tensor]:
+        """What a layer keeps of a row's tokens, one column each: keys and values of shape `(1, H, L, C)`."""
+        columns = self.columns.of(row)
+        return [_columns(state[row : row + 1], columns) for state in column_states(self.cache.layers[layer])]
+
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
         room = (0, 0, length - self.columns.num, 0)
