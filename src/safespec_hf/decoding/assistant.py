@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafting.router import MakeDrafter
 from ..drafting.translation import TokenizerPair
+from ..engine.private_names import uncompiled
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .support import check_kind, check_model
@@ -30,9 +31,9 @@ def as_draft(assistant: nn.Module | None) -> PreTrainedModel | None:
     """
     if assistant is None or isinstance(assistant, PreTrainedModel):
         return assistant
-    modules = assistant._modules if isinstance(assistant, nn.Module) else {}
-    if modules.get("_orig_mod") is not None:  # `torch.compile`
-        return as_draft(modules["_orig_mod"])
+    compiled = uncompiled(assistant) if isinstance(assistant, nn.Module) else None
+    if compiled is not None:
+        return as_draft(compiled)
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(assistant, peft.PeftModel):
         config = assistant.active_peft_config

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedRequestError
+from .private_names import shell_of
 
-Module = TypeVar("Module", bound=nn.Module)
+RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def early_exit(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
@@ -50,13 +51,15 @@ def early_exit(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
             f"`assistant_early_exit` can't be kept: {type(model).__name__} has no list of its {most} layers, or runs "
             "under hooks that move its inputs between devices. Use `assistant_model` or `prompt_lookup_num_tokens`."
         )
-    view = parent = _shell(model)
+    view = parent = shell_of(model)
     for name in path.split(".") if path else ():
-        child = _shell(parent.get_submodule(name))
-        parent._modules[name] = child
+        child = shell_of(parent.get_submodule(name))
+        setattr(parent, name, child)
         parent = child
     layers: Any = decoder.get_submodule(lists[0])
-    parent._modules[lists[0]] = nn.ModuleList(layers[:num_layers]).train(decoder.training)
+    shorter = nn.ModuleList(layers[:num_layers])
+    shorter.training = decoder.training
+    setattr(parent, lists[0], shorter)
     config = _cut(model, num_layers, most)
     text = config.get_text_config(decoder=True)
     for home, name in zip(_homes(view, path), _prefixes(path), strict=True):
@@ -80,16 +83,6 @@ def _is_list(module: nn.Module, num: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num
 
 
-def _shell(module: Module) -> Module:
-    """The module itself, but what is put into it is not put into the original."""
-    shell = object.__new__(type(module))
-    vars(shell).update(vars(module), _modules=dict(module._modules))
-    if isinstance(module, PreTrainedModel):
-        # its layers are those of the original, which has its own hooks there, and a second set would record twice
-        vars(shell)["_output_capturing_hooks_installed"] = True
-    return shell
-
-
 def _cut(model: PreTrainedModel, num_layers: int, most: int) -> Any:
     """A config of the first layers."""
     config = copy.deepcopy(model.config)
@@ -106,4 +99,9 @@ def _cut(model: PreTrainedModel, num_layers: int, most: int) -> Any:
         if isinstance(value, list) and len(value) == most:
             setattr(text, name, value[:num_layers])
     text.num_hidden_layers = num_layers
+    for each in (config, text):
+        for name in RECORDS:
+            # to record anything the layers, which are another model's, would get its hooks a second time
+            if getattr(each, name, False):
+                setattr(each, name, False)
     return config
