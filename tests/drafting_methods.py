@@ -132,6 +132,10 @@ def _same_tokenizer() -> Case:
     return Case(target, {"assistant_model": perturb(target)})
 
 
+def _with(case: Case, **arguments: Any) -> Case:
+    return Case(case.target, case.arguments | arguments)
+
+
 def _another_tokenizer(do_sample: bool = False) -> Case:
     target = build_model()
     arguments = {"assistant_model": shuffled_model(perturb(target)), "assistant_tokenizer": shuffled_tokenizer()}
@@ -254,6 +258,9 @@ METHODS: dict[str, Callable[[], Case]] = {
     "assistant_model, assistant_tokenizer": _another_tokenizer,
     "assistant_model, assistant_tokenizer, do_sample": lambda: _another_tokenizer(True),
     "assistant_early_exit": _early_exit,
+    "assistant_model, num_assistant_tokens_schedule": lambda: _with(
+        _same_tokenizer(), num_assistant_tokens=2, num_assistant_tokens_schedule="heuristic"
+    ),
     "prompt_lookup_num_tokens": lambda: Case(build_model(), {"prompt_lookup_num_tokens": 4}),
     "prompt_lookup_num_tokens, max_matching_ngram_size": lambda: Case(
         build_model(), {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 3}

@@ -5,7 +5,7 @@ import torch
 from drafting_methods import METHODS
 from tiny import ADAPTIVE, FIELDS, POLICY, PROMPT, attach, build_coin_head, cheap_drafts
 
-from safespec_hf import SafeSpecConfig
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 IDS = torch.tensor([[11, 17, 23, 24, 13], [0, 0, 12, 18, 24], [0, 15, 16, 15, 16]])
@@ -54,3 +54,21 @@ def test_forced_flags_are_survived_and_nothing_flagged_comes_back(case, tokenize
         assert not (output.risks >= case.target.safety.risk_threshold).any()
         num_events += sum(map(len, output.events))
     assert num_events > 0
+
+
+def test_a_heuristic_schedule_drafts_more_after_rounds_that_were_accepted_whole(tokenizer):
+    target, arguments = METHODS["an EAGLE-3 checkpoint"]()
+    attach(target, tokenizer)
+    num_forwards = {}
+    for schedule in ("constant", "heuristic", "heuristic_transient"):
+        more = {"num_assistant_tokens": 2, "num_assistant_tokens_schedule": schedule, "return_dict_in_generate": True}
+        policy = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False)
+        output = target.generate(PROMPT, **{**GREEDY, "max_new_tokens": 40}, **arguments, **more, safespec=policy)
+        num_forwards[schedule] = output.statistics.num_target_forwards
+    # the first forward reads the prompt; rounds of 3 tokens, or of 3, 5, 7, 9, 11 and so on
+    assert num_forwards == {"constant": 14, "heuristic": 7, "heuristic_transient": 7}
+
+
+def test_a_schedule_that_is_not_known_is_refused(guarded, draft):
+    with pytest.raises(UnsupportedRequestError, match="must be one of"):
+        guarded.generate(PROMPT, **GREEDY, assistant_model=draft, num_assistant_tokens_schedule="often", safespec=True)

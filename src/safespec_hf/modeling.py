@@ -16,7 +16,7 @@ from .config import SafeSpecConfig
 from .decoding.assistant import as_draft
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
-from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
+from .decoding.doors import check_attachable, check_keywords, choose_policy, find_schedule, keep_request
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
 from .engine.private_names import GenerateSteps, check_private_names, is_stateful, mark_user_cache
@@ -206,13 +206,14 @@ class GuardedModel(GenerateSteps, _Model):
         check_keywords(kwargs, configs)
         mark_user_cache(kwargs)
         assistant = as_draft(kwargs.pop("assistant_model", None))
-        num_tokens = num_assistant_tokens(kwargs, configs, assistant)
+        schedule = find_schedule(kwargs, configs, assistant)
         call = GuardedCall(
             policy,
             assistant,
             kwargs.get("streamer"),
-            num_tokens,
+            schedule.num_tokens,
             assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
+            is_heuristic=schedule.is_heuristic,
         )
         output = super().generate(inputs, generation_config, custom_generate=call, **kwargs)
         if not call.has_run:

@@ -53,6 +53,7 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    is_heuristic: bool = False  # whether the number of drafts follows what is accepted
     draft: Draft = field(default=Draft(None), init=False)
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
@@ -148,6 +149,7 @@ class GuardedCall:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
         drafter = make_drafting(model, self.draft, config, self.policy, len(rows), num_context)
+        drafter.is_heuristic = self.is_heuristic
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
         return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
 

@@ -132,7 +132,7 @@ class Decoder:
         return output.logits_BTV, *split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
 
     def _draft(self) -> Proposal:
-        start, most = time.perf_counter(), self.plan.num_draft_tokens
+        start, most = time.perf_counter(), self.drafter.most(self.plan.num_draft_tokens)
         if self.watch is not None and not self.watch.lets_draft():
             most = 0
         most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared

@@ -82,6 +82,8 @@ class DraftRouter:
             self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
         self._drafters: list[Drafter] = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
         self._last: Proposal = Proposal([])
+        self.is_heuristic = False
+        self._num_more = 0  # drafts that a round may have beside those of the first
         self._num_steps = 0  # forwards of the draft model for it
 
     def attach(self, target: CachedModel) -> None:
@@ -119,6 +121,15 @@ class DraftRouter:
         assert isinstance(self.model, ModelDrafter)
         return self.model.write(rows, num_tokens, is_whole)
 
+    def most(self, num_tokens: int) -> int:
+        """How many drafts the next round may have, where the first one might have `num_tokens`.
+
+        By the heuristic of transformers there are two more after a round whose drafts were all accepted, and one less
+        after others.
+        """
+        self._num_more = max(self._num_more, 1 - num_tokens)
+        return num_tokens + self._num_more
+
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
         """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
         nothing: Proposal = Proposal([[] for _ in rows])
@@ -144,6 +155,9 @@ class DraftRouter:
 
     def record(self, paths: Sequence[Sequence[int]]) -> None:
         """Learns which of each row's drafts the target accepted."""
+        if self.is_heuristic and any(self._last.drafts):
+            pairs = zip(self._last.drafts, paths, strict=False)
+            self._num_more += 2 if all(len(path) == len(drafts) for drafts, path in pairs) else -1
         costs = self._pace.costs
         widest = max(map(len, self._last.drafts), default=0)
         num_tokens = 1 + sum(map(len, paths)) / max(len(paths), 1)
