@@ -37,7 +37,7 @@ from .attachment import Attachment
 from .drafts import SOON, choose_draft, make_drafting, make_watch
 from .loop import Decoder
 from .plan import Plan, check_context
-from .request import check_request, make_plan, make_rows
+from .request import check_generation_config, check_request, make_plan, make_rows
 from .segment_mode import SegmentDecoder
 
 logger = logging.get_logger(__name__)
@@ -75,6 +75,7 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
+        check_generation_config(generation_config)
         self.draft = choose_draft(model, self.assistant, generation_config, tokenizer, self.assistant_tokenizer)
         rows = self._check(
             model,

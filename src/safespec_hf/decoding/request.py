@@ -86,7 +86,6 @@ def check_request(
         UnsupportedRequestError: Says what can't be kept, and what to do instead.
     """
     num_rows = prompt_ids.shape[0]
-    check_generation_config(config)
     check_prompt(model, prompt_ids, model_kwargs)
     check_processors(processors)
     if policy.compile and config.disable_compile:
