@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafting.draft_length import DraftLength
+from ..answer.rows import Row
+from ..config import SafeSpecConfig
+from ..drafting.draft_length import DraftCosts, DraftLength
+from ..drafting.router import MakeDrafter
 from ..drafting.states import DFlashDrafter, MtpDrafter, SharedKvDrafter
+from ..engine.evaluating import evaluating
 from ..errors import UnsupportedRequestError
 from .assistant import Draft
 from .proof import FAILURES
 
 SHARED_KV = ("gemma4_assistant", "gemma4_unified_assistant")
 """Model types of assistants that read the target's keys and values."""
+COLUMNS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+"""Layers of caches that keep one column for each token."""
+_RUN: WeakSet[nn.Module] = WeakSet()
 _MTP: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 
 
@@ -37,15 +45,18 @@ def mtp_draft(model: PreTrainedModel) -> Draft:
     def make(num_rows: int, length: DraftLength) -> MtpDrafter:
         return MtpDrafter(network, num_rows, length, last_layer)
 
+    _check_runs(network, make)
     return Draft(network, make_drafter=make)
 
 
 def _mtp_network(model: Any) -> Any:
     known = _MTP.get(model)
     if known is not None and (known.dtype, known.device) == (model.dtype, model.device):
-        known.tie_with_main_model(model)  # whose embeddings may have been replaced
+        if known.shared_head is not model.get_output_embeddings():
+            known.tie_with_main_model(model)  # after the vocabulary was resized
         return known
     try:
+        from transformers.cache_utils import MtpCache
         from transformers.modeling_layers import MtpModel
 
         network: Any = MtpModel.from_pretrained(model, device_map={"": model.device})
@@ -54,8 +65,36 @@ def _mtp_network(model: Any) -> Any:
             f"`use_mtp=True` can't be kept: the MTP layers of {type(model).__name__} could not be read from its "
             f"checkpoint, {model.config.name_or_path!r}: {error}"
         ) from error
+    kinds = {type(layer).__name__ for layer in MtpCache(config=network.config).layers} - COLUMNS
+    if kinds:
+        raise UnsupportedRequestError(
+            f"`use_mtp=True` can't be kept: the MTP layers of {type(model).__name__} keep states that can't be rolled "
+            f"back by dropping tokens ({', '.join(sorted(kinds))}). Use `assistant_model` instead."
+        )
     _MTP[model] = network.eval()
     return network
+
+
+@torch.no_grad()
+def _check_runs(network: Any, make: MakeDrafter) -> None:
+    """Raises unless a network drafts after two tokens whose states are zeros; once for each."""
+    if network in _RUN:
+        return
+    drafter, row = make(1, DraftLength(DraftCosts(), is_adaptive=False)), _row_of_three()
+    drafter.observe(0, 0, torch.zeros(2, drafter.num_features))
+    try:
+        with evaluating([network]):
+            drafter.draft([row], [1])
+    except FAILURES as error:
+        raise UnsupportedRequestError(
+            f"{type(network).__name__} can't draft for this target: it fails on three tokens ({error})."
+        ) from error
+    _RUN.add(network)
+
+
+def _row_of_three() -> Row:
+    ids = torch.zeros(3, dtype=torch.long)
+    return Row(0, ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=1, policy=SafeSpecConfig())
 
 
 def dflash_draft(model: Any, assistant: PreTrainedModel | None) -> Draft:
@@ -92,6 +131,7 @@ def dflash_draft(model: Any, assistant: PreTrainedModel | None) -> Draft:
     def make(num_rows: int, length: DraftLength) -> DFlashDrafter:
         return DFlashDrafter(assistant, num_rows, length, model)
 
+    _check_runs(assistant, make)
     return Draft(assistant, make_drafter=make)
 
 

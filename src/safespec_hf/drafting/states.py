@@ -45,6 +45,7 @@ class StatesDrafter:
         self.network: Any = network
         self.length = length
         self.layers = layers
+        self.num_features = num_features
         self.num_forwards = 0
         self._windows = [StateWindow(num_features) for _ in range(num_rows)]
         self._caches = [self._new_cache() for _ in range(num_rows)]
@@ -210,6 +211,8 @@ class SharedKvDrafter(StatesDrafter):
         target ([`~transformers.PreTrainedModel`]): Whose embeddings it uses.
         layers_of (`dict[str, int]`): For each kind of layers, which of the target's to read.
     """
+
+    lookback = 1  # it begins with the state that the last token came from
 
     def __init__(
         self, network: PreTrainedModel, num_rows: int, length: DraftLength, target: Any, layers_of: dict[str, int]
