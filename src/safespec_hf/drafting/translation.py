@@ -7,7 +7,7 @@ lost, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -184,7 +184,7 @@ def _shared_tokens(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBa
     return SharedTokens(list(found.values()), list(found))
 
 
-def _special_tokens(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> dict[int, int]:
+def _special_tokens(target: Any, draft: Any) -> dict[int, int]:
     """The draft's special tokens for the target's: of the same role, or written alike."""
     known, theirs = draft.get_vocab(), frozenset(draft.all_special_ids)
     ours = target.all_special_ids
@@ -204,8 +204,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _space(tokenizer: PreTrainedTokenizerBase) -> str:
+def _space(tokenizer: Any) -> str:
     """How a vocabulary writes a space at the beginning of a token."""
     ids = _encode(tokenizer, " a")
-    token = tokenizer.convert_ids_to_tokens(ids)[0] if ids else ""
+    token: str = tokenizer.convert_ids_to_tokens(ids)[0] if ids else ""
     return token[0] if token and token[0] in " \u0120\u2581" else ""

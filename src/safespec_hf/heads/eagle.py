@@ -82,7 +82,8 @@ class Eagle3Head(DraftHead):
 
     def __init__(self, config: Eagle3HeadConfig):
         super().__init__(config)
-        self.output = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        rows: Any = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.output = rows  # its own ones, in the place of the target's
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if config.has_embedding else None
         self.fuse_norm = nn.Parameter(torch.ones(config.num_features)) if config.norm_before_fuse else None
 
