@@ -226,7 +226,7 @@ def build_gemma4() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A target of Gemma 4's kind, whose next token depends on the last one only, and an assistant that knows it."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "sliding_window": 8}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
     sizes |= {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "max_position_embeddings": 128}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -239,7 +239,7 @@ def build_gemma4() -> tuple[PreTrainedModel, PreTrainedModel]:
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=0.3)
-            if "o_proj" in name or "down_proj" in name:
+            if "post_" in name and "layernorm" in name:  # what layers add
                 weight.mul_(0.01)
     target.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, 32))
     assistant.lm_head.weight = target.lm_head.weight

@@ -65,7 +65,7 @@ def test_before_the_target_has_read_the_prompt_nothing_is_drafted(made):
     assert router.draft([make_row([11, 12])], [3]).drafts == [[]]
 
 
-def test_mtp_layers_draft_what_transformers_own_generator_drafts(tmp_path):
+def test_mtp_layers_that_know_the_target_draft_what_it_says(tmp_path):
     target = bigram_model()
     write_mtp(tmp_path, target, num_layers=3)
     row, draft = make_row(PROMPT[0].tolist()), mtp_draft(target)
