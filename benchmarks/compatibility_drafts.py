@@ -56,27 +56,27 @@ def check(make: Callable[[], Case]) -> Outcome:
     tokenizer = tiny.build_tokenizer()
     expected = joint_distribution(case.target)
     attach_safety_head(case.target, tiny.build_head(case.target), tokenizer=tokenizer)
-    cells, accepted = {"alone": True, "batch": True}, (0, 0)
+    cells, do_sample = {"alone": True, "batch": True}, bool(case.arguments.get("do_sample"))
     for policy in (CONSTANT, ADAPTIVE):
         with tiny.cheap_drafts():
             single = answer(case, IDS[:1], MASK[:1], policy)
             whole = answer(case, IDS, MASK, policy)
         cells["alone"] &= torch.equal(single.sequences[0, -NUM_TOKENS:], alone[0])
         cells["batch"] &= torch.equal(whole.sequences[:, -NUM_TOKENS:], torch.stack(alone))
-        if policy is CONSTANT:
-            accepted = single.statistics.num_accepted_tokens, single.statistics.num_draft_tokens
     cells["sampling"] = samples_fit(case, expected)
+    statistics = answer(case, IDS[:1], MASK[:1], CONSTANT, do_sample).statistics
+    accepted = statistics.num_accepted_tokens, statistics.num_draft_tokens
     attach_safety_head(case.target, tiny.build_coin_head(case.target, 0.12, seed=0), tokenizer=tokenizer)
-    output = answer(case, IDS, MASK, RECOVERING)
+    output = answer(case, IDS, MASK, RECOVERING, do_sample)
     cells["rollback"] = any(output.events)
     cells["clean"] = not bool((output.risks >= case.target.safety.risk_threshold).any())
     is_used = accepted[0] > 0
     return {"outcome": "works" if is_used and all(cells.values()) else "WRONG", "cells": cells, "accepted": accepted}
 
 
-def answer(case: Case, ids: Tensor, mask: Tensor, policy: SafeSpecConfig) -> Any:
-    arguments = {**case.arguments, **GREEDY, "safespec": policy, "return_dict_in_generate": True}
-    return case.target.generate(ids, attention_mask=mask, **arguments)
+def answer(case: Case, ids: Tensor, mask: Tensor, policy: SafeSpecConfig, do_sample: bool = False) -> Any:
+    arguments = {**case.arguments, **GREEDY, "do_sample": do_sample, "return_dict_in_generate": True}
+    return case.target.generate(ids, attention_mask=mask, safespec=policy, **arguments)
 
 
 @torch.no_grad()

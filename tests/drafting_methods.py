@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tiny import VOCAB_SIZE, build_model, build_tokenizer, perturb
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
@@ -278,7 +280,23 @@ def _refused(**arguments: Any) -> Callable[[], Case]:
     return lambda: Case(build_model(), arguments)
 
 
+def _encoder_decoder() -> Case:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": VOCAB_SIZE}
+    return Case(build_model(), {"assistant_model": BartForConditionalGeneration(BartConfig(**sizes))})
+
+
 REFUSED: dict[str, Callable[[], Case]] = {
     "assistant_ensemble_weight": _refused(assistant_ensemble_weight=0.5),
     "is_assistant": _refused(is_assistant=True),
+    "custom_generate, as with a CandidateGenerator of one's own": _refused(custom_generate=lambda *_, **__: None),
+    "assistant_model of another vocabulary without assistant_tokenizer": lambda: Case(
+        build_model(), {"assistant_model": build_model(vocab_size=30)}
+    ),
+    "assistant_model that is an encoder-decoder": _encoder_decoder,
+    "assistant_early_exit of more layers than there are": _refused(assistant_early_exit=7),
+    "use_mtp of a model without such layers": _refused(use_mtp=True),
+    'speculation_type="dflash" without such a draft': lambda: Case(
+        build_model(), {"assistant_model": build_model(), "speculation_type": "dflash"}
+    ),
 }

@@ -104,7 +104,9 @@ def dflash_draft(model: Any, assistant: PreTrainedModel | None) -> Draft:
         UnsupportedRequestError: If it is none, or not made for such a target.
     """
     config: Any = getattr(assistant, "config", None)
-    fields = {name: getattr(config, name, None) for name in ("block_size", "mask_token_id", "target_layer_ids")}
+    fields: dict[str, Any] = {
+        name: getattr(config, name, None) for name in ("block_size", "mask_token_id", "target_layer_ids")
+    }
     if assistant is None or None in fields.values():
         raise UnsupportedRequestError(
             "`speculation_type='dflash'` needs an `assistant_model` with `block_size`, `mask_token_id` and "

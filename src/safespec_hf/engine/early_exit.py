@@ -51,7 +51,8 @@ def early_exit(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
             f"`assistant_early_exit` can't be kept: {type(model).__name__} has no list of its {most} layers, or runs "
             "under hooks that move its inputs between devices. Use `assistant_model` or `prompt_lookup_num_tokens`."
         )
-    view = parent = shell_of(model)
+    view = shell_of(model)
+    parent: nn.Module = view
     for name in path.split(".") if path else ():
         child = shell_of(parent.get_submodule(name))
         setattr(parent, name, child)
@@ -64,8 +65,8 @@ def early_exit(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     text = config.get_text_config(decoder=True)
     for home, name in zip(_homes(view, path), _prefixes(path), strict=True):
         if isinstance(home, PreTrainedModel):
-            is_whole = model.get_submodule(name).config is model.config
-            home.config = config if is_whole or not name else text
+            original: Any = model.get_submodule(name)
+            home.config = config if original.config is model.config else text
     return view
 
 
