@@ -65,6 +65,7 @@ PUBLIC_NAMES = [
     "load_default_draft",
     "load_default_head",
     "load_default_target",
+    "load_eagle3_draft",
     "load_truncated_draft",
     "target_binding",
 ]

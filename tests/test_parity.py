@@ -26,10 +26,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from safespec_hf import SafeSpecConfig, SafetyHead
 from safespec_hf.config import SafetyHeadConfig
+from safespec_hf.decoding.assistant import Draft
+from safespec_hf.decoding.drafts import make_drafting
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan
-from safespec_hf.decoding.request import make_drafting, make_rows
+from safespec_hf.decoding.request import make_rows
 from safespec_hf.engine.cache import CachedModel
 
 
@@ -210,7 +212,7 @@ def decode(model, with_head, source, num_rows=2, policy=POLICY):
         newline_ids=frozenset({7, 8}),
         processors=LogitsProcessorList(),
     )
-    candidates = make_drafting(model, draft, config, policy, num_rows)
+    candidates = make_drafting(model, Draft(draft), config, policy, num_rows)
     plan = Plan(
         policy=policy,
         monitor=RiskMonitor(build_head(model)) if with_head else None,

@@ -30,7 +30,7 @@ from safespec_hf import (
     target_binding,
 )
 from safespec_hf.answer.rows import Row
-from safespec_hf.decoding import request
+from safespec_hf.decoding import drafts
 from safespec_hf.drafting.draft_length import DraftCosts
 
 VOCAB_SIZE = 40
@@ -155,7 +155,7 @@ def build_draft_head(target: PreTrainedModel, draft_vocab_size: int = 12) -> Dra
 
 def cheap_drafts() -> Any:
     """Makes adaptive decoding believe that drafts cost next to nothing: here they are as large as their targets."""
-    return patch.object(request, "draft_costs", lambda *_: DraftCosts(draft=0.01, verify=0.002))
+    return patch.object(drafts, "draft_costs", lambda *_: DraftCosts(draft=0.01, verify=0.002))
 
 
 class Recorder(BaseStreamer):

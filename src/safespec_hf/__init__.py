@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
     from .exporting.export import export_guarded
     from .heads.draft_head import DraftHead, DraftHeadConfig
+    from .heads.eagle import load_eagle3_draft
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
     from .outputs import (
@@ -64,6 +65,7 @@ __all__ = [
     "load_default_draft",
     "load_default_head",
     "load_default_target",
+    "load_eagle3_draft",
     "load_truncated_draft",
     "target_binding",
 ]
@@ -84,6 +86,7 @@ _HOMES = {
     "errors": ["HeadFileError", "HeadMismatchError", "SafeSpecError", "UnsupportedRequestError"],
     "exporting.export": ["export_guarded"],
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
+    "heads.eagle": ["load_eagle3_draft"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
     "outputs": [
@@ -112,3 +115,4 @@ def __dir__() -> list[str]:
 if "transformers" in sys.modules:  # then it costs nothing, and `AutoModel.from_pretrained` knows our heads at once
     importlib.import_module(".heads.safety_head", __name__)
     importlib.import_module(".heads.draft_head", __name__)
+    importlib.import_module(".heads.eagle", __name__)

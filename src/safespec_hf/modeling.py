@@ -13,17 +13,17 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
-from .decoding.assistant import as_draft, check_assistant
+from .decoding.assistant import Draft, as_draft, check_assistant
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
 from .decoding.doors import (
     check_attachable,
     check_keywords,
-    choose_draft,
     choose_policy,
     enter_own_repository,
+    find_schedule,
     keep_request,
-    num_assistant_tokens,
+    take_assistant,
 )
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
@@ -111,7 +111,7 @@ def attach_safety_head(
     if isinstance(draft, DraftHead):
         draft.bind(model, ignore_mismatches)
     if tokenizer is not None:
-        check_assistant(model, draft, tokenizer)
+        check_assistant(model, Draft(draft), tokenizer)
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)
@@ -223,14 +223,15 @@ class GuardedModel(GenerateSteps, _Model):
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs, configs)
         mark_user_cache(kwargs)
-        assistant = choose_draft(self.safety, self, kwargs, configs)
-        num_tokens = num_assistant_tokens(kwargs, configs, assistant)
+        assistant = take_assistant(self.safety, self, kwargs, configs)
+        schedule = find_schedule(kwargs, configs, assistant)
         call = GuardedCall(
             policy,
             assistant,
             kwargs.get("streamer"),
-            num_tokens,
+            schedule.num_tokens,
             assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
+            is_heuristic=schedule.is_heuristic,
         )
         output = super().generate(inputs, generation_config, custom_generate=call, **kwargs)
         if not call.has_run:

@@ -41,7 +41,7 @@ REFUSED = {
     "assistant_tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
     "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
     "prefill_chunk_size": ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
-    "assistant_early_exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
+    "assistant_early_exit": ({"assistant_early_exit": 2}, "assistant_early_exit"),
     "guidance_scale": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
     "stateful watermark": (
         {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3])},
@@ -260,7 +260,7 @@ FIELDS = {
     "assistant_confidence_threshold": ("same", 0.9),
     "prompt_lookup_num_tokens": ("same", 3),
     "max_matching_ngram_size": ("same", 3),
-    "assistant_early_exit": ("refused", 1),
+    "assistant_early_exit": ("same", 1),
     "assistant_lookbehind": ("same", 3),
     "target_lookbehind": ("same", 3),
     "assistant_ensemble_weight": ("refused", 0.5),

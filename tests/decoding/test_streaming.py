@@ -10,10 +10,12 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from safespec_hf import SafeSpecConfig, attach_safety_head
 from safespec_hf.answer.rows import Row
 from safespec_hf.config import STANDS_FOR
+from safespec_hf.decoding.assistant import Draft
+from safespec_hf.decoding.drafts import make_drafting
 from safespec_hf.decoding.loop import Decoder
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan
-from safespec_hf.decoding.request import make_drafting, make_rows
+from safespec_hf.decoding.request import make_rows
 
 PROMPT = torch.tensor([[11, 17, 23]])
 NUM_RUNS, PARTS = 500, 10
@@ -73,7 +75,7 @@ def stream_once(model, drafts, seed):
         max_context=512,
         seeds=[seed],
     )
-    candidates = make_drafting(model, drafts.get(drafting), model.generation_config, policy, 1)
+    candidates = make_drafting(model, Draft(drafts.get(drafting)), model.generation_config, policy, 1)
     decoder = Decoder(model, rows, candidates, plan, streamer)
     decoder.run()
     return decoder, streamer

@@ -336,7 +336,7 @@ def foreign_draft(tmp_path, tokenizer):
 
 
 def test_a_draft_beside_another_tokenizer_of_the_same_size_is_refused(guarded, foreign_draft):
-    with pytest.raises(UnsupportedRequestError, match="2 of 40 ids differ, such as 20"):
+    with pytest.raises(UnsupportedRequestError, match=r"2 of 40 ids differ, such as 20.* pass `assistant_tokenizer`"):
         guarded.generate(PROMPT, **SHORT, assistant_model=foreign_draft, safespec=True)
 
 
@@ -350,10 +350,7 @@ def test_a_draft_beside_the_same_tokenizer_or_none_is_accepted(guarded, tokenize
 
 def test_the_draft_s_tokenizer_may_be_given(guarded, draft, tokenizer):
     assert agrees(guarded, assistant_model=draft, assistant_tokenizer=build_tokenizer())
-    with pytest.raises(UnsupportedRequestError, match=r"`assistant_tokenizer` is another one .* 2 of 40 ids differ"):
-        guarded.generate(
-            PROMPT, **SHORT, assistant_model=draft, assistant_tokenizer=shuffled(tokenizer), safespec=True
-        )
+    assert agrees(guarded, assistant_model=draft, assistant_tokenizer=shuffled(tokenizer))
 
 
 def test_a_pipeline_with_a_draft_of_a_padded_vocabulary_answers(guarded, tokenizer):

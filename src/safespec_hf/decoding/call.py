@@ -32,11 +32,13 @@ from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
+from .assistant import Draft
 from .attachment import Attachment
 from .callers import CallersCache
+from .drafts import SOON, choose_draft, make_drafting, make_watch
 from .loop import Decoder
 from .plan import Plan, check_context
-from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
+from .request import check_generation_config, check_request, make_plan, make_rows
 from .segment_mode import SegmentDecoder
 from .step_outputs import wanted_outputs, with_steps
 
@@ -53,6 +55,8 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    is_heuristic: bool = False  # whether the number of drafts follows what is accepted
+    draft: Draft = field(default=Draft(None), init=False)
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
 
     @torch.no_grad()
@@ -74,6 +78,8 @@ class GuardedCall:
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
+        check_generation_config(generation_config)
+        self.draft = choose_draft(model, self.assistant, generation_config, tokenizer, self.assistant_tokenizer)
         rows, prompt = self._check(
             model,
             input_ids,
@@ -128,14 +134,13 @@ class GuardedCall:
         """Raises unless the request can be kept; gives an empty answer for each prompt, and what else it is."""
         is_real, prompt = check_request(
             model,
-            self.assistant,
+            self.draft,
             self.policy,
             input_ids,
             config=config,
             processors=processors,
             model_kwargs=model_kwargs,
             tokenizer=tokenizer,
-            assistant_tokenizer=self.assistant_tokenizer,
             is_streamed=self.streamer is not None,
         )
         rows = make_rows(
@@ -155,17 +160,20 @@ class GuardedCall:
     ) -> Decoder:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
-        drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
+        drafter = make_drafting(model, self.draft, config, self.policy, len(rows), num_context)
+        drafter.is_heuristic = self.is_heuristic
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
         return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter), prompt)
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:
-        models = [model] if self.assistant is None else [model, self.assistant]
+        draft = self.draft.model
+        models = [model] if draft is None else [model, draft]
+        is_own = self.draft.is_part or self.draft.make_drafter is not None
         with (
             evaluating([*models, head]),
-            packed_weights(models, self.policy.pack_weights, self.policy.costs == "measured"),
-            compiled_forwards(models, self.policy.compile),
+            packed_weights([model] if is_own else models, self.policy.pack_weights, self.policy.costs == "measured"),
+            compiled_forwards([model] if self.draft.make_drafter else models, self.policy.compile),
             inference_mode([*models, head]),
         ):
             yield

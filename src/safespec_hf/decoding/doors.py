@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..config import SafeSpecConfig
 from ..engine.private_names import is_from_model_config, keep_as_own
 from ..errors import UnsupportedRequestError
-from ..heads.draft_head import DraftHead
 from ..heads.loading import HUB_KWARGS
 from .assistant import as_draft
 from .attachment import Attachment, origin_of
 
 OTHER_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 GENERATING = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -124,7 +124,7 @@ def enter_own_repository(
     return True if safespec is None else safespec
 
 
-def choose_draft(
+def take_assistant(
     attachment: Attachment, model: PreTrainedModel, kwargs: dict[str, Any], configs: Sequence[GenerationConfig]
 ) -> PreTrainedModel | None:
     """Takes the draft model out of the arguments; where no drafts are asked for it is the one that was attached.
@@ -194,17 +194,34 @@ def asked(name: str, kwargs: Mapping[str, Any], configs: Sequence[GenerationConf
     return next((value for value in values if value is not None), None)
 
 
-def num_assistant_tokens(
+class Schedule(NamedTuple):
+    """How many drafts per round were asked for.
+
+    Attributes:
+        num_tokens (`int`, *optional*): At most so many, at first.
+        is_heuristic (`bool`): Whether the number grows where all drafts are accepted, and shrinks elsewhere.
+    """
+
+    num_tokens: int | None
+    is_heuristic: bool
+
+
+def find_schedule(
     kwargs: Mapping[str, Any], configs: Sequence[GenerationConfig], assistant: PreTrainedModel | None
-) -> int | None:
-    """How many drafts per round were asked for: by an argument, a generation config, or that of the draft model.
+) -> Schedule:
+    """What an argument, a generation config, or that of the draft model says about drafts per round.
 
     Raises:
-        UnsupportedRequestError: If it is not a whole number >= 1.
+        UnsupportedRequestError: If the number is no whole one >= 1, or the schedule is not known.
     """
-    if assistant is not None and not isinstance(assistant, DraftHead):
+    if isinstance(assistant, GenerationMixin):  # which a draft head is not
         configs = [*configs, assistant.generation_config]
     number = asked("num_assistant_tokens", kwargs, configs)
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise UnsupportedRequestError(f"`num_assistant_tokens` must be an integer >= 1, but it is {number!r}.")
-    return number
+    kind = asked("num_assistant_tokens_schedule", kwargs, configs)
+    if kind not in (None, *SCHEDULES):
+        raise UnsupportedRequestError(
+            f"`num_assistant_tokens_schedule` must be one of {SCHEDULES}, but it is {kind!r}."
+        )
+    return Schedule(number, kind in SCHEDULES[1:])

@@ -77,6 +77,7 @@ class Decoder:
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
         self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
+        drafter.attach(self.target)
         self.rows = rows
         self.live = list(rows)
         self.drafter = drafter
@@ -149,7 +150,7 @@ class Decoder:
         return output.logits_BTV, *split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
 
     def _draft(self) -> Proposal:
-        start, most = time.perf_counter(), self.plan.num_draft_tokens
+        start, most = time.perf_counter(), self.drafter.most(self.plan.num_draft_tokens)
         if self.watch is not None and not self.watch.lets_draft():
             most = 0
         most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared
@@ -324,7 +325,8 @@ class Decoder:
             if self.finished is not None and row.finish_reason is not None:
                 # text that was inserted at its end is read by nobody
                 num_read = min(self.target.lengths[index], row.num_continuable)
-                self.finished[row.index] = num_read, self.target.states_of(index)
+                layers = range(len(self.target.cache.layers))
+                self.finished[row.index] = num_read, [self.target.states_of(index, layer) for layer in layers]
         left = [index for index, row in enumerate(self.live) if row.finish_reason is None]
         self.live = [self.live[index] for index in left]
         if left:

@@ -9,7 +9,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -36,31 +36,22 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
-from ..drafting.draft_length import DraftCosts
-from ..drafting.router import DraftRouter
-from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
 from ..engine.private_names import allowed_tokens, pad_token_id
 from ..engine.prompt import Prompt
-from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
-from ..heads.draft_head import DraftHead
 from ..heads.safety_head import SafetyHead
-from .assistant import check_assistant
+from .assistant import Draft, check_assistant
 from .attachment import find_threshold
-from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
 from .prompts import check_prompts, check_right_padding
 from .quality import find_digit_ids
 from .support import max_context
-from .watch import Watch
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
-LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
-SOON = 256  # new tokens that a call is measured for: most answers end long before they may get no longer
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 STATIC = {name for name in ALL_STATIC_CACHE_IMPLEMENTATIONS if "offloaded" not in name}
 STATEFUL = (
@@ -75,7 +66,7 @@ STATEFUL = (
 
 def check_request(
     model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
+    draft: Draft,
     policy: SafeSpecConfig,
     prompt_ids: Tensor,
     *,
@@ -83,14 +74,13 @@ def check_request(
     processors: LogitsProcessorList,
     model_kwargs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    assistant_tokenizer: PreTrainedTokenizerBase | None,
     is_streamed: bool,
 ) -> tuple[Tensor, Prompt | None]:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
-        tokenizer, assistant_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The target's, and the draft's if that was given.
+        draft ([`Draft`]): What drafts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
 
     Returns:
         `tuple`: A `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding. And what the
@@ -100,7 +90,6 @@ def check_request(
         UnsupportedRequestError: Says what can't be kept, and what to do instead.
     """
     num_rows = prompt_ids.shape[0]
-    check_generation_config(config)
     is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
     check_right_padding(model, is_real, config.max_length - prompt_ids.shape[1])
     check_processors(processors)
@@ -108,20 +97,20 @@ def check_request(
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
     if policy.compile:
         check_compiler(input_device(model))
-        for each in (model, assistant):
+        for each in (model, None if draft.make_drafter else draft.model):
             if each is not None and is_recurrent(each):
                 raise UnsupportedRequestError(
                     f"`compile=True` can't be kept: the recurrent layers of {type(each).__name__} are read in parts, "
                     "which compiled code does not allow. Leave `compile` out."
                 )
-    if policy.candidate_source == "draft" and (assistant is None or isinstance(assistant, DraftHead)):
+    if policy.candidate_source == "draft" and not draft.writes:
         raise UnsupportedRequestError(
-            "`candidate_source='draft'` needs an `assistant_model` that can write by itself, but it is "
-            f"{'none' if assistant is None else 'a draft head'}."
+            "`candidate_source='draft'` needs an `assistant_model` that can write the target's tokens by itself, but "
+            f"it is {draft.title}."
         )
     if policy.verification == "segment":
-        check_segment_mode(assistant, config, tokenizer, model.config.get_text_config().vocab_size)
-    check_assistant(model, assistant, tokenizer, assistant_tokenizer)
+        check_segment_mode(draft, config, tokenizer, model.config.get_text_config().vocab_size)
+    check_assistant(model, draft, tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and pad_token_id(config) is None:
@@ -130,7 +119,7 @@ def check_request(
 
 
 def check_segment_mode(
-    assistant: PreTrainedModel | None, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    draft: Draft, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Raises unless there is a draft that can write whole segments, and digits to grade them with.
 
@@ -138,8 +127,8 @@ def check_segment_mode(
         UnsupportedRequestError: Says what is missing.
     """
     is_lookup = config.prompt_lookup_num_tokens is not None
-    if is_lookup or assistant is None or isinstance(assistant, DraftHead):
-        found = "prompt lookup" if is_lookup else "none" if assistant is None else "a draft head"
+    if is_lookup or not draft.writes:
+        found = "prompt lookup" if is_lookup else draft.title
         raise UnsupportedRequestError(
             "`verification='segment'` needs an `assistant_model` that is a language model, which can write a whole "
             f"segment by itself, but the draft is {found}. Pass such a model, or use `verification='token'`."
@@ -168,14 +157,12 @@ def check_generation_config(config: GenerationConfig) -> None:
         ("cache_implementation", (None, "dynamic", *STATIC), "the default, a dynamic cache, or a static one"),
         ("prefill_chunk_size", (None,), "one prefill"),
         ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
-        ("assistant_early_exit", (None,), "`assistant_model`"),
-        ("use_mtp", (None, False), "`assistant_model`"),
-        ("speculation_type", (None,), "`assistant_model`"),
+        ("speculation_type", (None, "dflash"), "`assistant_model`, or 'dflash'"),
         ("is_assistant", (None, False), "the guarded model as the target"),
     ):
         value = getattr(config, name, None)  # not every release of transformers has all of them
         refused.append((value not in neutral, name, value, instead))
-    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"):
         value = getattr(config, name)
         refused.append((value is not None and value < 1, name, value, "an integer >= 1"))
     for is_refused, name, value, instead in refused:
@@ -262,41 +249,6 @@ def make_rows(
     ]
 
 
-def make_drafting(
-    model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
-    config: GenerationConfig,
-    policy: SafeSpecConfig,
-    num_rows: int,
-    num_context: int = SOON,
-) -> DraftRouter:
-    """Prompt lookup if it is asked for, else the draft model if there is one, beside which a lookup costs nothing.
-
-    `num_context`: tokens that a row will have about.
-    """
-    is_by_token = policy.verification == "token"
-    if config.prompt_lookup_num_tokens is not None:
-        assistant, ngram_size = None, config.max_matching_ngram_size or 2
-    else:
-        ngram_size = LOOKUP_SIZE if assistant is not None and policy.lookup_drafts and is_by_token else 0
-    is_adaptive = policy.adaptive_drafts and is_by_token and (assistant is not None or ngram_size > 0)
-    return DraftRouter(
-        assistant,
-        num_rows=num_rows,
-        vocab_size=model.config.get_text_config().vocab_size,
-        max_matching_ngram_size=ngram_size,
-        do_sample=bool(config.do_sample),
-        costs=draft_costs(model, assistant, policy, num_rows, num_context) if is_adaptive else None,
-        takes_trees=takes_trees(model),
-    )
-
-
-def make_watch(drafter: DraftRouter) -> Watch | None:
-    """Where costs were measured, what plain steps take is known."""
-    costs = drafter.costs
-    return Watch(costs.target.at) if isinstance(costs, MeasuredCosts) else None
-
-
 def make_plan(
     model: PreTrainedModel,
     policy: SafeSpecConfig,
@@ -342,35 +294,6 @@ def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int
     if seed is not None or not do_sample:
         return [seed or 0] * num_rows
     return torch.randint(2**31, (num_rows,)).tolist()
-
-
-def draft_costs(
-    model: PreTrainedModel, assistant: PreTrainedModel | None, policy: SafeSpecConfig, num_rows: int, num_context: int
-) -> DraftCosts:
-    """Costs by the seconds that forwards take, or by the weights that they read.
-
-    A forward over few tokens spends most of its time on reading weights, but not on every machine.
-    """
-    if policy.costs == "measured" and is_timed(model, num_read(model)):
-        return measure_costs(
-            model,
-            assistant,
-            num_rows=num_rows,
-            num_context=num_context,
-            layers=[] if not isinstance(assistant, DraftHead) else list(assistant.config.hidden_layers or []),
-            how={"pack_weights": policy.pack_weights, "compile": policy.compile},
-        )
-    return DraftCosts(draft=0.0 if assistant is None else num_read(assistant) / num_read(model))
-
-
-def num_read(model: PreTrainedModel) -> int:
-    """Weights that a forward reads: all but the rows of the embeddings."""
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    num = sum(weight.numel() for weight in model.parameters() if id(weight) not in embedded - multiplied)
-    if isinstance(model, DraftHead):
-        num += model.config.draft_vocab_size * model.config.hidden_size
-    return max(num, 1)
 
 
 def other_criteria(criteria: StoppingCriteriaList, max_length: int) -> StoppingCriteriaList:

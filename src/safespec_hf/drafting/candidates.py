@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from ..engine.evaluating import evaluating
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts
-from .drafters import Proposal
+from .drafters import Proposal, num_common
 from .router import DraftRouter
 
 
@@ -103,7 +102,7 @@ class SafeSpecCandidateGenerator(CandidateGenerator):
         rows = [self._as_row(index, ids) for index, ids in enumerate(input_ids)]
         if self._last_ids:
             pairs = zip(self._last_ids, rows, strict=True)
-            self._router.keep([min(_common_prefix(old, row.prompt), len(row.prompt) - 1) for old, row in pairs])
+            self._router.keep([min(num_common(old, row.prompt), len(row.prompt) - 1) for old, row in pairs])
         # before drafting, so that a call that is broken off is known about as well
         self._last_ids = [row.prompt for row in rows]
         with evaluating(self._router.models):
@@ -137,8 +136,3 @@ def _log_probs(proposal: Proposal, num: int) -> Tensor | None:
     starts = [most - len(tokens) for tokens in proposal.drafts]
     rows = zip(proposal.probs_BGV, starts, strict=True)
     return torch.stack([probs_GV[start : start + num] for probs_GV, start in rows]).log()
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -79,6 +79,16 @@ class ModelDrafter:
         self._starts: list[int] = []
 
     @property
+    def network(self) -> PreTrainedModel:
+        """What drafts."""
+        return self.cached.model
+
+    @property
+    def num_forwards(self) -> int:
+        """Its forwards so far."""
+        return self.cached.usage.num_forwards
+
+    @property
     def layers(self) -> list[int]:
         """The target's hidden states that `observe` needs."""
         return []
@@ -104,7 +114,7 @@ class ModelDrafter:
             guesses = self._write(rows, blocks, max(nums))
         # a tree's mask grows with the block, and the first one holds the whole prompt
         has_others = self.num_others > 0 and all(row.tokens for row in rows)
-        return self._propose(guesses, nums, has_others)
+        return self._propose(rows, guesses, nums, has_others)
 
     def write(self, rows: Sequence[Row], num_tokens: Sequence[int], is_whole: IsWhole) -> list[list[int]]:
         """Goes on with each row until that is enough, or has `num_tokens[row]` tokens; whatever it costs.
@@ -152,17 +162,20 @@ class ModelDrafter:
 
     def _divide(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """What each row has to read first, nothing if it sits this round out, and how many drafts it gets."""
-        rooms = [self.num_positions + 1 - row.num_context for row in rows]
+        lengths = [self._num_context(index, row) for index, row in enumerate(rows)]
+        rooms = [self.num_positions + 1 - length for length in lengths]
         blocks = [self._unread(index, row) if rooms[index] > 0 else [] for index, row in enumerate(rows)]
         triples = zip(blocks, rooms, num_tokens, strict=True)
         nums = [min(room, num) if block else 0 for block, room, num in triples]
         # all rows take as many steps, and in uneven batches a row can have columns that hold no token of it
         while sum(map(bool, blocks)) > 1 and self._num_columns(blocks) + max(nums) - 1 > self.num_positions:
-            longest = max(
-                (index for index, block in enumerate(blocks) if block), key=lambda row: rows[row].num_context
-            )
+            longest = max((index for index, block in enumerate(blocks) if block), key=lengths.__getitem__)
             blocks[longest], nums[longest] = [], 0
         return blocks, nums
+
+    def _num_context(self, index: int, row: Row) -> int:
+        """How many tokens a row's context has for it."""
+        return row.num_context
 
     def _unread(self, index: int, row: Row) -> list[int]:
         """The context tokens that it has not read yet; none if it does not know one of them."""
@@ -252,7 +265,9 @@ class ModelDrafter:
         )
         return Guesses(tokens_BS if to_token is None else to_token[tokens_BS], chances_BS, None)
 
-    def _propose(self, guesses: Sequence[Guesses], nums: Sequence[int], has_others: bool) -> Proposal:
+    def _propose(
+        self, rows: Sequence[Row], guesses: Sequence[Guesses], nums: Sequence[int], has_others: bool
+    ) -> Proposal:
         tokens_BGS = torch.stack([guess.tokens_BS for guess in guesses], 1).tolist()
         if not self.length.is_adaptive and not self.do_sample:
             return Proposal(_firsts(tokens_BGS, nums))

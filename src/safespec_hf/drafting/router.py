@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,12 +12,18 @@ from ..engine.cache import CachedModel
 from ..heads.draft_head import DraftHead
 from .draft_length import DraftCosts, DraftLength, Pace
 from .drafters import Drafter, Found, Proposal, fill_gaps
+from .foreign import ForeignDrafter, SharedTokensDrafter
 from .head import HeadDrafter
 from .lookup import LookupDrafter
 from .model import IsWhole, ModelDrafter
+from .states import StatesDrafter
+from .translation import TokenizerPair
 
 NUM_OTHERS = 3
 """Guesses for a token that may be verified beside the draft's first one."""
+
+
+MakeDrafter = Callable[[int, DraftLength], StatesDrafter]
 
 
 class DraftRouter:
@@ -31,6 +37,8 @@ class DraftRouter:
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
         takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
+        tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
+        make_drafter (`Callable`, *optional*): Makes what drafts instead, for so many rows.
     """
 
     def __init__(
@@ -43,6 +51,8 @@ class DraftRouter:
         do_sample: bool = False,
         costs: DraftCosts | None = None,
         takes_trees: bool = False,
+        tokenizers: TokenizerPair | None = None,
+        make_drafter: MakeDrafter | None = None,
     ):
         self.vocab_size = vocab_size
         self.num_plain_rounds = 0
@@ -50,11 +60,18 @@ class DraftRouter:
         self._pace = Pace(self.costs)
         length = DraftLength(self._pace, is_adaptive)
         num_others = NUM_OTHERS if takes_trees and is_adaptive else 0
-        self.model: ModelDrafter | None = None
-        if isinstance(assistant_model, DraftHead):
+        self.model: ModelDrafter | StatesDrafter | None = None
+        if make_drafter is not None:
+            self.model = make_drafter(num_rows, length)
+        elif isinstance(assistant_model, DraftHead):
             # its likeliest guesses, several for a token, are what the target draws more often than one that it draws
             do_sample = do_sample and num_others == 0
             self.model = HeadDrafter(assistant_model, num_rows, length, vocab_size, do_sample, num_others)
+        elif assistant_model is not None and tokenizers is not None:
+            if do_sample and vocab_size is not None and tokenizers.shared.target:
+                self.model = SharedTokensDrafter(assistant_model, num_rows, length, tokenizers, vocab_size)
+            else:
+                self.model = ForeignDrafter(assistant_model, num_rows, length, tokenizers)
         elif assistant_model is not None:
             # drafts that were sampled are accepted one after the other
             num_others = 0 if do_sample else num_others
@@ -65,7 +82,14 @@ class DraftRouter:
             self.lookup = LookupDrafter(max_matching_ngram_size, num_rows, lookup_length)
         self._drafters: list[Drafter] = [drafter for drafter in (self.model, self.lookup) if drafter is not None]
         self._last: Proposal = Proposal([])
+        self.is_heuristic = False
+        self._num_more = 0  # drafts that a round may have beside those of the first
         self._num_steps = 0  # forwards of the draft model for it
+
+    def attach(self, target: CachedModel) -> None:
+        """Takes note of the target with its cache, before it has read anything: some read what it keeps."""
+        if isinstance(self.model, StatesDrafter):
+            self.model.attach(target)
 
     @property
     def layers(self) -> list[int]:
@@ -75,12 +99,12 @@ class DraftRouter:
     @property
     def models(self) -> list[PreTrainedModel]:
         """The draft model or head, to be run in [`evaluating`]: dropout would belie the distributions."""
-        return [] if self.model is None else [self.model.cached.model]
+        return [] if self.model is None else [self.model.network]
 
     @property
     def num_forwards(self) -> int:
         """Forwards of the draft model or head."""
-        return 0 if self.model is None else self.model.cached.usage.num_forwards
+        return 0 if self.model is None else self.model.num_forwards
 
     def sampler(self, index: int, row: Row, num_tokens: int) -> CachedModel | None:
         """A draft model that can write so many tokens after the context of a row by itself, if there is one.
@@ -94,8 +118,17 @@ class DraftRouter:
 
     def write(self, rows: Sequence[Row], num_tokens: Sequence[int], is_whole: IsWhole) -> list[list[int]]:
         """What the draft model goes on with, at most `num_tokens[row]` tokens; see [`ModelDrafter`]."""
-        assert self.model is not None
+        assert isinstance(self.model, ModelDrafter)
         return self.model.write(rows, num_tokens, is_whole)
+
+    def most(self, num_tokens: int) -> int:
+        """How many drafts the next round may have, where the first one might have `num_tokens`.
+
+        By the heuristic of transformers there are two more after a round whose drafts were all accepted, and one less
+        after others.
+        """
+        self._num_more = max(self._num_more, 1 - num_tokens)
+        return num_tokens + self._num_more
 
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> Proposal:
         """At most `num_tokens[row]` drafts for each row, from whatever promises more: the lookup or the model."""
@@ -122,6 +155,9 @@ class DraftRouter:
 
     def record(self, paths: Sequence[Sequence[int]]) -> None:
         """Learns which of each row's drafts the target accepted."""
+        if self.is_heuristic and any(self._last.drafts):
+            pairs = zip(self._last.drafts, paths, strict=False)
+            self._num_more += 2 if all(len(path) == len(drafts) for drafts, path in pairs) else -1
         costs = self._pace.costs
         widest = max(map(len, self._last.drafts), default=0)
         num_tokens = 1 + sum(map(len, paths)) / max(len(paths), 1)

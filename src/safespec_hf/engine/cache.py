@@ -298,18 +298,12 @@ class CachedModel:
         lengths = self.columns.lengths
         fork.columns, fork._read = Columns.filled(num_copies, lengths[row]), [self._read[row]] * num_copies
         fork._after = None if self._after is None else self._after.select([row] * num_copies)
-        for index, states in enumerate(self.states_of(row)):
-            _set_layer(fork.cache, index, [state.expand(num_copies, -1, -1, -1) for state in states])
+        for layer in range(len(self.cache.layers)):
+            states = self.states_of(row, layer)
+            _set_layer(fork.cache, layer, [state.expand(num_copies, -1, -1, -1) for state in states])
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, lengths, fork.cache)
         return fork
-
-    def states_of(self, row: int) -> list[list[Tensor]]:
-        """For each layer, a row's states that have columns, without holes."""
-        columns = self.columns.of(row)
-        return [
-            [_columns(state[row : row + 1], columns) for state in column_states(layer)] for layer in self.cache.layers
-        ]
 
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
         """Row `row` becomes row `other_row` of another batch, which began as its copies."""
@@ -325,6 +319,11 @@ class CachedModel:
         if self.recurrent is not None and other.recurrent is not None:
             self.recurrent.replace(row, other.recurrent, other_row)
         self._read[row] = other._read[other_row]
+
+    def states_of(self, row: int, layer: int) -> list[Tensor]:
+        """What a layer keeps of a row's tokens, one column each: keys and values of shape `(1, H, L, C)`."""
+        columns = self.columns.of(row)
+        return [_columns(state[row : row + 1], columns) for state in column_states(self.cache.layers[layer])]
 
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""

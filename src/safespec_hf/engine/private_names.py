@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import accelerate
 import torch
@@ -31,6 +31,8 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..errors import SafeSpecError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # --- transformers: configs
 
@@ -136,6 +138,13 @@ class GenerateSteps(_Generating):
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The dictionary of a module's own buffers itself, which another thread may add to."""
     return module._buffers
+
+
+def shell_of(module: Module) -> Module:
+    """The module itself, hooks and weights included, but what is put into it is not put into the original."""
+    shell = object.__new__(type(module))
+    vars(shell).update(vars(module), _modules=dict(module._modules))
+    return shell
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
@@ -256,6 +265,7 @@ NAMES = (
     PrivateName("transformers.GenerationMixin", "_extract_generation_mode_kwargs", lambda: GenerationMixin),
     PrivateName("transformers.GenerationMixin", "_validate_generation_mode", lambda: GenerationMixin),
     PrivateName("torch.nn.Module", "_buffers", nn.Module),
+    PrivateName("torch.nn.Module", "_modules", nn.Module),
     PrivateName("torch.nn.Module", "_forward_pre_hooks", nn.Module),
     PrivateName("torch.nn.Module", "_compiled_call_impl", nn.Module),
     PrivateName("torch.nn.Module", "_call_impl", nn.Module),

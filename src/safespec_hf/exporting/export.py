@@ -176,7 +176,7 @@ def _check_exportable(model: GuardedModel, draft: PreTrainedModel | None, light:
     elif isinstance(draft, DraftHead):
         draft.bind(model, model.safety.ignore_mismatches)
     else:
-        check_assistant(model, draft, tokenizer)
+        check_assistant(model, Draft(draft), tokenizer)
     return tokenizer
 
 

@@ -223,7 +223,7 @@ class DraftHead(StrictModel):
         self.output.weight = matrices[1][rows].to(own)
         bias = getattr(outputs, "bias", None)
         self.output.bias = None if bias is None else bias[rows].to(own)
-        self.rope_P2C = _rope_table(self.config).to(own)
+        self.rope_P2C = rope_table(self.config).to(own)
         return self
 
     def forward(
@@ -362,10 +362,12 @@ def _build_mask(attention_mask: Tensor | None, num_new: int, length: int, device
     return ((causal_TL & attention_mask.bool()[:, None]) | causal_TL.triu(past))[:, None]
 
 
-def _rope_table(config: DraftHeadConfig) -> Tensor:
+def rope_table(config: DraftHeadConfig, frequencies: list[float] | None = None, scale: float = 1.0) -> Tensor:
+    """Cosines and sines of every position, of shape `(P, 2, C)`."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles_PC = torch.arange(config.max_position_embeddings)[:, None] * config.rope_theta**-half
-    cos_PC, sin_PC = angles_PC.cos(), angles_PC.sin()
+    speeds = config.rope_theta**-half if frequencies is None else torch.tensor(frequencies, dtype=torch.float64)
+    angles_PC = torch.arange(config.max_position_embeddings)[:, None] * speeds
+    cos_PC, sin_PC = scale * angles_PC.cos(), scale * angles_PC.sin()
     return torch.stack([torch.cat([cos_PC, cos_PC], 1), torch.cat([-sin_PC, sin_PC], 1)], dim=1)
 
 
