@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
 from ..config import SafeSpecConfig
-from ..decoding.assistant import as_draft, check_assistant
+from ..decoding.assistant import Draft, as_draft, check_assistant
 from ..decoding.doors import choose_policy
 from ..errors import SafeSpecError, UnsupportedRequestError
 from ..heads.card import check_license, is_unedited
