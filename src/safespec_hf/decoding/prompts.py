@@ -169,9 +169,7 @@ def _check_first(model: Any, given: Given, inputs: Mapping[str, Any]) -> None:
     expected["input_ids"] = given.ids if embedded is None else None
     for name, value in expected.items():
         found = inputs.get(name)
-        is_same = found is None if value is None else isinstance(found, Tensor) and found.shape == value.shape
-        if is_same and value is not None:
-            is_same = bool((found == value.to(found.device)).all())
+        is_same = found is None if value is None else _is_equal(found, value)
         if not is_same and not (name == "attention_mask" and found is None):
             changed.append(name)
     refuse_changed(model, changed)
