@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_target
+from .adapters import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Attachment:
         always (`bool`): Every `generate` is guarded.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): For calls that bring none of their own.
         ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
+        weights ([`Weights`], *optional*): A glance at the target's weights and adapters when the head was attached.
     """
 
     head: SafetyHead
@@ -28,6 +30,7 @@ class Attachment:
     always: bool
     tokenizer: PreTrainedTokenizerBase | None
     ignore_mismatches: tuple[str, ...]
+    weights: Weights | None = None
 
     @property
     def risk_threshold(self) -> float:

@@ -32,9 +32,12 @@ from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
+from .adapters import warn_of_changes
 from .attachment import Attachment
 from .loop import Decoder
 from .plan import Plan, check_context
+from .processes import agree
+from .proof import check_weights, prove
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
 from .segment_mode import SegmentDecoder
 
@@ -67,6 +70,7 @@ class GuardedCall:
         **model_kwargs: Any,
     ) -> SafeSpecOutput | Tensor:
         self.has_run = True
+        check_weights(model)
         attachment: Attachment = model._safespec
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
@@ -77,6 +81,7 @@ class GuardedCall:
             tokenizer,
             config=generation_config,
             processors=logits_processor,
+            criteria=stopping_criteria,
             model_kwargs=model_kwargs,
         )
         plan = make_plan(
@@ -111,12 +116,13 @@ class GuardedCall:
 
     def _check(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         tokenizer: PreTrainedTokenizerBase,
         *,
         config: GenerationConfig,
         processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
         model_kwargs: dict[str, Any],
     ) -> list[Row]:
         """Raises unless the request can be kept; gives an empty answer for each prompt."""
@@ -132,6 +138,9 @@ class GuardedCall:
             assistant_tokenizer=self.assistant_tokenizer,
             is_streamed=self.streamer is not None,
         )
+        prove(model)  # again where it is another one than when its head was attached: loaded since, or recast
+        warn_of_changes(model._safespec.weights, model)
+        agree(model, criteria, [input_ids, is_real, config, self.policy, self.num_assistant_tokens])
         return make_rows(
             input_ids.to(input_device(model)),
             is_real,
