@@ -31,6 +31,7 @@ class CandidateScores:
         log_probs (`list[float]`): Mean log-probability of each segment's tokens, in nats.
         states (`list[torch.Tensor]`): All tapped states that were read for each segment, each of shape `(T, F)`.
         given_up (`set[int]`): Safe segments that `watch` said can't be chosen.
+        watched (`list[float]`): Risk of each segment as `watch` had found it, if `read` came after it.
         seconds (`float`): Host time that the head took.
     """
 
@@ -45,11 +46,12 @@ class CandidateScores:
         self.log_probs: list[float] = []
         self.states: list[Tensor] = []
         self.given_up: set[int] = set()
+        self.watched: list[float] = []
         self.seconds = 0.0
         self._log_probs_KV: Tensor | None = None
 
     def read(self, segments: Sequence[Sequence[int]], num_waiting: int, output: BlockOutput) -> None:
-        """Takes one forward over whole segments.
+        """Takes one forward over whole segments, in the context that they would stand in.
 
         Args:
             segments (`Sequence[Sequence[int]]`): The segments.
@@ -57,7 +59,7 @@ class CandidateScores:
             output ([`BlockOutput`]): Of the forward, aligned to the right.
         """
         assert output.hidden_BTF is not None
-        self.segments = segments
+        self.segments, self.watched = segments, self.worst()
         sizes = [num_waiting + len(tokens) for tokens in segments]
         self.states = [states_TF[-size:] for states_TF, size in zip(output.hidden_BTF, sizes, strict=True)]
         self.risks, self.pooled = [[] for _ in segments], [torch.empty(0) for _ in segments]
@@ -104,8 +106,9 @@ class CandidateScores:
         return [open_ and safe[k] and worst[k] <= bound for k, open_ in enumerate(is_open)]
 
     def worst(self) -> list[float]:
-        """The highest risk along each segment; an unknown one is higher than any, as is that of an empty segment."""
-        return [worst_risk(risks) for risks in self.risks]
+        """The highest risk found along each segment; an unknown one is higher than any, as is that of an empty one."""
+        worst = [worst_risk(risks) for risks in self.risks]
+        return [worst_risk(pair) for pair in zip(worst, self.watched, strict=True)] if self.watched else worst
 
     def count(self, max_tokens: int) -> tuple[int, int]:
         """How many segments are safe to their end, and how many unsafe; of the others that is not known.
