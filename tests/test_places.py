@@ -97,28 +97,28 @@ def test_a_model_may_be_recast_after_its_head_was_attached(recast, has_draft, to
     assert len(proof._proven) >= 2
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: model.compile(backend="eager") or model])
-def test_a_model_that_was_used_is_copied_or_compiled_in_place(make, tokenizer):
+def test_a_model_that_was_used_is_copied(tokenizer):
     model = attach(build_model(), tokenizer)
     assert agrees(model)
-    assert agrees(make(model), perturb(build_model()))
+    assert agrees(copy.deepcopy(model), perturb(build_model()))
 
 
 def test_threads_with_and_without_the_guard_do_not_hear_each_other(tokenizer):
-    model, draft = build_model(), perturb(build_model())
-    expected = model.generate(PROMPT, **GREEDY)
+    model = build_model()
+    plain = model.generate(PROMPT, **GREEDY)
     attach_safety_head(model, build_noisy_head(model, 0.8), tokenizer=tokenizer)
-    recovered = model.generate(PROMPT, **GREEDY, safespec=POLICY)
-    assert not torch.equal(recovered, expected)
+    drafts = (None, perturb(model), build_draft_head(model))
 
     def answer(number):
         if number % 2:
-            return torch.equal(model.generate(PROMPT, **GREEDY), expected)
-        drafts = (None, draft, build_draft_head(model))[number // 2 % 3]
-        return torch.equal(model.generate(PROMPT, **GREEDY, assistant_model=drafts, safespec=POLICY), recovered)
+            return model.generate(PROMPT, **GREEDY)
+        return model.generate(PROMPT, **GREEDY, assistant_model=drafts[number // 2 % 3], safespec=POLICY)
 
+    alone = [answer(number) for number in range(6)]
+    assert not torch.equal(alone[0], plain)
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(answer, range(12)))
+        found = pool.map(answer, range(18))
+        assert all(torch.equal(each, alone[number % 6]) for number, each in enumerate(found))
 
 
 def test_a_data_parallel_wrapper_says_where_the_head_goes(target, never):
@@ -169,8 +169,8 @@ def test_an_unchanged_model_says_nothing(guarded, warnings):
     guarded_call(guarded)
     with lora(guarded).disable_adapter():
         guarded_call(guarded)
-    guarded.half()
-    guarded_call(guarded)
+        guarded.half()
+        guarded_call(guarded)
     assert warnings == []
 
 
