@@ -44,7 +44,8 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> dict[int, Piece]:
     texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     likely = {token: data for token, text in enumerate(texts) if (data := broken_bytes(text)) is not None}
     # letters of the byte alphabet are letters too: only decoding tells whether they stand for bytes here
-    decoded = tokenizer.batch_decode([[token] for token in likely])
+    # of an empty batch, transformers 5.16 makes one empty text
+    decoded = tokenizer.batch_decode([[token] for token in likely]) if likely else []
     return {
         token: read_piece(data)
         for (token, data), text in zip(likely.items(), decoded, strict=True)
