@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: env demo test test-min lint check doctest docs format bench bench-invariants clean
+.PHONY: env demo test test-min test-surfaces peer lint check doctest docs format bench bench-invariants clean
 .DEFAULT_GOAL := env
 
 env: .venv/.stamp
@@ -44,6 +44,15 @@ OLDEST_TORCH        ?= $(TORCH)
 
 test-min: .venv-min/.stamp
 	.venv-min/bin/python -m pytest -q -n auto --maxprocesses 4
+
+# An exported model in lm-evaluation-harness, `transformers serve` and others' code: some minutes.
+test-surfaces: env
+	$(PIP) "$(TORCH)" -e ".[surfaces]"
+	SAFESPEC_SURFACES=1 $(BIN)/python -m pytest -q tests/exporting/test_surfaces.py
+
+# transformers' own generation tests, guarded: some minutes, and a network for their files the first time.
+peer: env
+	$(BIN)/python benchmarks/peer.py
 
 doctest: env
 	$(BIN)/python -m pytest -q --doctest-modules src

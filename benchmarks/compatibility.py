@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/compatibility.py              # all, about half an hour on one core
     .venv/bin/python benchmarks/compatibility.py llama gpt2   # some
+    .venv/bin/python benchmarks/compatibility.py "gemma3 with images"
     .venv/bin/python benchmarks/compatibility.py --missing    # those without results, such as after an interrupt
     .venv/bin/python benchmarks/compatibility.py --write      # none: only the table in docs/compatibility.md
 
@@ -12,6 +13,8 @@ For each, in float32, a cell for everything that is asked of it:
 - *batch*: all of that in a batch of three prompts of different lengths, each row as the model alone says it;
 - *sampling*: what is sampled with a seed is the same with drafts and without;
 - *rollback*: forced flags are survived; *clean*: no token at or above the threshold came back.
+
+An architecture `with images` has one in each prompt: what it says must be what plain `generate` says.
 
 What can't be guarded has to be refused when a head is attached: what fails later, or says something else, is WRONG.
 All of it is written to `benchmarks/results/compatibility.json` as it comes, and from there to docs/compatibility.md.
@@ -44,12 +47,14 @@ from safespec_hf.engine.mixers import mixers_of
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny
 from architectures import NAMES, build_architecture
+from vision import VISION, build_vision, look
 
 ROOT = Path(__file__).parent.parent
 
 THEIRS = (*FAILURES, ImportError, OSError)
 """What the code of a model raises that can't be built small, or answer: that says nothing about us."""
 PROMPT_LENGTHS, NUM_TOKENS = (10, 7, 4), 16
+IMAGES = " with images"
 SECONDS = 120
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -61,18 +66,30 @@ RECOVERING = SafeSpecConfig(max_segment_tokens=5, num_candidates=2, reflection=t
 Outcome = dict[str, Any]
 
 
-def batch() -> tuple[Tensor, Tensor]:
+Inputs = dict[str, Tensor]
+
+
+def build(name: str) -> tuple[PreTrainedModel, Inputs, list[Inputs]]:
+    """A model, a batch of prompts for it, and each of them alone."""
+    if name.endswith(IMAGES):
+        kind, lengths = name.removesuffix(IMAGES), [length + 6 for length in PROMPT_LENGTHS]
+        whole = look(kind, lengths)
+        parts = [{key: value.chunk(len(lengths))[row] for key, value in whole.items()} for row in range(len(lengths))]
+        for part in parts:  # without the padding
+            is_real = part["attention_mask"][0].bool()
+            part |= {key: value[:, is_real] for key, value in part.items() if value.shape[1:] == is_real.shape}
+        return build_vision(kind), whole, parts
+    model = build_architecture(name)
     ids = torch.randint(10, tiny.VOCAB_SIZE, (len(PROMPT_LENGTHS), max(PROMPT_LENGTHS)))
     mask = torch.stack([torch.arange(ids.shape[1]) >= ids.shape[1] - length for length in PROMPT_LENGTHS]).long()
-    return ids * mask, mask
+    pairs = zip(ids, PROMPT_LENGTHS, strict=True)
+    parts = [{"input_ids": row[-num:][None], "attention_mask": torch.ones(1, num).long()} for row, num in pairs]
+    return model, {"input_ids": ids * mask, "attention_mask": mask}, parts
 
 
-def answers_alone(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    prompts = [row[-length:][None] for row, length in zip(ids, PROMPT_LENGTHS, strict=True)]
-    return [
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)[0, prompt.shape[1] :]
-        for prompt in prompts
-    ]
+def answers(model: PreTrainedModel, inputs: Inputs, **arguments: Any) -> Tensor:
+    text: Tensor = model.generate(**inputs, **GREEDY, **arguments)
+    return text[:, inputs["input_ids"].shape[1] :]
 
 
 def check(name: str, outcomes: Any) -> Outcome:
@@ -82,9 +99,9 @@ def check(name: str, outcomes: Any) -> Outcome:
     """
     outcomes[name] = outcome("skipped", f"not built, or no plain answer, within {SECONDS} s")
     try:
-        model = build_architecture(name)
-        (ids, mask), draft, leafy = batch(), tiny.perturb(model), tiny.perturb(model, 0.03)
-        alone = answers_alone(model, ids)
+        model, whole, parts = build(name)
+        draft, leafy = tiny.perturb(model), tiny.perturb(model, 0.03)
+        alone = [answers(model, part)[0] for part in parts]
     except THEIRS as error:
         return outcome("skipped", f"not built, or plain generate fails: {type(error).__name__}: {error}")
     outcomes[name] = outcome("WRONG", f"guarded decoding crashed, or took more than {SECONDS} s")
@@ -93,7 +110,7 @@ def check(name: str, outcomes: Any) -> Outcome:
         attach_safety_head(model, tiny.build_head(model), tokenizer=tiny.build_tokenizer())
     except SafeSpecError as error:
         return outcome("refused", str(error))
-    cells = compare(model, ids, mask, alone, {"draft": draft, "trees": leafy}) | recover(model, ids, mask, draft)
+    cells = compare(model, whole, parts[0], alone, {"draft": draft, "trees": leafy}) | recover(model, whole, draft)
     wrong = [cell for cell in CELLS if not cells[cell]]
     return outcome("WRONG" if wrong else "identical", ", ".join(wrong) or how(model), cells)
 
@@ -110,7 +127,7 @@ def how(model: PreTrainedModel) -> str:
 
 
 def compare(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, alone: list[Tensor], drafts: dict[str, PreTrainedModel]
+    model: PreTrainedModel, whole: Inputs, first: Inputs, alone: list[Tensor], drafts: dict[str, PreTrainedModel]
 ) -> dict[str, bool]:
     """Guarded answers in every way of drafting, with what the model says to each prompt alone."""
     cells = dict.fromkeys(CELLS[:4], True)
@@ -123,23 +140,22 @@ def compare(
     for cell, extra in ways:
         # or else adaptive decoding finds that a draft as large as its target does not pay
         with tiny.cheap_drafts():
-            single = model.generate(ids[:1], attention_mask=mask[:1], **GREEDY, **extra)[:, ids.shape[1] :]
-            whole = model.generate(ids, attention_mask=mask, **GREEDY, **extra)[:, ids.shape[1] :]
+            single, batch = answers(model, first, **extra), answers(model, whole, **extra)
         cells[cell] &= torch.equal(single[0], alone[0])
-        cells["batch"] &= all(torch.equal(*pair) for pair in zip(whole, alone, strict=True))
+        cells["batch"] &= all(torch.equal(*pair) for pair in zip(batch, alone, strict=True))
     sampled = []
     for extra in ({}, {"prompt_lookup_num_tokens": 3}):
         torch.manual_seed(1)
         arguments = GREEDY | {"do_sample": True, "safespec": CONSTANT, **extra}
-        sampled.append(model.generate(ids[:1], attention_mask=mask[:1], **arguments))
+        sampled.append(model.generate(**first, **arguments))
     return cells | {"sampling": torch.equal(*sampled)}
 
 
-def recover(model: PreTrainedModel, ids: Tensor, mask: Tensor, draft: PreTrainedModel) -> dict[str, bool]:
+def recover(model: PreTrainedModel, whole: Inputs, draft: PreTrainedModel) -> dict[str, bool]:
     """Whether forced flags are survived, and nothing flagged comes back."""
     attach_safety_head(model, tiny.build_coin_head(model, 0.12, seed=0), tokenizer=tiny.build_tokenizer())
     arguments: dict[str, Any] = {**GREEDY, "safespec": RECOVERING, "return_dict_in_generate": True}
-    output = model.generate(ids, attention_mask=mask, assistant_model=draft, **arguments)
+    output = model.generate(**whole, assistant_model=draft, **arguments)
     threshold = model.safety.risk_threshold
     return {"rollback": any(output.events), "clean": not bool((output.risks >= threshold).any())}
 
@@ -220,7 +236,7 @@ def main() -> int:
     results: dict[str, Outcome] = {}
     if is_partial:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
-    names = [] if options.write else options.names or NAMES
+    names = [] if options.write else options.names or [*NAMES, *(kind + IMAGES for kind in VISION)]
     if options.missing:
         names = [name for name in names if name not in results or needs_run(results[name])]
 

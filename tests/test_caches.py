@@ -13,6 +13,7 @@ from transformers import (
 
 from safespec_hf import (
     SafeSpecConfig,
+    UnsupportedRequestError,
     attach_safety_head,
 )
 from safespec_hf.engine.cache import CACHE_NAME
@@ -141,3 +142,82 @@ def test_an_exception_inside_a_forward_leaves_layers_of_equal_length(guarded, ca
         guarded.generate(PROMPT, **{CACHE_NAME: cache}, max_new_tokens=24, do_sample=False, safespec=POLICY)
     assert len({layer.get_seq_length() for layer in cache.layers}) == 1
     assert cache.get_seq_length() == call + 1
+
+
+BATCH = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+MASK = (BATCH != 0).long()
+KINDS = ["llama", "sliding", "alternating", "gpt2"]
+
+
+def continued(model, output, mask, **arguments):
+    """The answers to a second turn, from the cache of the first."""
+    ids = torch.cat([output.sequences, torch.tensor([[15, 16]]).expand(len(output.sequences), -1)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+    cache = copy.deepcopy(output[CACHE_NAME]) if arguments.pop("with_cache") else None
+    given = {} if cache is None else {CACHE_NAME: cache}
+    return model.generate(ids, attention_mask=mask, **given, max_new_tokens=12, do_sample=False, **arguments)
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("num_new", [2, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_can_be_continued_from_the_cache_that_came_back(kind, num_new, implementation, tokenizer):
+    model = build_model(kind)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    arguments = {"attention_mask": MASK, "do_sample": False, "return_dict_in_generate": True}
+    arguments |= {"cache_implementation": implementation, "max_new_tokens": num_new}
+    arguments |= {} if implementation is None else {"max_cache_len": 40}
+    plain = model.generate(BATCH, **arguments)
+    output = model.generate(BATCH, **arguments, prompt_lookup_num_tokens=3, safespec=True)
+    assert [type(layer) for layer in output[CACHE_NAME].layers] == [type(layer) for layer in plain[CACHE_NAME].layers]
+    assert int(output[CACHE_NAME].get_seq_length()) == int(plain[CACHE_NAME].get_seq_length()) == 4 + num_new - 1
+    expected = continued(model, output, MASK, with_cache=False).tolist()
+    assert continued(model, output, MASK, with_cache=True).tolist() == expected
+    assert continued(model, output, MASK, with_cache=True, safespec=True).tolist() == expected
+
+
+def test_a_batchs_cache_ends_with_its_shortest_answer(tokenizer):
+    model = build_model()
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    arguments = {"attention_mask": MASK, "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    end = int(model.generate(BATCH, **arguments).sequences[0, 4 + 4])
+    output = model.generate(BATCH, **arguments, eos_token_id=end, safespec=True)
+    assert output.finish_reasons[0] == "eos"
+    length = int(output[CACHE_NAME].get_seq_length())
+    assert length < output.sequences.shape[1] - 1
+    sequences = output.sequences[:, : length + 1]
+    mask = torch.cat([MASK, MASK.new_ones(3, length + 1 - 4)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(
+            sequences[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE_NAME: output[CACHE_NAME]}
+        ).logits[:, -1]
+        expected = model(sequences, attention_mask=mask, position_ids=positions).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_windows_cache_is_not_continued_after_padding_between_tokens(tokenizer):
+    model, mask = build_model("sliding"), torch.tensor([[1, 1, 0, 1]])
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    cache = fill(model, 3, BATCH[:1])
+    with pytest.raises(UnsupportedRequestError, match="padding between tokens"):
+        model.generate(BATCH[:1], attention_mask=mask, **{CACHE_NAME: cache}, **SHORT, safespec=True)
+
+
+@pytest.mark.parametrize("quantile", [0.6, 0.9])
+def test_after_recoveries_a_batchs_cache_holds_what_the_caller_sees(target, tokenizer, quantile):
+    model = attach_safety_head(target, build_noisy_head(target, quantile), tokenizer=tokenizer)
+    arguments = {"attention_mask": MASK, "max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(BATCH, **arguments, safespec=POLICY)
+    assert any(output.events)
+    cache = output[CACHE_NAME]
+    length = cache.get_seq_length()
+    mask = torch.cat([MASK, MASK.new_ones(3, length - 4)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        states = model(output.sequences[:, :length], attention_mask=mask, position_ids=positions)[CACHE_NAME]
+    for ours, theirs in zip(cache.layers, states.layers, strict=True):
+        for row, num_padding in enumerate((2, 1, 0)):
+            torch.testing.assert_close(
+                ours.keys[row, :, num_padding:], theirs.keys[row, :, num_padding:], atol=1e-4, rtol=1e-4
+            )

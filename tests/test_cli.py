@@ -27,6 +27,7 @@ COMMANDS = [
     "make-judge",
     "evaluate",
     "report-evaluation",
+    "export",
     "push",
     "show",
 ]

@@ -55,6 +55,7 @@ COMMANDS = {
     "evaluate": ["--attacks", "{prompts}", "--out", "{new}/e.jsonl", "--target", "{target}", "--head", "{head}"],
     "report-evaluation": ["{answers}", "--out", "{new}"],
     "make-judge": ["--measured-on", "{data}", "--out", "{new}", "--embedder", "{target}"],
+    "export": ["{new}", "--target", "{target}", "--head", "{head}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
 }
@@ -139,6 +140,14 @@ OPTIONS = {
         "--limit": COUNTS,
         "--seed": SEEDS,
     },
+    "export": {
+        "--target": NO_MODELS,
+        "--dtype": CHOICES,
+        "--head": NO_HEADS,
+        "--draft": [name for name in NO_HEADS if name != "{target}"] + ["{head}"],
+        "--license": NO_LICENSES,
+        "--operating-point": ["x", "strict"],
+    },
     "report-evaluation": {"--out": NO_FOLDERS, "--judge": ["", "x", "a\0b", "{target}"]},
     "make-judge": {
         "--measured-on": [*NO_DATA, "{benign}", "{prompts}"],
@@ -161,6 +170,7 @@ ARGUMENTS = {
     "make-head": [NO_MODELS],
     "evaluate": [],
     "report-evaluation": [[*NO_DATA, "{data}"]],
+    "export": [[*NO_FOLDERS, "{target}"]],
     "push": [NO_HEADS, NO_IDS],
     "show": [NO_HEADS],
 }

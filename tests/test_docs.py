@@ -15,7 +15,9 @@ from typing import NamedTuple
 import pytest
 import typer
 from hub_server import TOKEN, serve_instead
+from tiny import attach, build_model
 
+from safespec_hf import SafetyHead, export_guarded
 from safespec_hf.cli import app
 from safespec_hf.defaults.default_target import DEFAULT_DRAFTS, DEFAULT_HEAD
 from safespec_hf.heads.hub import save_head
@@ -26,7 +28,15 @@ PAGES = [
     *sorted(path for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*.md")),
 ]
 RUN, SHELL, INERT = {"python"}, {"bash", "console"}, {"text", "mermaid", "json", "bibtex"}
-FOREIGN = {"hf", "bash", "cd", "mkdir", "pytest"}  # commands of others, whose options are theirs
+FOREIGN = {
+    "hf",
+    "transformers",
+    "lm_eval",
+    "bash",
+    "cd",
+    "mkdir",
+    "pytest",
+}  # commands of others, whose options are theirs
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```\s*$", re.MULTILINE | re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands
 
@@ -76,7 +86,7 @@ SHELL_COMMANDS = [
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch, head, draft, report, target_folder):
+def reader(tmp_path, monkeypatch, head, draft, report, target_folder, chat_tokenizer):
     """Puts the models on the Hub and the results of earlier commands into the folder, and goes there."""
     report["results"]["risk_threshold"] = head.config.risk_threshold
     save_head(head, tmp_path / "owner-head", report)
@@ -91,6 +101,10 @@ def reader(tmp_path, monkeypatch, head, draft, report, target_folder):
         for name, folder in [("target", target_folder), ("draft", "owner-draft"), ("head", "owner-head")]:
             files = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.is_file()}
             hub.put(f"owner/{name}", files)
+        guarded = attach(build_model(), chat_tokenizer, SafetyHead.from_pretrained(tmp_path / "owner-head"))
+        exported = export_guarded(guarded, tmp_path / "guarded")
+        files = [path for path in exported.rglob("*") if path.is_file()]
+        hub.put("owner/guarded", {path.relative_to(exported).as_posix(): path.read_bytes() for path in files})
         hub.repos["owner/head"].branches["v2"] = hub.repos["owner/head"].branches["main"]
         yield hub
 

@@ -348,3 +348,24 @@ def test_the_tokenizer_of_the_attachment_stays_the_default(flagging, tokenizer):
     assert given[0, -1] == 40
     assert own[0, -1] == tokenizer.unk_token_id
     assert flagging.safety.tokenizer is tokenizer
+
+
+def test_an_attached_draft_drafts_where_a_call_brings_none(target, never, draft, tokenizer):
+    model = attach_safety_head(target, never, tokenizer=tokenizer, draft=draft)
+    assert model.safety.draft is draft
+    constant = SafeSpecConfig(adaptive_drafts=False)
+    output = model.generate(PROMPT, **SHORT, safespec=constant, return_dict_in_generate=True)
+    assert output.statistics.num_draft_forwards > 0
+    assert torch.equal(output.sequences, model.generate(PROMPT, **SHORT))
+
+
+def test_a_draft_of_another_vocabulary_is_refused_when_it_is_attached(target, never, tokenizer):
+    other = build_model(vocab_size=20)
+    with pytest.raises(UnsupportedRequestError, match="vocabulary"):
+        attach_safety_head(target, never, tokenizer=tokenizer, draft=other)
+    assert type(target) is LlamaForCausalLM
+
+
+def test_only_a_model_can_be_attached_as_a_draft(target, never, tokenizer):
+    with pytest.raises(TypeError, match="transformers model"):
+        attach_safety_head(target, never, tokenizer=tokenizer, draft="owner/draft")

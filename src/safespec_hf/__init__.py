@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .drafting.candidates import SafeSpecCandidateGenerator
     from .errors import HeadFileError, HeadMismatchError, SafeSpecError, UnsupportedRequestError
+    from .exporting.export import export_guarded
     from .heads.draft_head import DraftHead, DraftHeadConfig
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
@@ -58,6 +59,7 @@ __all__ = [
     "attach_safety_head",
     "carried_risk",
     "detach_safety_head",
+    "export_guarded",
     "load_default",
     "load_default_draft",
     "load_default_head",
@@ -80,6 +82,7 @@ _HOMES = {
     ],
     "drafting.candidates": ["SafeSpecCandidateGenerator"],
     "errors": ["HeadFileError", "HeadMismatchError", "SafeSpecError", "UnsupportedRequestError"],
+    "exporting.export": ["export_guarded"],
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],

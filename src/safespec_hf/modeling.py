@@ -14,14 +14,23 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
 from .decoding.adapters import look_at
-from .decoding.assistant import as_draft
+from .decoding.assistant import as_draft, check_assistant
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
-from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
+from .decoding.doors import (
+    check_attachable,
+    check_keywords,
+    choose_draft,
+    choose_policy,
+    enter_own_repository,
+    keep_request,
+    num_assistant_tokens,
+)
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
-from .engine.private_names import GenerateSteps, check_private_names, is_stateful, mark_user_cache
+from .engine.private_names import GenerateSteps, check_private_names, mark_user_cache
 from .errors import UnsupportedRequestError
+from .heads.draft_head import DraftHead
 from .heads.safety_head import SafetyHead, check_target, check_usable
 from .heads.tokenizers import find_tokenizer
 from .outputs import SafeSpecOutput
@@ -44,6 +53,7 @@ def attach_safety_head(
     tokenizer: PreTrainedTokenizerBase | None = None,
     policy: SafeSpecConfig | None = None,
     always: bool = False,
+    draft: PreTrainedModel | None = None,
     ignore_mismatches: tuple[str, ...] = (),
     **hub_kwargs: Any,
 ) -> GuardedModel:
@@ -59,6 +69,8 @@ def attach_safety_head(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Default: the one beside the model.
         policy ([`SafeSpecConfig`], *optional*): What `safespec=True` means. Default: `SafeSpecConfig()`.
         always (`bool`, defaults to `False`): Guard every `generate`, with the default policy where none is given.
+        draft ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*):
+            What drafts in guarded calls that have neither an `assistant_model` nor another source of drafts.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
         hub_kwargs: For loading the head: `revision`, `token`, `cache_dir`, ...
@@ -96,12 +108,19 @@ def attach_safety_head(
     check_target(head, model, tokenizer, ignore_mismatches)
     check_usable(head, model)
     find_threshold(policy or SafeSpecConfig(), head)  # that there is none is told now
-    check_model(model)  # last, since it takes forwards
+    check_model(model)  # late, since it takes forwards
+    draft = as_draft(draft)
+    if isinstance(draft, DraftHead):
+        draft.bind(model, ignore_mismatches)
+    if tokenizer is not None:
+        check_assistant(model, draft, tokenizer)
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)
     looks = look_at(model)
-    guarded._safespec = Attachment(head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, looks)
+    guarded._safespec = Attachment(
+        head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, draft, weights=looks
+    )
     if not isinstance(model, GuardedModel):
         plain_class: Any = type(model)
         guarded.__class__ = guarded_class(plain_class)
@@ -198,6 +217,7 @@ class GuardedModel(GenerateSteps, _Model):
         Raises:
             SafeSpecError: Before the first forward, if the request can't be met safely.
         """
+        safespec = enter_own_repository(self.safety, safespec, kwargs)
         configs = (
             [self.generation_config] if generation_config is None else [generation_config, self.generation_config]
         )
@@ -208,7 +228,7 @@ class GuardedModel(GenerateSteps, _Model):
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs, configs)
         mark_user_cache(kwargs)
-        assistant = as_draft(kwargs.pop("assistant_model", None))
+        assistant = choose_draft(self.safety, self, kwargs, configs)
         num_tokens = num_assistant_tokens(kwargs, configs, assistant)
         call = GuardedCall(
             policy,
@@ -230,10 +250,9 @@ class GuardedModel(GenerateSteps, _Model):
         return _GuardedKwargs(kept, tokenizer=given.get("tokenizer")) if is_ours else kept
 
     def _validated_mode(self, mode: GenerationMode, config: GenerationConfig, kwargs: Any) -> GenerationMode:
-        # transformers' assisted decoding can't take recurrent states back; guarded decoding can
-        is_ours = isinstance(kwargs, _GuardedKwargs) and config.num_return_sequences == 1
-        is_refused = is_ours and is_stateful(self) and mode == GenerationMode.ASSISTED_GENERATION
-        return GenerationMode.GREEDY_SEARCH if is_refused else mode
+        # transformers' assisted decoding can't take recurrent states back, nor write several answers; ours can
+        is_ours = isinstance(kwargs, _GuardedKwargs) and mode == GenerationMode.ASSISTED_GENERATION
+        return GenerationMode.GREEDY_SEARCH if is_ours else mode
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
         """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""

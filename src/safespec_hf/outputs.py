@@ -150,8 +150,8 @@ class SafeSpecStatistics:
 class SafeSpecOutput(GenerateDecoderOnlyOutput):
     """Returned by `generate(..., safespec=..., return_dict_in_generate=True)`.
 
-    `scores`, `logits` and `cache`, before transformers 5.24 `past_key_values`, are as there; N is the number of new
-    tokens.
+    `scores`, `logits`, `attentions`, `hidden_states` and `cache`, before transformers 5.24 `past_key_values`, are as
+    there; N is the number of new tokens.
 
     Attributes:
         sequences (`torch.LongTensor` of shape `(batch, prompt + N)`): Prompt and answer.

@@ -26,24 +26,20 @@ SHORT = {"max_new_tokens": 8, "do_sample": False}
 
 REFUSED = {
     "num_beams": ({"num_beams": 2}, "beam"),
-    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+    "offloaded static cache": (
+        {"cache_implementation": "offloaded_static"},
+        "cache_implementation='offloaded_static'",
+    ),
     "paged cache": ({"cache_implementation": "paged"}, "paged"),
-    "no cache": ({"use_cache": False}, "use_cache=False"),
-    "right padding": ({"attention_mask": torch.tensor([[1, 1, 0]])}, "left"),
     "4-d mask": ({"attention_mask": torch.ones(1, 1, 3, 3)}, "must be 2D"),
     "longer mask": ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "must have the shape of `input_ids`"),
     "longer mask of ones": ({"attention_mask": torch.ones(1, 4)}, "attention_mask|position_ids"),
     "empty prompt": ({"attention_mask": torch.tensor([[0, 0, 0]])}, "padding"),
-    "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "Custom `position_ids`"),
     "custom_generate": ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
     "custom_generate repository": ({"custom_generate": "org/name"}, "custom_generate"),
     "assistant_tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
     "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
-    "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
-    "output_attentions": ({"output_attentions": True}, "output_attentions"),
-    "output_hidden_states": ({"output_hidden_states": True}, "output_hidden_states"),
-    "output_scores": ({"output_scores": True}, "output_scores"),
-    "output_logits": ({"output_logits": True}, "output_logits"),
     "prefill_chunk_size": ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
     "assistant_early_exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
     "guidance_scale": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
@@ -52,8 +48,8 @@ REFUSED = {
         "SynthIDTextWatermark",
     ),
     "unknown model argument": ({"token_type_ids": torch.zeros(1, 3)}, "token_type_ids"),
-    "static user cache": ({CACHE_NAME: "static"}, "must be a `DynamicCache`"),
-    "cache that is too long": ({CACHE_NAME: "long"}, "longer than the cache"),
+    "offloaded user cache": ({CACHE_NAME: "offloaded"}, "must be a `DynamicCache`"),
+    "cache that is too long": ({CACHE_NAME: "long"}, "each longer than the cache"),
 }
 
 
@@ -61,15 +57,14 @@ REFUSED = {
 @pytest.mark.parametrize("always_on", [False, True])
 def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, never, tokenizer, name, always_on):
     arguments, message = dict(REFUSED[name][0]), REFUSED[name][1]
-    if arguments.get(CACHE_NAME) == "static":
-        arguments[CACHE_NAME] = StaticCache(config=target.config, max_cache_len=16)
+    if arguments.get(CACHE_NAME) == "offloaded":
+        arguments[CACHE_NAME] = StaticCache(config=target.config, max_cache_len=16, offloading=True)
     elif arguments.get(CACHE_NAME) == "long":
         arguments[CACHE_NAME] = target(PROMPT, use_cache=True)[CACHE_NAME]
     model = attach_safety_head(target, never, tokenizer=tokenizer, always=always_on)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
-    prompt = {} if "inputs_embeds" in arguments else {"inputs": PROMPT}
     with pytest.raises(ValueError, match=message):
-        model.generate(**prompt, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
+        model.generate(PROMPT, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
 
 
 def test_a_draft_of_another_vocabulary_is_refused(guarded):
@@ -220,8 +215,8 @@ FIELDS = {
     "do_sample": ("same", False),
     "num_beams": ("refused", 2),
     "use_mtp": ("refused", True),
-    "use_cache": ("refused", False),
-    "cache_implementation": ("refused", "static"),
+    "use_cache": ("same", False),
+    "cache_implementation": ("same", "static"),
     "cache_config": ("same", {"nbits": 4}),
     "max_cache_len": ("same", 64),
     "temperature": ("same", 0.5),
@@ -249,10 +244,10 @@ FIELDS = {
     "guidance_scale": ("refused", 2.0),
     "watermarking_config": ("same", {"greenlist_ratio": 0.5, "bias": 4.0}),
     "num_return_sequences": ("same", 1),
-    "output_attentions": ("refused", True),
-    "output_hidden_states": ("refused", True),
-    "output_scores": ("refused", True),
-    "output_logits": ("refused", True),
+    "output_attentions": ("same", True),
+    "output_hidden_states": ("same", True),
+    "output_scores": ("same", True),
+    "output_logits": ("same", True),
     "return_dict_in_generate": ("same", False),
     "pad_token_id": ("same", 0),
     "bos_token_id": ("same", 1),

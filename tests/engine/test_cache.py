@@ -6,11 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny import CONFIGS, VOCAB_SIZE, build_model
-from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
 from safespec_hf import UnsupportedRequestError
-from safespec_hf.engine.cache import CACHE_NAME, CachedModel, Usage, check_cache_layers, check_user_cache, takes_trees
+from safespec_hf.engine.cache import CACHE_NAME, CachedModel, Usage, check_cache_layers, takes_trees
 from safespec_hf.engine.token_tree import path_to
 
 KINDS = list(CONFIGS)
@@ -276,32 +275,3 @@ def test_a_model_whose_state_is_in_no_cache_is_refused_by_name():
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_models_are_taken(kind):
     assert check_cache_layers(build_model(kind)) is None
-
-
-def filled(model, num_tokens, num_rows=1):
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(torch.full((num_rows, num_tokens), 11), **{CACHE_NAME: cache})
-    return cache
-
-
-@pytest.mark.parametrize(
-    ("shape", "num_cached", "mask"),
-    [((2, 5), 3, None), ((1, 3), 3, None), ((1, 2), 3, None), ((1, 5), 3, [[0, 1, 1, 1, 1]])],
-)
-def test_a_cache_that_does_not_fit_the_prompt_is_refused(target, shape, num_cached, mask):
-    prompt, mask = torch.zeros(shape), None if mask is None else torch.tensor(mask)
-    with pytest.raises(UnsupportedRequestError, match="can be continued for one unpadded row"):
-        check_user_cache(filled(target, num_cached), prompt, mask)
-
-
-def test_a_cache_that_cannot_be_rolled_back_is_refused(target):
-    sliding = DynamicCache()
-    sliding.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
-    for cache in (StaticCache(config=target.config, max_cache_len=8), sliding):
-        with pytest.raises(UnsupportedRequestError, match="must be a `DynamicCache` of full-attention layers"):
-            check_user_cache(cache, torch.zeros(1, 4), None)
-
-
-def test_a_cache_of_a_part_of_the_prompt_is_taken(target):
-    assert check_user_cache(filled(target, 3), torch.zeros(1, 4), torch.ones(1, 4)) is None

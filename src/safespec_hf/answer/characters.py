@@ -44,8 +44,7 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> dict[int, Piece]:
     texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     likely = {token: data for token, text in enumerate(texts) if (data := broken_bytes(text)) is not None}
     # letters of the byte alphabet are letters too: only decoding tells whether they stand for bytes here
-    # of an empty batch, transformers 5.16 makes one empty text
-    decoded = tokenizer.batch_decode([[token] for token in likely]) if likely else []
+    decoded = tokenizer.batch_decode([[token] for token in likely]) if likely else []  # 5.16 makes one text of none
     return {
         token: read_piece(data)
         for (token, data), text in zip(likely.items(), decoded, strict=True)

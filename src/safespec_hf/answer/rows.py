@@ -42,6 +42,7 @@ class Row(Transcript):
         num_settled (`int`): Answer tokens whose risk is known to be safe, or that have none.
         num_final (`int`): Answer tokens that nothing can take back any more.
         closing (`str`, *optional*): Finish reason of an answer whose last token is still to be scored.
+        placeholders (`frozenset[int]`): Tokens that stand for images and the like, which a draft need not know.
     """
 
     def __init__(
@@ -72,11 +73,18 @@ class Row(Transcript):
         self.events: list[SafeSpecEvent] = []
         self.finish_reason: str | None = None
         self.closing: str | None = None
+        self.placeholders: frozenset[int] = frozenset()
 
     @property
     def room(self) -> int:
         """Visible tokens that may still be added."""
         return self.max_new_tokens - self.num_visible
+
+    @property
+    def num_continuable(self) -> int:
+        """Tokens of prompt and answer that were read, up to the first that the caller does not see."""
+        hidden = (index for index in range(len(self.tokens)) if not self.is_visible(index))
+        return min(len(self.prompt) + next(hidden, len(self.tokens)), self.num_context - 1)
 
     def process(self, ids_KL: Tensor, scores_KV: Tensor) -> Tensor:
         """The caller's logits processors, on any number of continuations of this row."""

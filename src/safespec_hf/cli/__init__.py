@@ -15,6 +15,7 @@ import typer
 from .. import __version__
 from ..errors import SafeSpecError
 from .evaluate import evaluate, report_evaluation
+from .export import export
 from .make_head import make_head
 from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
@@ -46,6 +47,7 @@ for command in (
     make_judge,
     evaluate,
     report_evaluation,
+    export,
     push,
     show,
 ):

@@ -20,9 +20,15 @@ def load_labelled(data: list[str], benign: list[str] | None) -> list[Example]:
 
 
 def load_target(
-    target: str | None, dtype: str, chat_template: str | None = None
+    target: str | None, dtype: str, chat_template: str | None = None, *, needs_chat: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target, on the GPU if there is one, and its tokenizer, with this chat template if it has none.
+
+    Args:
+        target (`str`, *optional*): Its Hub id or folder. Default: the default target.
+        dtype (`str`): Of its weights; `"auto"` is as they are stored.
+        chat_template (`str`, *optional*): For a tokenizer that has none.
+        needs_chat (`bool`, defaults to `True`): Whether the tokenizer must have one.
 
     Raises:
         SafeSpecError: If there is no whole model of that name, with every weight that its config asks for, or if its
@@ -37,12 +43,13 @@ def load_target(
     from ..defaults.default_target import load_default_target
     from ..heads.loading import explain_hub_error, hub_arguments
 
-    placed = {"dtype": getattr(torch, dtype), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if target is None:
-        model, tokenizer = load_default_target(**placed)
-        _prepare(tokenizer, chat_template)
+        stored = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        model, tokenizer = load_default_target(dtype=stored, device=device)
+        _prepare(tokenizer, chat_template, needs_chat)
         return model, tokenizer
-    kwargs: dict[str, Any] = {"dtype": placed["dtype"], "device_map": placed["device"]}
+    kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device}
     # transformers only warns of weights that don't fit, or raises without saying which: they are looked at below
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = logging.get_verbosity()
@@ -50,7 +57,7 @@ def load_target(
     try:
         where = hub_arguments(target, {}, "target")
         tokenizer = AutoTokenizer.from_pretrained(target, **where)
-        _prepare(tokenizer, chat_template)
+        _prepare(tokenizer, chat_template, needs_chat)
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, **where, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
         why = explain_hub_error(target, error, {}) or error
@@ -66,12 +73,13 @@ def load_target(
     return model.eval(), tokenizer
 
 
-def _prepare(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+def _prepare(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, needs_chat: bool) -> None:
     from ..training.chat_template import check_chat_template, set_chat_template
 
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
-    check_chat_template(tokenizer)
+    if needs_chat:
+        check_chat_template(tokenizer)
 
 
 def load_draft(name: str | None, target: PreTrainedModel, *, is_default_target: bool) -> Any:
@@ -85,23 +93,37 @@ def load_draft(name: str | None, target: PreTrainedModel, *, is_default_target: 
     Raises:
         SafeSpecError: If there is no such draft; says why.
     """
+    from ..defaults.default_target import load_default_draft
+    from ..heads.draft_head import DraftHead
+
+    if name is None or name == "none":
+        return load_default_draft(target) if name is None and is_default_target else None
+    draft = open_draft(name, dtype=target.dtype).to(target.device).eval()
+    return draft.bind(target) if isinstance(draft, DraftHead) else draft
+
+
+def open_draft(name: str, **kwargs: Any) -> Any:
+    """A draft head or model as it is stored, not on a target yet.
+
+    Args:
+        name (`str`): Its Hub id or folder.
+        kwargs: As for `from_pretrained`: `dtype`.
+
+    Raises:
+        SafeSpecError: If there is no such draft; says why.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..defaults.default_target import load_default_draft
     from ..heads.draft_head import DraftHead, DraftHeadConfig
     from ..heads.loading import explain_hub_error, hub_arguments
 
-    if name is None or name == "none":
-        return load_default_draft(target) if name is None and is_default_target else None
     try:
         where = hub_arguments(name, {}, "draft")
-        if isinstance(AutoConfig.from_pretrained(name, **where), DraftHeadConfig):
-            head: Any = DraftHead.from_pretrained(name)
-            return head.to(device=target.device, dtype=target.dtype).eval().bind(target)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **where, dtype=target.dtype)
+        is_head = isinstance(AutoConfig.from_pretrained(name, **where), DraftHeadConfig)
+        loader: Any = DraftHead if is_head else AutoModelForCausalLM
+        return loader.from_pretrained(name, **where, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, StrictDataclassError) as error:
         why = explain_hub_error(name, error, {}) or error
         raise SafeSpecError(f"No draft could be loaded from {name!r}: {why}") from error
-    return model.to(target.device).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ class Attachment:
         always (`bool`): Every `generate` is guarded.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): For calls that bring none of their own.
         ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
+        draft ([`~transformers.PreTrainedModel`], *optional*): For calls that ask for no other drafts.
+        origin (`tuple[str, str | None]`, *optional*): The exported repository that it came from; see [`origin_of`].
         weights ([`Weights`], *optional*): A glance at the target's weights and adapters when the head was attached.
     """
 
@@ -30,6 +33,8 @@ class Attachment:
     always: bool
     tokenizer: PreTrainedTokenizerBase | None
     ignore_mismatches: tuple[str, ...]
+    draft: PreTrainedModel | None = None
+    origin: tuple[str, str | None] | None = None
     weights: Weights | None = None
 
     @property
@@ -70,3 +75,10 @@ def find_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
     except ValueError as error:
         raise UnsupportedRequestError(str(error)) from error
     return threshold * (1 - policy.carried_risk)
+
+
+def origin_of(name: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None]:
+    """What tells an exported repository from others: its path or id, and the revision that was asked for."""
+    # transformers resolves a revision to a commit on the way, and keeps what was asked for beside it
+    asked_for = getattr(revision, "initial", revision)
+    return os.path.abspath(name) if os.path.isdir(name) else str(name), asked_for

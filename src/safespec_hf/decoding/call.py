@@ -22,24 +22,26 @@ from transformers.utils import logging
 from ..answer.rows import Row
 from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
-from ..engine.cache import CACHE_NAME
 from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
-from ..engine.private_names import is_user_cache, pad_token_id
+from ..engine.private_names import pad_token_id
+from ..engine.prompt import Prompt
 from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .adapters import warn_of_changes
 from .attachment import Attachment
+from .callers import CallersCache
 from .loop import Decoder
 from .plan import Plan, check_context
 from .processes import agree
 from .proof import check_weights, prove
 from .request import SOON, check_request, make_drafting, make_plan, make_rows, make_watch
 from .segment_mode import SegmentDecoder
+from .step_outputs import wanted_outputs, with_steps
 
 logger = logging.get_logger(__name__)
 
@@ -72,17 +74,18 @@ class GuardedCall:
         self.has_run = True
         check_weights(model)
         attachment: Attachment = model._safespec
+        callers = CallersCache(model, generation_config, input_ids, model_kwargs)
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
         head.to(input_device(model))  # type: ignore[arg-type]  # its stub takes no device
         check_usable(head, model)
-        rows = self._check(
+        rows, prompt = self._check(
             model,
             input_ids,
             tokenizer,
             config=generation_config,
             processors=logits_processor,
             criteria=stopping_criteria,
-            model_kwargs=model_kwargs,
+            model_kwargs=callers.model_kwargs,
         )
         plan = make_plan(
             model,
@@ -94,6 +97,7 @@ class GuardedCall:
             rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
+            num_unseen=0 if prompt is None else prompt.num_unseen,
         )
         check_context(rows, plan)
         if plan.observes:
@@ -103,16 +107,18 @@ class GuardedCall:
             )
         before = spent()
         with self._fast_forwards(model, head):
-            decoder = self._make_decoder(model, rows, plan, generation_config)
+            decoder = self._make_decoder(model, rows, plan, generation_config, prompt)
+            prompt = None  # its images are not needed once they were read
             decoder.statistics.measuring_seconds = spent() - before
-            cache: Any = model_kwargs.get(CACHE_NAME)
-            if is_user_cache(cache):
-                decoder.target.take_cache(cache)
+            callers.give_to(decoder)
             decoder.run()
-        input_ids = input_ids.to(input_device(model))
-        is_whole = bool(generation_config.return_dict_in_generate)
-        output = decoder.output(input_ids, pad_token_id(generation_config) or 0, with_cache=is_whole)
-        return output if is_whole else output.sequences
+        ids, cache = input_ids.to(input_device(model)), callers.take_back(decoder)
+        output = decoder.output(ids, pad_token_id(generation_config) or 0, cache)
+        if wanted_outputs(generation_config):
+            cached = callers.num_cached
+            with self._fast_forwards(model, head):
+                output = with_steps(output, model, generation_config, logits_processor, model_kwargs, cached)
+        return output if generation_config.return_dict_in_generate else output.sequences
 
     def _check(
         self,
@@ -124,9 +130,9 @@ class GuardedCall:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         model_kwargs: dict[str, Any],
-    ) -> list[Row]:
-        """Raises unless the request can be kept; gives an empty answer for each prompt."""
-        is_real = check_request(
+    ) -> tuple[list[Row], Prompt | None]:
+        """Raises unless the request can be kept; gives an empty answer for each prompt, and what else it is."""
+        is_real, prompt = check_request(
             model,
             self.assistant,
             self.policy,
@@ -140,8 +146,8 @@ class GuardedCall:
         )
         prove(model)  # again where it is another one than when its head was attached: loaded since, or recast
         warn_of_changes(model._safespec.weights, model)
-        agree(model, criteria, [input_ids, is_real, config, self.policy, self.num_assistant_tokens])
-        return make_rows(
+        agree(model, criteria, [input_ids, model_kwargs, config, self.policy, self.num_assistant_tokens])
+        rows = make_rows(
             input_ids.to(input_device(model)),
             is_real,
             max_length=config.max_length,
@@ -149,13 +155,18 @@ class GuardedCall:
             **find_boundaries(tokenizer)._asdict(),
             processors=processors,
         )
+        for row in rows:
+            row.placeholders = frozenset() if prompt is None else prompt.placeholders
+        return rows, prompt
 
-    def _make_decoder(self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig) -> Decoder:
+    def _make_decoder(
+        self, model: PreTrainedModel, rows: list[Row], plan: Plan, config: GenerationConfig, prompt: Prompt | None
+    ) -> Decoder:
         """Measures what forwards take, where that is not known."""
         num_context = max(len(row.prompt) + min(row.max_new_tokens, SOON) for row in rows)
         drafter = make_drafting(model, self.assistant, config, self.policy, len(rows), num_context)
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
-        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter))
+        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter), prompt)
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
@@ -15,8 +16,11 @@ from ..config import SafeSpecConfig
 from ..engine.private_names import is_from_model_config, keep_as_own
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
-from .attachment import Attachment
+from ..heads.loading import HUB_KWARGS
+from .assistant import as_draft
+from .attachment import Attachment, origin_of
 
+OTHER_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
 GENERATING = ("generate", "generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -72,6 +76,7 @@ def choose_policy(
         safespec = next((entry for entry in entries if entry is not None), None)
         if isinstance(safespec, dict):
             safespec = SafeSpecConfig.from_dict(safespec)
+            check_origin(attachment, safespec)
     if safespec is not None and not isinstance(safespec, (bool, SafeSpecConfig)):
         raise TypeError(f"`safespec` must be a bool or a SafeSpecConfig, but it is a {type(safespec).__name__}.")
     if safespec is False and attachment.always:
@@ -86,6 +91,55 @@ def choose_policy(
     if isinstance(safespec, SafeSpecConfig):
         return safespec
     return attachment.policy if safespec or attachment.always else None
+
+
+def check_origin(attachment: Attachment, policy: SafeSpecConfig) -> None:
+    """Raises for a policy that came as data, other than the one that a model was exported with.
+
+    Whoever asks a server may send a whole generation config, and must not choose how it is guarded.
+
+    Raises:
+        UnsupportedRequestError: Says how to choose another one.
+    """
+    if attachment.always and attachment.origin is not None and policy != attachment.policy:
+        raise UnsupportedRequestError(
+            "A generation config asks for another policy than the one that this model was exported with. Change it in "
+            "code, with `safespec=SafeSpecConfig(...)` as an argument of `generate`, or export the model again."
+        )
+
+
+def enter_own_repository(
+    attachment: Attachment, safespec: bool | SafeSpecConfig | None, kwargs: dict[str, Any]
+) -> bool | SafeSpecConfig | None:
+    """Takes a `custom_generate` off that names the repository which the head came from: it asks for what is there.
+
+    Returns:
+        `bool` or [`SafeSpecConfig`], *optional*: What is asked for then: `True` where nothing else is.
+    """
+    name = kwargs.get("custom_generate")
+    if not isinstance(name, str) or attachment.origin != origin_of(name, kwargs.get("revision")):
+        return safespec
+    for key in ("custom_generate", "trust_remote_code", *HUB_KWARGS):
+        kwargs.pop(key, None)
+    return True if safespec is None else safespec
+
+
+def choose_draft(
+    attachment: Attachment, model: PreTrainedModel, kwargs: dict[str, Any], configs: Sequence[GenerationConfig]
+) -> PreTrainedModel | None:
+    """Takes the draft model out of the arguments; where no drafts are asked for it is the one that was attached.
+
+    Raises:
+        UnsupportedRequestError: For a soft prompt.
+        TypeError: If it is no transformers model.
+    """
+    given = as_draft(kwargs.pop("assistant_model", None))
+    draft = attachment.draft
+    if given is not None or draft is None or any(asked(name, kwargs, configs) for name in OTHER_DRAFTS):
+        return given
+    if model.device not in (draft.device, torch.device("meta")):
+        draft.to(model.device)  # type: ignore[arg-type]  # its stub takes no device
+    return draft
 
 
 def keep_request(model: PreTrainedModel) -> None:
@@ -123,7 +177,6 @@ def check_keywords(kwargs: Mapping[str, Any], configs: Sequence[GenerationConfig
     for name, why in (
         ("custom_generate", "is a decoding strategy of its own"),
         ("synced_gpus", "needs all processes to run the same number of forwards"),
-        ("inputs_embeds", "hides the prompt's tokens; pass `input_ids`"),
     ):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise UnsupportedRequestError(f"`{name}` can't be combined with `safespec`: it {why}.")

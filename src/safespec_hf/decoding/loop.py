@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.callers_cache import States, lay_out
+from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, path_to
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
@@ -58,6 +61,7 @@ class Decoder:
         plan ([`Plan`]): The call.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets tokens once final.
         watch ([`Watch`], *optional*): Stops speculation while it loses.
+        prompt ([`Prompt`], *optional*): What the prompts are besides tokens.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Decoder:
         plan: Plan,
         streamer: BaseStreamer | None = None,
         watch: Watch | None = None,
+        prompt: Prompt | None = None,
     ):
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
@@ -78,10 +83,13 @@ class Decoder:
         self.plan = plan
         self.streamer = streamer
         self.watch = watch
+        self.prompt = prompt
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
+        # of finished rows the number of tokens that they have read, and their states, if a caller wants them
+        self.finished: dict[int, tuple[int, States]] | None = None
         self.safety_mode: SafetyMode | None = None
         if plan.monitor is not None:
             self.safety_mode = SafetyMode(self.target, drafter, plan, plan.monitor, self.commits)
@@ -90,11 +98,21 @@ class Decoder:
     def run(self) -> None:
         """Runs until every row has finished."""
         try:
+            if self.prompt is not None:
+                self._prefill(self.prompt)
             while self.live:
                 self._round()
             self.commits.report()
         finally:
             self._leave_consistent()
+
+    def _prefill(self, prompt: Prompt) -> None:
+        """Reads prompts that are more than tokens, by themselves; all others are read in the first round."""
+        self.prompt, output = None, self.target.prefill(prompt)  # images are read once, and need not be kept
+        _, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
+        if states_BLF is not None and any(prompt.num_tokens):
+            for index, is_real_L in enumerate(torch.from_numpy(prompt.is_real_BL)):
+                self.drafter.observe(index, 0, states_BLF[index, is_real_L.to(states_BLF.device)])
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""
@@ -286,7 +304,7 @@ class Decoder:
 
     def _roll_back_caches(self) -> None:
         """Every cache forgets what was not kept; the last token of a row always waits for the next forward."""
-        lengths = [row.num_context - 1 for row in self.live]
+        lengths = [max(row.num_context - 1, 0) for row in self.live]  # of embeddings no token is known
         self.target.keep(lengths)
         self.drafter.keep(lengths)
 
@@ -302,6 +320,11 @@ class Decoder:
             self.streamer.end()
 
     def _drop_finished(self) -> None:
+        for index, row in enumerate(self.live):
+            if self.finished is not None and row.finish_reason is not None:
+                # text that was inserted at its end is read by nobody
+                num_read = min(self.target.lengths[index], row.num_continuable)
+                self.finished[row.index] = num_read, self.target.states_of(index)
         left = [index for index, row in enumerate(self.live) if row.finish_reason is None]
         self.live = [self.live[index] for index in left]
         if left:
@@ -311,9 +334,7 @@ class Decoder:
     def _leave_consistent(self) -> None:
         """A single row's cache, which the caller may go on with, ends before anything the caller does not see."""
         if len(self.rows) == 1:
-            row = self.rows[0]
-            hidden = (index for index in range(len(row.tokens)) if not row.is_visible(index))
-            self.target.trim_cache(min(len(row.prompt) + next(hidden, len(row.tokens)), row.num_context - 1))
+            self.target.trim_cache(self.rows[0].num_continuable)
         target = self.target.usage
         self.statistics.num_target_forwards, self.statistics.target_seconds = target.num_forwards, target.seconds
         self.statistics.num_reread_tokens = target.num_reread_tokens
@@ -322,12 +343,21 @@ class Decoder:
         self.statistics.num_plain_rounds = self.drafter.num_plain_rounds
         self.statistics.num_new_tokens = sum(row.num_visible for row in self.rows)
 
-    def _is_plain(self, prompt_ids: Tensor) -> bool:
-        """Whether the cache has a column per token, so that a later call can go on with it."""
-        return len(self.rows) == 1 and len(self.rows[0].prompt) == prompt_ids.shape[1]
+    def whole_cache(self, is_real_BL: np.ndarray) -> States:
+        """What a batch has read, in the columns of the sequences that are returned, up to where the first row ends.
 
-    def output(self, prompt_ids: Tensor, pad_token_id: int, with_cache: bool = True) -> SafeSpecOutput:
-        """The finished batch, padded on the right."""
+        `is_real_BL`: `False` for padding, of the prompts.
+        """
+        assert self.finished is not None
+        length, columns = is_real_BL.shape[1], []
+        nums, states = zip(*(self.finished[row.index] for row in self.rows), strict=True)
+        ends = [length + num - len(row.prompt) for num, row in zip(nums, self.rows, strict=True)]
+        for is_real_L, end in zip(is_real_BL, ends, strict=True):
+            columns.append(np.concatenate([np.flatnonzero(is_real_L), np.arange(length, max(end, length))]))
+        return lay_out(states, columns, min(ends))
+
+    def output(self, prompt_ids: Tensor, pad_token_id: int, cache: Any = None) -> SafeSpecOutput:
+        """The finished batch, padded on the right, with a cache that a later call can go on with."""
         tokens, risks, provenance = pad_rows(self.rows, pad_token_id, prompt_ids.device)
         return SafeSpecOutput(
             sequences=cast("torch.LongTensor", torch.cat([prompt_ids, tokens], dim=1)),
@@ -337,5 +367,5 @@ class Decoder:
             finish_reasons=[row.finish_reason or "" for row in self.rows],
             statistics=self.statistics,
             segments=self.segments,
-            **{CACHE_NAME: self.target.give_cache() if with_cache and self._is_plain(prompt_ids) else None},
+            **{CACHE_NAME: cache},
         )

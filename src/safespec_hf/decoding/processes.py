@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -60,4 +60,8 @@ def _written(part: object) -> str:
     if isinstance(part, GenerationConfig):
         fields = {name: value for name, value in vars(part).items() if not name.startswith("_")}
         return json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__)
-    return str(part.tolist()) if isinstance(part, Tensor) else repr(part)
+    if isinstance(part, Mapping):
+        return json.dumps({name: _written(value) for name, value in part.items() if isinstance(value, Tensor)})
+    if isinstance(part, Tensor):
+        return hashlib.sha256(part.detach().cpu().double().numpy().tobytes()).hexdigest()
+    return repr(part)

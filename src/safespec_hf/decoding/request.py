@@ -19,7 +19,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 from transformers.generation.logits_process import (
     ClassifierFreeGuidanceLogitsProcessor,
     DiaClassifierFreeGuidanceLogitsProcessor,
@@ -42,6 +42,7 @@ from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
 from ..engine.private_names import allowed_tokens, pad_token_id
+from ..engine.prompt import Prompt
 from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
@@ -52,14 +53,16 @@ from .attachment import find_threshold
 from .measuring import MeasuredCosts, measure_costs
 from .monitor import RiskMonitor
 from .plan import Plan
+from .prompts import check_prompts, check_right_padding
 from .quality import find_digit_ids
-from .support import check_positions, check_prompt, max_context
+from .support import max_context
 from .watch import Watch
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
 LOOKUP_SIZE = 4  # longest n-gram looked up beside a draft model
 SOON = 256  # new tokens that a call is measured for: most answers end long before they may get no longer
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+STATIC = {name for name in ALL_STATIC_CACHE_IMPLEMENTATIONS if "offloaded" not in name}
 STATEFUL = (
     ClassifierFreeGuidanceLogitsProcessor,
     DiaClassifierFreeGuidanceLogitsProcessor,
@@ -82,7 +85,7 @@ def check_request(
     tokenizer: PreTrainedTokenizerBase,
     assistant_tokenizer: PreTrainedTokenizerBase | None,
     is_streamed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Prompt | None]:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
@@ -90,14 +93,16 @@ def check_request(
             The target's, and the draft's if that was given.
 
     Returns:
-        `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding.
+        `tuple`: A `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding. And what the
+        prompts are besides tokens, if anything.
 
     Raises:
         UnsupportedRequestError: Says what can't be kept, and what to do instead.
     """
     num_rows = prompt_ids.shape[0]
     check_generation_config(config)
-    check_prompt(model, prompt_ids, model_kwargs)
+    is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
+    check_right_padding(model, is_real, config.max_length - prompt_ids.shape[1])
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
@@ -121,11 +126,7 @@ def check_request(
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
     if num_rows > 1 and pad_token_id(config) is None:
         raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
-    mask: Tensor | None = model_kwargs.get("attention_mask")
-    is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
-    is_real = is_real.to(input_device(model))
-    check_positions(model_kwargs.get("position_ids"), is_real)
-    return is_real
+    return is_real, prompt
 
 
 def check_segment_mode(
@@ -159,17 +160,12 @@ def check_generation_config(config: GenerationConfig) -> None:
     Raises:
         UnsupportedRequestError: Names the setting, its value and what to use instead.
     """
-    mode, outputs = config.get_generation_mode(), "`model(...)` on the returned sequences"
+    mode = config.get_generation_mode()
     refused: list[tuple[bool, str, Any, str]] = [
         (mode not in MODES, "generation mode", mode.value, "greedy decoding or sampling (`num_beams=1`)"),
-        (config.use_cache is False, "use_cache", False, "`use_cache=True`"),
     ]
     for name, neutral, instead in (
-        ("cache_implementation", (None, "dynamic"), "the default, a dynamic cache"),
-        ("output_attentions", (None, False), outputs),
-        ("output_hidden_states", (None, False), outputs),
-        ("output_scores", (None, False), outputs),
-        ("output_logits", (None, False), outputs),
+        ("cache_implementation", (None, "dynamic", *STATIC), "the default, a dynamic cache, or a static one"),
         ("prefill_chunk_size", (None,), "one prefill"),
         ("assistant_ensemble_weight", (None,), "lossless verification, the default"),
         ("assistant_early_exit", (None,), "`assistant_model`"),
@@ -255,7 +251,7 @@ def make_rows(
         Row(
             index,
             ids,
-            real,
+            real[: len(ids)],  # of embeddings no ids are known
             max_new_tokens=most - prompt_ids.shape[1],
             policy=policy,
             newline_ids=newline_ids,
@@ -312,8 +308,9 @@ def make_plan(
     rows: Sequence[Row],
     num_assistant_tokens: int | None,
     is_monitored: bool,
+    num_unseen: int = 0,
 ) -> Plan:
-    """Everything about a call that stays the same while it runs."""
+    """Everything about a call that stays the same while it runs; `num_unseen`: as for [`max_context`]."""
     policy = policy.resolved()
     ends, do_sample = eos_ids(criteria), bool(config.do_sample)
     given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
@@ -330,8 +327,8 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=max_context(model, rows),
-        max_positions=max_positions(model) or 2**31,
+        max_context=max_context(model, rows, num_unseen),
+        max_positions=(max_positions(model) or 2**31) - num_unseen,
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
         pad_token_id=pad_token_id(config) or 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.private_names import is_user_cache
-from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
+from ..engine.traits import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -90,15 +89,12 @@ def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mappi
         UnsupportedRequestError: Names what would be dropped.
     """
     check_model_kwargs(model_kwargs, prompt_ids)
-    cache: Any = model_kwargs.get(CACHE_NAME)
-    if is_user_cache(cache):
-        check_user_cache(cache, prompt_ids, model_kwargs.get("attention_mask"))
     check_adapters(model)
     check_prepared_inputs(model, prompt_ids, model_kwargs)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
-    """Raises for forward arguments that guarded decoding would have to drop, and for right padding.
+    """Raises for forward arguments that guarded decoding would have to drop.
 
     Raises:
         UnsupportedRequestError: Names them.
@@ -117,11 +113,6 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> N
         raise UnsupportedRequestError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(prompt_ids.shape)}, but has "
             f"{tuple(mask.shape)}. With `{CACHE_NAME}`, pass the whole sequence as `input_ids`."
-        )
-    if bool((mask[:, -1] == 0).any()):
-        raise UnsupportedRequestError(
-            "Right padding was found: the last column of `attention_mask` has a 0. Decoder-only models need left "
-            "padding; set `tokenizer.padding_side = 'left'`."
         )
 
 
@@ -144,7 +135,7 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
     """Raises unless the prompt's positions are the ones that follow from its mask."""
     if position_ids is None:
         return
-    expected = (is_real.long().cumsum(-1) - 1).clamp(min=0)
+    expected = expected_positions(is_real)
     if position_ids.shape[-1] != is_real.shape[-1]:
         raise UnsupportedRequestError(
             f"`attention_mask` and `position_ids` must be as long as `input_ids`, {is_real.shape[-1]} tokens, but "
@@ -154,6 +145,11 @@ def check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
         raise UnsupportedRequestError(
             "Custom `position_ids` are not supported: guarded decoding counts positions from each row's first token."
         )
+
+
+def expected_positions(is_real: Tensor) -> Tensor:
+    """Positions that are counted from each row's first token, as `generate` counts them."""
+    return (is_real.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class FilledCache(DynamicCache):
@@ -170,10 +166,16 @@ class FilledCache(DynamicCache):
 def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
     """Raises if a model would read something else than tokens, mask and positions, for the prompt or the token after.
 
-    What it would read is what its `prepare_inputs_for_generation` says, which a soft prompt replaces, for one.
-
     Raises:
         UnsupportedRequestError: Names what would be read.
+    """
+    refuse_changed(model, changed_inputs(model, prompt_ids, model_kwargs))
+
+
+def changed_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> set[str]:
+    """What a model would read besides tokens, mask and positions, or in their place, for prompt or the token after.
+
+    What it would read is what its `prepare_inputs_for_generation` says, which a soft prompt replaces, for one.
     """
     cache, num_tokens = model_kwargs.get(CACHE_NAME), prompt_ids.shape[1]
     num_cached = num_columns(cache) if isinstance(cache, DynamicCache) else 0
@@ -185,7 +187,8 @@ def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[
         **prompt,
     )
     # a forward without a cache makes one
-    _check_inputs(model, inputs, prompt_ids[:, num_cached:], prompt, [None, cache] if num_cached == 0 else [cache])
+    caches = [None, cache] if num_cached == 0 else [cache]
+    changed = _changed(inputs, prompt_ids[:, num_cached:], prompt, caches)
     filled = FilledCache(num_tokens)
     after = prompt | {CACHE_NAME: filled}
     for name, step in (("attention_mask", 0), ("position_ids", 1)):
@@ -194,17 +197,15 @@ def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[
     inputs = model.prepare_inputs_for_generation(
         torch.cat([prompt_ids, prompt_ids[:, -1:]], dim=1), next_sequence_length=1, **after
     )
-    _check_inputs(model, inputs, prompt_ids[:, -1:], after, [filled])
+    return changed | _changed(inputs, prompt_ids[:, -1:], after, [filled])
 
 
-def _check_inputs(
-    model: Any, inputs: Mapping[str, Any], ids: Tensor, model_kwargs: Mapping[str, Any], caches: list[Any]
-) -> None:
-    changed = [
+def _changed(inputs: Mapping[str, Any], ids: Tensor, model_kwargs: Mapping[str, Any], caches: list[Any]) -> set[str]:
+    changed = {
         name
         for name, value in inputs.items()
         if name not in KNOWN_INPUTS and value is not False and not is_empty(value)
-    ]
+    }
     given = {"input_ids": ids, "attention_mask": model_kwargs.get("attention_mask")}
     if (positions := model_kwargs.get("position_ids")) is not None:
         given["position_ids"] = positions[..., -ids.shape[1] :]
@@ -212,10 +213,19 @@ def _check_inputs(
         found = inputs.get(name)
         is_same = found is expected or (found is not None and expected is not None and _is_equal(found, expected))
         if not is_same and (found is not None or name == "input_ids"):
-            changed.append(name)
+            changed.add(name)
     found_caches = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
     if not all(any(found is cache for cache in caches) for found in found_caches or [None]):
-        changed.append(CACHE_NAME)
+        changed.add(CACHE_NAME)
+    return changed
+
+
+def refuse_changed(model: PreTrainedModel, changed: Collection[str]) -> None:
+    """Raises if anything was changed.
+
+    Raises:
+        UnsupportedRequestError: Names it.
+    """
     if changed:
         raise UnsupportedRequestError(
             f"{type(model).__name__} does not read the tokens as they are: its `prepare_inputs_for_generation` "
@@ -228,7 +238,7 @@ def _is_equal(found: Any, expected: Tensor) -> bool:
     return isinstance(found, Tensor) and found.shape == expected.shape and bool((found == expected).all())
 
 
-def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
+def max_context(model: PreTrainedModel, rows: Sequence[Row], num_unseen: int = 0) -> int:
     """Tokens that a context may hold: all the positions there are, or those before rotary ones change.
 
     Where frequencies depend on the length, what was cached before they change was made with others. There a plain
@@ -237,6 +247,7 @@ def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         rows (`Sequence[Row]`): The batch, empty answers.
+        num_unseen (`int`, defaults to 0): Places of the context that are not known as tokens; they are not counted.
 
     Raises:
         UnsupportedRequestError: If answers could cross that length. Names it.
@@ -244,7 +255,7 @@ def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
     text = model.config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", None) or 2**31
     ropes = getattr(text, "rope_parameters", None) or {}
-    lengths = [len(row.prompt) for row in rows]
+    lengths = [len(row.prompt) + num_unseen for row in rows]
     longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
     for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
         kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
@@ -260,4 +271,4 @@ def max_context(model: PreTrainedModel, rows: Sequence[Row]) -> int:
                 f"{', or all prompts above' if kind == 'longrope' else ''}, or generate without `safespec`."
             )
         most = min(most, change)
-    return most
+    return most - num_unseen

@@ -161,14 +161,23 @@ def load_default_draft(target: PreTrainedModel) -> DraftHead:
         >>> load_default_draft(model).config.draft_vocab_size
         8192
     """
+    draft: Any = DraftHead.from_pretrained(find_default_draft())
+    return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
+
+
+def find_default_draft() -> Path:
+    """The folder of the default target's draft head.
+
+    Raises:
+        FileNotFoundError: If the package was installed without it.
+    """
     folder = next((folder for folder in DEFAULT_DRAFTS if folder.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
             f"The default draft is in none of {', '.join(map(str, DEFAULT_DRAFTS))}. Install the package from its "
             "wheel or a source checkout, or load a copy of `drafts/smollm2-135m` with `DraftHead.from_pretrained`."
         )
-    draft: Any = DraftHead.from_pretrained(folder)
-    return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
+    return folder
 
 
 def load_truncated_draft(target: PreTrainedModel, num_layers: int = 2) -> PreTrainedModel:

@@ -170,6 +170,11 @@ class ModelDrafter:
             return []
         start = self.cached.lengths[index]
         block = row.context(start)
+        if not block:  # of embeddings no token is known
+            return []
+        if row.placeholders:  # the draft sees no image anyway
+            unknown = {token for token in row.placeholders if token >= self.num_known}
+            block = [FILLER if token in unknown else token for token in block]
         if max(block) < self.num_known:
             return block
         self._unknown_at[index] = start + next(at for at, token in enumerate(block) if token >= self.num_known)

@@ -46,6 +46,8 @@ class NgramSearch:
             `tuple[list[int], int]`: The continuation, and the size of the n-gram; empty and 0 if there is none.
         """
         context = self._read(prompt, tokens)
+        if not len(context):
+            return [], 0
         # where a continuation begins; an n-gram that ends with the context has none yet
         starts, size = np.flatnonzero(context[:-1] == context[-1]) + 1, 1
         if not len(starts):

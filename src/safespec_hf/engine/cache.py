@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +30,13 @@ from .growing import (
 )
 from .mixers import mixers_of
 from .private_names import attention_name, keeps_logits
+from .prompt import AfterPrompt, Prompt
 from .recurrent import Block, RecurrentStates
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
-from .traits import check_user_cache as check_user_cache
-from .traits import has_windows, input_device, max_positions, takes_positions
+from .traits import check_prompt_columns, has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
 
 UNLIMITED = 2**31
@@ -88,6 +89,7 @@ class CachedModel:
         self._read = [0] * num_rows  # tokens of each row that were read, some of which a rollback may have forgotten
         self.usage = usage if usage is not None else Usage()
         self._is_callers = False
+        self._after: AfterPrompt | None = None  # of prompts that are more than tokens
         self._tree_start: int | None = None  # tokens before a tree whose path has not been chosen yet
         self._device = input_device(model)
         self._fixed = {"use_cache": True, "return_dict": True, **tap_arguments(self.layers)}
@@ -102,7 +104,8 @@ class CachedModel:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return self.columns.lengths
+        lengths = self.columns.lengths
+        return lengths if self._after is None else self._after.in_tokens(lengths)
 
     @property
     def used_BL(self) -> np.ndarray:
@@ -129,7 +132,23 @@ class CachedModel:
                 [`takes_trees`].
             num_drafts (`Sequence[int]`, *optional*):
                 For each row, how many of its last tokens may be rejected: recurrent states are copied before them.
+
+        After [`prefill`] a row may have an empty block, which gives the logits after its prompt; see
+        [`AfterPrompt.read_rest`].
         """
+        if self._after is None or isinstance(blocks, Tensor) or not self._after.is_last_in(self.lengths):
+            return self._forward(blocks, num_logits, num_drafts, states_BTF, parents)
+        read = functools.partial(self._forward, states_BTF=states_BTF, parents=parents)
+        return BlockOutput(*self._after.read_rest(self.lengths, blocks, num_logits, num_drafts, read))
+
+    def _forward(
+        self,
+        blocks: Sequence[Sequence[int]] | Tensor,
+        num_logits: int,
+        num_drafts: Sequence[int] | None,
+        states_BTF: Tensor | None,
+        parents: Sequence[Sequence[int]] | None,
+    ) -> BlockOutput:
         start = time.perf_counter()
         # a hole inside of a sliding window would make it shorter, and a recurrent layer would take it for a token, so
         # there it must come after the row's tokens
@@ -156,6 +175,33 @@ class CachedModel:
             logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits[:, -num_logits:], hidden)
+
+    def prefill(self, prompt: Prompt) -> BlockOutput:
+        """Reads prompts that are more than tokens, with which every row begins.
+
+        Returns:
+            [`BlockOutput`]: Logits after the prompts, and the tapped states of all their places.
+
+        Raises:
+            UnsupportedRequestError: If a layer keeps something else of them than a column for each place.
+        """
+        start, width = time.perf_counter(), prompt.is_real_BL.shape[1]
+        added_BT: Any = prompt.is_real_BL.shape if prompt.is_real_BL.all() else prompt.is_real_BL
+        reading = self._reading(added_BT, None, False)
+        self.columns.extend(added_BT)
+        arguments = {**prompt.inputs, self._cache_name: self.cache, **self._fixed}
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = 1
+        with reading:
+            outputs = self.model(**arguments)
+        check_prompt_columns(self.model, self.cache, width)
+        if self.recurrent is not None:
+            self.recurrent.pin(self.columns.lengths)
+        hidden_BTF = read_tap(outputs, self.layers, width) if self.layers else None
+        self._after = AfterPrompt.of(prompt, outputs.logits[:, -1], hidden_BTF)
+        self.usage.num_forwards += 1
+        self.usage.seconds += time.perf_counter() - start
+        return BlockOutput(outputs.logits[:, -1:], hidden_BTF)
 
     def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
         """What a forward has to run in, given what it is about to read; counts what was read before."""
@@ -195,7 +241,7 @@ class CachedModel:
             arguments["attention_mask"] = self._to_device(used_BL).long()
         if self._takes_positions:
             arguments["position_ids"] = self._to_device(positions_BT)
-        return arguments
+        return arguments if self._after is None else self._after.continued(arguments, input_ids.shape[1])
 
     def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
         mask = self._to_device(mask_BTL)[:, None]
@@ -218,8 +264,9 @@ class CachedModel:
         """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is.
 
         With recurrent states it may have to go back further: [`lengths`] says how far, and what is missing is to be
-        read again.
+        read again. A prompt that is more than tokens stays.
         """
+        lengths = lengths if self._after is None else self._after.in_places(lengths)
         if self.recurrent is not None:
             self._read = list(map(min, self._read, lengths))
             lengths = self.recurrent.keep(self.columns.lengths, lengths)
@@ -241,23 +288,31 @@ class CachedModel:
         if self.recurrent is not None:
             self.recurrent.select(rows)
         self._read = [self._read[row] for row in rows]
+        self._after = None if self._after is None else self._after.select(rows)
         self._crop(self.columns.select(rows))
 
     def fork(self, row: int, num_copies: int) -> CachedModel:
         """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward."""
         fork = copy.copy(self)
         fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
-        fork.columns, fork._read = Columns.filled(num_copies, self.lengths[row]), [self._read[row]] * num_copies
-        columns = self.columns.of(row)
-        for index, layer in enumerate(self.cache.layers):
-            states = [_columns(state[row : row + 1], columns) for state in column_states(layer)]
+        lengths = self.columns.lengths
+        fork.columns, fork._read = Columns.filled(num_copies, lengths[row]), [self._read[row]] * num_copies
+        fork._after = None if self._after is None else self._after.select([row] * num_copies)
+        for index, states in enumerate(self.states_of(row)):
             _set_layer(fork.cache, index, [state.expand(num_copies, -1, -1, -1) for state in states])
         if self.recurrent is not None:
-            fork.recurrent = self.recurrent.fork(row, num_copies, self.lengths, fork.cache)
+            fork.recurrent = self.recurrent.fork(row, num_copies, lengths, fork.cache)
         return fork
 
+    def states_of(self, row: int) -> list[list[Tensor]]:
+        """For each layer, a row's states that have columns, without holes."""
+        columns = self.columns.of(row)
+        return [
+            [_columns(state[row : row + 1], columns) for state in column_states(layer)] for layer in self.cache.layers
+        ]
+
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
-        """Row `row` becomes row `other_row` of another batch of the same model."""
+        """Row `row` becomes row `other_row` of another batch, which began as its copies."""
         columns = other.columns.of(other_row)
         num_added = self.columns.put(row, columns.size)
         for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
@@ -287,8 +342,18 @@ class CachedModel:
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
         self._read = [length]
 
+    def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
+        """Makes of empty rows ones whose first tokens have been read, given each layer's states of all rows."""
+        self.columns.extend(used_BL)
+        self._read = list(self.lengths)
+        for index, each in enumerate(states):
+            _set_layer(self.cache, index, each)
+
     def trim_cache(self, length: int) -> None:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
+        if self._after is not None:  # where a row is padded, that is no token, but a column as well
+            length = max(length - self._after.num_tokens[0], 0) + self._after.num_columns
+        length = max(length, 0)  # of embeddings no token is known
         if self._tree_start is not None:
             length = min(length, self._tree_start)
         if self.recurrent is not None:

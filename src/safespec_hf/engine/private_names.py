@@ -93,6 +93,11 @@ def keeps_logits(model: Any) -> bool:
     return bool(model._supports_logits_to_keep())
 
 
+def next_model_kwargs(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model one token on, as plain decoding goes on with them."""
+    return dict(model._update_model_kwargs_for_generation({}, dict(kwargs)))
+
+
 if TYPE_CHECKING:
 
     class _Generating(PreTrainedModel, GenerationMixin):
@@ -247,6 +252,7 @@ NAMES = (
     PrivateName("transformers.PreTrainedModel", "_is_stateful", lambda: PreTrainedModel),
     PrivateName("transformers.PreTrainedModel", "_init_weights", lambda: PreTrainedModel),
     PrivateName("transformers.GenerationMixin", "_supports_logits_to_keep", lambda: GenerationMixin),
+    PrivateName("transformers.GenerationMixin", "_update_model_kwargs_for_generation", lambda: GenerationMixin),
     PrivateName("transformers.GenerationMixin", "_extract_generation_mode_kwargs", lambda: GenerationMixin),
     PrivateName("transformers.GenerationMixin", "_validate_generation_mode", lambda: GenerationMixin),
     PrivateName("torch.nn.Module", "_buffers", nn.Module),

@@ -41,15 +41,19 @@ class Block(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """The states of a row after its first `length` tokens: row `row` of a snapshot, which others may share."""
+    """The states of a row after its first `length` tokens: row `row` of a snapshot, which others may share.
+
+    One that is pinned is kept: what comes before it can't be read again.
+    """
 
     length: int
     states: Snapshot
     row: int
+    is_pinned: bool = False
 
 
 def thin(copies: Sequence[Copy]) -> list[Copy]:
-    """Of a row's copies, ascending, those that are worth their memory; at most four.
+    """Of a row's copies, ascending, those that are worth their memory; at most four, and a pinned one.
 
     Example:
 
@@ -57,8 +61,8 @@ def thin(copies: Sequence[Copy]) -> list[Copy]:
         >>> [copy.length for copy in thin(copies)]
         [10, 30, 90, 110]
     """
-    if not copies:
-        return []
+    if not copies or copies[0].is_pinned:
+        return [*copies[:1], *thin(copies[1:])] if copies else []
     is_old = [copy.length <= copies[-1].length - SPAN for copy in copies]
     places = {0, is_old.count(True) - 1, is_old.count(True), len(copies) - 1}
     return [copies[place] for place in sorted(places) if 0 <= place < len(copies)]
@@ -129,6 +133,12 @@ class RecurrentStates:
             return sorted(places)
         start = min(places, default=block.width) if not any(block.lengths) else 1
         return list(range(start, block.width))
+
+    def pin(self, lengths: Sequence[int]) -> None:
+        """Copies what the cache has, of rows of these lengths, for good."""
+        states = snapshot(self.cache, self.mixers.keys)
+        for row, length in enumerate(lengths):
+            self._copies[row].append(Copy(length, states, row, is_pinned=True))
 
     def keep(self, lengths: Sequence[int], wanted: Sequence[int]) -> list[int]:
         """Takes rows back, each to the wanted length at most; returns the lengths that they have then."""

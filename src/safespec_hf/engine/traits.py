@@ -13,12 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..errors import UnsupportedRequestError
-from .growing import KINDS, is_recurrent, model_layers
+from .growing import KINDS, column_states, is_recurrent, model_layers
 from .private_names import attention_name, buffers_of, is_stateful, moving_hook
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
@@ -149,6 +148,12 @@ def has_windows(model: PreTrainedModel) -> bool:
     )
 
 
+def min_window(model: PreTrainedModel) -> int:
+    """The shortest sliding window of a model's layers; 0 where its cache does not say."""
+    windows = [getattr(layer, "sliding_window", None) for layer in model_layers(model)]
+    return min((window for window in windows if window), default=0)
+
+
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether a model can read a tree in one forward.
 
@@ -214,21 +219,15 @@ def check_cache_layers(model: PreTrainedModel) -> None:
         )
 
 
-def check_user_cache(cache: Cache, prompt_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises unless a cache that the caller passed can be continued.
+def check_prompt_columns(model: PreTrainedModel, cache: Any, width: int) -> None:
+    """Raises unless a forward over a prompt has left a column for each of its places, in every layer that has any.
 
     Raises:
-        UnsupportedRequestError: For anything but a `DynamicCache` of full-attention layers with one row of a part of
-            the prompt, unpadded.
+        UnsupportedRequestError: If it has not, as with layers that attend to images by themselves.
     """
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    nums = {state.shape[2] for layer in cache.layers for state in column_states(layer)} - {width}
+    if nums:
         raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` must be a `DynamicCache` of full-attention layers, but it is a "
-            f"{type(cache).__name__}. Leave it out, and the cache is made for you."
-        )
-    is_padded = attention_mask is not None and not bool(attention_mask.all())
-    if prompt_ids.shape[0] > 1 or is_padded or cache.get_seq_length() >= prompt_ids.shape[1]:
-        raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` can be continued for one unpadded row that is longer than the cache, but there are "
-            f"{prompt_ids.shape[0]} rows of {prompt_ids.shape[1]} tokens and {cache.get_seq_length()} cached ones."
+            f"{type(model).__name__} read a prompt of {width} places and keeps {max(nums)} in a layer: what cross-"
+            "attention keeps of images can't be rolled back with the tokens. Generate without `safespec`."
         )

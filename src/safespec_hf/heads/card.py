@@ -21,7 +21,7 @@ UNPUBLISHED = "path/to/this/folder"  # stands for the id of a head until it has 
 _TAGS = ["safety", "guardrail", "speculative-decoding", "safespec"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_MARK = "<!-- Written by safespec-hf, and written anew when the head is published, unless edited: {digest} -->"
+_MARK = "<!-- Written by safespec-hf, and written anew when {thing} is published, unless edited: {digest} -->"
 _COLUMNS = ("num_safe", "num_unsafe", "auroc", "auroc_non_refusal", "recall", "false_alarms")
 
 _METHOD = """\
@@ -85,11 +85,7 @@ def model_card(
         'safespec-hf'
     """
     report = report or {}
-    if license is not None and not _LICENSE.fullmatch(license):
-        raise SafeSpecError(
-            "`license` must be abbreviated as on the Hub, such as 'apache-2.0', 'mit' or 'other', but it is "
-            f"{license!r}."
-        )
+    check_license(license)
     target = (head.config.target or {}).get("model_id") or "path/to/the/target"
     sections = {
         "What it reads": describe_reading(head.config) + f" Then {describe_size(head)}.",
@@ -103,12 +99,29 @@ def model_card(
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     title = (repo_id or "Safety head").split("/")[-1]
     metadata = _card_data(head, report, title, license).to_yaml()
-    text = f"---\n{metadata}\n---\n\n# {title}\n\n{_METHOD}\n\n{body}\n\n"
-    return ModelCard(text + _MARK.format(digest=_digest(text)) + "\n")
+    return mark_card(f"---\n{metadata}\n---\n\n# {title}\n\n{_METHOD}\n\n{body}\n\n")
 
 
-def is_unedited(card: str) -> bool:
-    """Whether the text of a card is as [`model_card`] wrote it, so that writing it anew loses nothing.
+def check_license(license: str | None) -> None:
+    """Raises unless it is none, or could be an abbreviation of the Hub.
+
+    Raises:
+        SafeSpecError: Says what would be one.
+    """
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise SafeSpecError(
+            "`license` must be abbreviated as on the Hub, such as 'apache-2.0', 'mit' or 'other', but it is "
+            f"{license!r}."
+        )
+
+
+def mark_card(text: str, thing: str = "the head") -> ModelCard:
+    """A card of that text, which [`is_unedited`] knows again."""
+    return ModelCard(text + _MARK.format(thing=thing, digest=_digest(text)) + "\n")
+
+
+def is_unedited(card: str, thing: str = "the head") -> bool:
+    """Whether the text of a card is as [`mark_card`] wrote it, so that writing it anew loses nothing.
 
     Example:
 
@@ -119,7 +132,7 @@ def is_unedited(card: str) -> bool:
         (True, False)
     """
     text, _, mark = card.rstrip().rpartition("\n")
-    return mark == _MARK.format(digest=_digest(text))
+    return mark == _MARK.format(thing=thing, digest=_digest(text))
 
 
 def _digest(text: str) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from huggingface_hub import HfApi, constants, get_session
+from huggingface_hub import HfApi, constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # `HTTPError` is that of its HTTP library
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     RepositoryNotFoundError,
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..errors import HeadFileError
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 3.0
 PROBE_MEMORY_S = 30.0
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say how files are fetched."""
 
 
 class StrictModel(PreTrainedModel):
@@ -59,7 +61,7 @@ class StrictModel(PreTrainedModel):
             HeadFileError: If a file is missing or damaged, or a weight is missing, unknown, misshapen or not finite.
         """
         name = pretrained_model_name_or_path
-        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         config, weights = cls._read_files(name, kwargs.pop("config", None), hub_kwargs)
         # What transformers would resolve by itself may be a pickle, or a bot's conversion of one. It gets no choice.
         kwargs |= {"config": config, "state_dict": weights, "use_safetensors": True}
@@ -191,6 +193,22 @@ def no_such_folder(name: str | os.PathLike[str], title: str = "model") -> str:
     """What is said of a path at which there is nothing, or nothing that can be loaded."""
     found = "that is a file" if os.path.isfile(name) else f"looked in {str(Path.cwd())!r}"
     return f"no such folder: {str(name)!r} ({found}). Give the folder of a {title}, or its id on the Hub, owner/name."
+
+
+def find_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a repository is at, as the Hub says, or else its cache; `None` if neither knows.
+
+    Args:
+        name (`str`): Id on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit. Default: the main branch.
+    """
+    try:
+        if is_hub_reachable():
+            return HfApi().model_info(name, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, HTTPError):
+        return None
+    file = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def is_hub_reachable() -> bool:

@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 CARD, REPORT, TRAINING, EVAL_RESULTS = "README.md", "report.json", "training.json", ".eval_results/safespec.yaml"
 _FROM_REPORT = (REPORT, "report.md", "*.png")
 _PUBLISHED = (CONFIG_NAME, SAFE_WEIGHTS_NAME, CARD, TRAINING, ".eval_results/*.yaml", *_FROM_REPORT)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 _BRANCH = re.compile(r"(?!.*(\.\.|//|/$|\.lock$|\.$))[A-Za-z0-9_][A-Za-z0-9_./-]*")
 
 Source = StrictModel | str | os.PathLike[str]
@@ -157,7 +157,7 @@ def copy_report(report: str | os.PathLike[str], folder: Path, *, is_whole: bool 
         )
     (folder / EVAL_RESULTS).unlink(missing_ok=True)
     wanted = _FROM_REPORT if is_whole else (REPORT,)
-    for file in sorted(file for file in source.iterdir() if _matches(file.name, wanted)):
+    for file in sorted(file for file in source.iterdir() if is_named_like(file.name, wanted)):
         if not (folder / file.name).exists() or not file.samefile(folder / file.name):
             shutil.copyfile(file, folder / file.name)
 
@@ -185,12 +185,14 @@ def _copy_published(source: Path, folder: Path) -> None:
     if not source.is_dir():
         raise HeadFileError(f"{str(source)!r} is not a folder: {no_such_folder(source, 'head')}")
     names = sorted(file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
-    if pickles := [name for name in names if _matches(name, _PICKLES)]:
+    if pickles := [name for name in names if is_named_like(name, PICKLES)]:
         raise HeadFileError(
             f"{str(source)!r} holds {', '.join(pickles)}. Pickles can run code where they are loaded, and are not "
             "published: remove them. A head's weights are in `model.safetensors`."
         )
-    published = [name for name in names if _matches(name, [p for p in _PUBLISHED if p.count("/") == name.count("/")])]
+    published = [
+        name for name in names if is_named_like(name, [p for p in _PUBLISHED if p.count("/") == name.count("/")])
+    ]
     for name in published:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
@@ -199,7 +201,8 @@ def _copy_published(source: Path, folder: Path) -> None:
         logger.warning("Not published from %s: %s.", source, ", ".join(left))
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def is_named_like(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's name fits one of these patterns."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 

@@ -170,7 +170,7 @@ def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     text_config = model.config.get_text_config(decoder=True)
     name = model.config.name_or_path
     return {
-        "model_id": name if _is_hub_id(name or "") else None,
+        "model_id": name if is_hub_id(name or "") else None,
         "revision": commit_hash(model.config),
         "architecture": _architecture(type(model)),
         "hidden_size": text_config.hidden_size,
@@ -180,7 +180,7 @@ def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     }
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a model of that name came from the Hub, as far as it shows: a folder may be out of reach by now."""
     try:
         validate_repo_id(name)

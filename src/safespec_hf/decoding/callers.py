@@ -1,0 +1,91 @@
+"""The cache of one call, as its caller sees it: what is passed in, and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+
+from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
+from ..engine.growing import column_states, is_recurrent, model_layers
+from ..engine.private_names import is_user_cache
+from ..engine.traits import CACHE_NAME, has_windows
+from ..errors import UnsupportedRequestError
+from .loop import Decoder
+
+
+class CallersCache:
+    """What `generate` prepared as a cache, for guarded decoding to begin and to end with.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        config ([`~transformers.GenerationConfig`]): Of the call.
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`): The prompts, of which a cache may hold the beginning.
+        model_kwargs (`dict[str, Any]`): What `generate` prepared.
+
+    Attributes:
+        num_cached (`int`): Columns that a cache of the caller holds.
+        model_kwargs (`dict[str, Any]`): The same, with a dynamic cache in the place of any other.
+
+    Raises:
+        UnsupportedRequestError: If a cache of the caller's can't be continued.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: GenerationConfig, prompt_ids: Tensor, model_kwargs: dict[str, Any]
+    ):
+        self.model = model
+        self.is_wanted = bool(config.return_dict_in_generate and config.use_cache)
+        given: Any = model_kwargs.get(CACHE_NAME)
+        mask: Tensor | None = model_kwargs.get("attention_mask")
+        embedded = model_kwargs.get("inputs_embeds")
+        shape = prompt_ids.shape if embedded is None else embedded.shape[:2]
+        self._is_real = prompt_ids.new_ones(shape) if mask is None else mask
+        self.is_users = is_user_cache(given)
+        if self.is_users:
+            check_user_cache(model, given, prompt_ids, config.max_length)
+        elif isinstance(given, StaticCache) and is_recurrent(model):
+            raise UnsupportedRequestError(
+                f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
+                "default, a dynamic cache."
+            )
+        if self.is_users and has_windows(model) and bool((self._is_real.long().diff(dim=1) < 0).any()):
+            raise UnsupportedRequestError(
+                f"`{CACHE_NAME}` of a model with sliding windows can't be continued after padding between tokens: "
+                "what the windows have forgotten would be in reach. Pass the whole text, and no cache."
+            )
+        self.num_cached = int(given.get_seq_length()) if self.is_users else 0
+        self._is_used_as_it_is = self.is_users and is_plain(given, prompt_ids, mask)
+        # one that the caller will see filled
+        self._given = given if self.is_users or isinstance(given, StaticCache) else None
+        opened = None if self._given is None or self._is_used_as_it_is else open_cache(given)
+        self._opened = opened
+        self.model_kwargs = model_kwargs if opened is None else {**model_kwargs, CACHE_NAME: opened}
+
+    def give_to(self, decoder: Decoder) -> None:
+        """Has a decoder begin with what the cache holds."""
+        if self._is_used_as_it_is:
+            decoder.target.take_cache(cast("DynamicCache", self._given))
+        elif self._opened is not None and self.num_cached:
+            states = [column_states(layer) for layer in self._opened.layers]
+            decoder.target.begin_with(states, used_columns(self._is_real[:, : self.num_cached]))
+        if self._is_laid_out(decoder):
+            decoder.finished = {}
+
+    def take_back(self, decoder: Decoder) -> Any:
+        """What the caller gets after the call; a cache of the caller's is filled in any case."""
+        cache = None
+        if self._is_laid_out(decoder):
+            cache = fill_cache(self.model, decoder.whole_cache(used_columns(self._is_real)), self._given)
+        elif self.is_wanted and len(decoder.rows) == 1 and bool(self._is_real.all()):
+            cache = decoder.target.give_cache()
+        return cache if self.is_wanted else None
+
+    def _is_laid_out(self, decoder: Decoder) -> bool:
+        """Whether what was read has to be laid out anew, because it lies otherwise in a cache of a plain call."""
+        if self._is_used_as_it_is or is_recurrent(self.model) or not (self.is_wanted or self._given is not None):
+            return False
+        has_windows = any(getattr(layer, "is_sliding", False) for layer in model_layers(self.model))
+        is_single = len(decoder.rows) == 1 and bool(self._is_real.all())
+        return self._given is not None or has_windows or not is_single

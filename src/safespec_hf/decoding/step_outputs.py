@@ -1,0 +1,163 @@
+"""What `generate` returns of every step besides the tokens: scores, logits, hidden states and attentions.
+
+Speculation reads several tokens at once, gives some of them up, and lets rows end at different times. So what plain
+decoding would have had at each step is read in one forward over the finished answers, with the inputs that the model
+itself prepares for them. Causal attention makes it the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StaticCache
+
+from ..engine.growing import model_layers
+from ..engine.private_names import next_model_kwargs
+from ..engine.traits import CACHE_NAME
+from ..outputs import SafeSpecOutput
+
+NAMES = ("scores", "logits", "attentions", "hidden_states")
+Steps = tuple[Any, ...]
+
+
+class Width(NamedTuple):
+    """How many keys the attention of a layer sees at a step, beside those of all tokens.
+
+    Attributes:
+        window (`int`, *optional*): Of a sliding layer; `None` where all tokens are seen.
+        length (`int`, *optional*): Of a static cache, whose unused places are seen as well, with weights of 0.
+    """
+
+    window: int | None = None
+    length: int | None = None
+
+    def fit(self, weights_BHQK: Tensor) -> Tensor:
+        """The weights, over the keys that plain decoding has: of all tokens so far, the last ones are the queries."""
+        num_queries, num_keys = weights_BHQK.shape[2:]
+        if self.window is not None:
+            weights_BHQK = weights_BHQK[..., -min(num_keys, self.window - 1 + num_queries) :]
+        missing = (self.length or 0) - weights_BHQK.shape[-1]
+        return torch.nn.functional.pad(weights_BHQK, (0, missing)) if missing > 0 else weights_BHQK
+
+
+def wanted_outputs(config: GenerationConfig) -> tuple[str, ...]:
+    """Which of [`NAMES`] a call asks for: none, if it wants nothing but the tokens."""
+    return tuple(name for name in NAMES if config.return_dict_in_generate and getattr(config, f"output_{name}"))
+
+
+def with_steps(
+    output: SafeSpecOutput,
+    model: Any,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    model_kwargs: dict[str, Any],
+    num_cached: int = 0,
+) -> SafeSpecOutput:
+    """An output with what was asked for besides: one forward over finished answers, cut into plain decoding's steps.
+
+    A row that has ended goes on with padding, as in plain decoding.
+
+    Args:
+        output ([`SafeSpecOutput`]): Without them.
+        model ([`~transformers.PreTrainedModel`]): The target.
+        config ([`~transformers.GenerationConfig`]): Of the call; says what is wanted.
+        processors ([`~transformers.LogitsProcessorList`]): The caller's, for the whole batch.
+        model_kwargs (`dict[str, Any]`): What `generate` prepared for the prompt.
+        num_cached (`int`, defaults to 0): Tokens of the prompts that a cache of the caller held.
+    """
+    wanted, steps = wanted_outputs(config), dict[str, Any]()
+    assert output.risks is not None
+    assert output.statistics is not None
+    start, num_new = time.perf_counter(), output.risks.shape[1]
+    if num_new == 0:
+        steps.update(dict.fromkeys(wanted, ()))
+        return replace(output, **steps)
+    embedded = model_kwargs.get("inputs_embeds")
+    num_places = output.sequences.shape[1] - num_new if embedded is None else embedded.shape[1]
+    outputs = _forward(model, output.sequences[:, :-1], num_new, wanted, model_kwargs)
+    output.statistics.num_target_forwards += 1
+    output.statistics.target_seconds += time.perf_counter() - start
+    with torch.inference_mode(False), torch.no_grad():
+        if "scores" in wanted or "logits" in wanted:
+            logits_BNV = outputs.logits[:, -num_new:]  # not all models leave out what was not asked for
+            steps["logits"] = tuple(logits_BNV[:, step].to(torch.float32, copy=True) for step in range(num_new))
+        if "scores" in wanted:
+            steps["scores"] = _scores(steps["logits"], output.sequences, processors)
+        is_cached = config.use_cache is not False
+        cuts = _cuts(num_places, num_new, num_cached, is_cached)
+        if "hidden_states" in wanted:
+            steps["hidden_states"] = tuple(
+                tuple(each[..., cut, :].clone() for each in outputs.hidden_states) for cut in cuts
+            )
+        if "attentions" in wanted:
+            widths = _widths(model, len(outputs.attentions), model_kwargs.get(CACHE_NAME)) if is_cached else []
+            steps["attentions"] = tuple(_attentions(outputs.attentions, cut, widths) for cut in cuts)
+    return replace(output, **{name: each for name, each in steps.items() if name in wanted})
+
+
+def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model_kwargs: dict[str, Any]) -> Any:
+    """Reads prompts and answers, the last token left out, as the model itself prepares them."""
+    num_after = num_new - 1
+    given = {name: value for name, value in model_kwargs.items() if not name.startswith("output_")}
+    given |= {CACHE_NAME: None, "use_cache": False}
+    if "logits_to_keep" in given:
+        given["logits_to_keep"] = num_new
+    if num_after > 0:
+        for _ in range(num_after):  # of several at once transformers says other things
+            given = next_model_kwargs(model, given)
+        if (embedded := given.get("inputs_embeds")) is not None:
+            new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
+            given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)
+    inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)
+    return model(
+        **inputs,
+        return_dict=True,
+        output_hidden_states="hidden_states" in wanted,
+        output_attentions="attentions" in wanted,
+    )
+
+
+def _scores(logits: Steps, sequences: Tensor, processors: LogitsProcessorList) -> Steps:
+    """The same as the caller's processors leave it."""
+    first = sequences.shape[1] - len(logits)
+    return tuple(
+        processors(cast(Any, sequences[:, : first + index].clone()), each.to(sequences.device, copy=True))
+        for index, each in enumerate(logits)
+    )
+
+
+def _cuts(num_places: int, num_new: int, num_cached: int, is_cached: bool) -> list[slice]:
+    """The places that each step reads: without a cache, all of them again."""
+    ends = range(num_places, num_places + num_new)
+    starts = [num_cached, *ends[:-1]] if is_cached else [0] * num_new
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _attentions(layers: Sequence[Tensor | None], cut: slice, widths: Sequence[Width]) -> Steps:
+    """The weights of one step; those of a layer that gives none are `None`, as in plain decoding."""
+    steps = [None if each is None else each[..., cut, : cut.stop].clone() for each in layers]
+    if not widths:
+        return tuple(steps)
+    return tuple(None if each is None else width.fit(each) for width, each in zip(widths, steps, strict=True))
+
+
+def _widths(model: Any, num_layers: int, cache: Any) -> list[Width]:
+    """For each layer that attends, what its keys are in the cache of a plain call; none where that is not known."""
+    is_static = isinstance(cache, StaticCache)
+    layers = cache.layers if is_static else model_layers(model)
+    if len(layers) != num_layers:
+        return []
+    return [
+        Width(
+            window=getattr(layer, "max_cache_len" if is_static else "sliding_window", None)
+            if getattr(layer, "is_sliding", False)
+            else None,
+            length=getattr(layer, "max_cache_len", None) if is_static else None,
+        )
+        for layer in layers
+    ]

@@ -1,0 +1,123 @@
+"""What comes back of every step besides the tokens is what plain `generate` gives, whatever was drafted."""
+
+import pytest
+import torch
+from tiny import DRAFTING, PROMPT, REFLECTION, REFUSAL, attach, build_coin_head, build_model, drafting
+
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError
+
+OUTPUTS = ("scores", "logits", "hidden_states", "attentions")
+PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
+BATCH = {"inputs": PADDED, "attention_mask": (PADDED != 0).long()}
+ASKED = {f"output_{name}": True for name in OUTPUTS} | {"return_dict_in_generate": True, "max_new_tokens": 12}
+POLICY = SafeSpecConfig(adaptive_drafts=False)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums that depend on the shape of a block
+
+
+def eager(kind="llama", **config):
+    return build_model(kind, attn_implementation="eager", **config)
+
+
+def assert_alike(ours, theirs, is_real=None):
+    """`is_real`: of the places in the last dimension but one; what is said of padding before a prompt is chance."""
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, tuple):
+        assert len(ours) == len(theirs)
+        for pair in zip(ours, theirs, strict=True):
+            assert_alike(*pair, is_real)
+    elif theirs is not None:
+        assert (ours.shape, ours.dtype, ours.is_inference()) == (theirs.shape, theirs.dtype, False)
+        if is_real is not None and theirs.shape[-2] >= is_real.shape[1]:
+            places = torch.nn.functional.pad(is_real, (0, theirs.shape[-2] - is_real.shape[1]), value=True)
+            places = places.view(len(places), *[1] * (theirs.dim() - 3), -1, 1)
+            ours, theirs = ours.where(places, 0), theirs.where(places, 0)
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def agree(model, drafts, **arguments):
+    arguments = ASKED | arguments
+    theirs = model.generate(**arguments)
+    ours = model.generate(**arguments, **drafts, safespec=POLICY)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    mask = arguments.get("attention_mask")
+    for name in OUTPUTS:
+        has_places = name in ("hidden_states", "attentions") and mask is not None
+        assert_alike(ours[name], theirs[name], mask.bool() if has_places else None)
+    return ours
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", ["llama", "alternating", "gpt2"])
+def test_every_step_is_that_of_plain_decoding(kind, source, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    agree(model, drafting(source, model), inputs=PROMPT, do_sample=False, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "sliding"])
+def test_rows_of_a_batch_go_on_with_padding_as_in_plain_decoding(kind, use_cache, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    end = int(model.generate(**BATCH, max_new_tokens=5, do_sample=False)[0, -1])  # the first row ends early
+    output = agree(model, {}, **BATCH, do_sample=False, eos_token_id=end, use_cache=use_cache)
+    assert output.finish_reasons[0] == "eos"
+    assert (output.past_key_values if "past_key_values" in output else output.get("cache")) is None or use_cache
+
+
+RAGGED = {
+    "inputs": torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34]]),
+    "attention_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("source", DRAFTING)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_on_the_right_is_read_as_in_plain_decoding(kind, source, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    agree(model, drafting(source, model), **RAGGED, do_sample=False)
+
+
+def test_padding_on_the_right_is_refused_where_it_would_be_read_otherwise(tokenizer):
+    model = attach(eager("sliding"), tokenizer)
+    agree(model, {"prompt_lookup_num_tokens": 3}, **RAGGED, do_sample=False, max_new_tokens=4)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(UnsupportedRequestError, match="Right padding"):
+        model.generate(**RAGGED, max_new_tokens=5, safespec=True)
+
+
+def test_what_attention_does_not_give_is_none_as_in_plain_decoding(guarded):
+    agree(guarded, {}, inputs=PROMPT, do_sample=False)
+
+
+def test_only_what_was_asked_for_comes_back_and_nothing_without_a_dict(guarded):
+    output = guarded.generate(
+        PROMPT, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, safespec=True
+    )
+    assert [output.get(name) is not None for name in OUTPUTS] == [False, True, False, False]
+    assert guarded.generate(PROMPT, max_new_tokens=4, output_logits=True, safespec=True).shape == (1, 8)
+
+
+def test_what_is_sampled_has_the_scores_that_it_was_drawn_from(guarded):
+    fields = {"do_sample": True, "temperature": 0.7, "top_k": 3, **ASKED, "safespec": POLICY}
+    output = guarded.generate(PROMPT, prompt_lookup_num_tokens=3, num_return_sequences=3, **fields)
+    new = output.sequences[:, PROMPT.shape[1] :]
+    chosen = torch.stack(output.scores, dim=1).gather(2, new[..., None])
+    assert bool(chosen.isfinite().all())
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_after_a_recovery_scores_are_of_the_tokens_that_came_back(keeps, tokenizer):
+    model = eager()
+    attach(model, tokenizer, build_coin_head(model, 0.2, seed=3))
+    policy = SafeSpecConfig(
+        max_segment_tokens=4, num_candidates=4, reflection=REFLECTION, refusal=REFUSAL, keep_reflection=keeps
+    )
+    arguments = {**BATCH, **ASKED, "max_new_tokens": 24, "do_sample": False}
+    output = model.generate(**arguments, safespec=policy)
+    num_new = output.sequences.shape[1] - PADDED.shape[1]
+    assert any(event.outcome == "recovered" for events in output.events for event in events)
+    assert {len(output[name]) for name in OUTPUTS} == {num_new}
+    # what the target chose itself is what its scores say, hidden text or not
+    for row, origins in enumerate(output.provenance):
+        for step, origin in enumerate(origins.tolist()):
+            if origin in (0, 1):
+                assert int(output.scores[step][row].argmax()) == int(output.sequences[row, PADDED.shape[1] + step])
