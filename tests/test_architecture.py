@@ -34,6 +34,7 @@ ORDER = [
     "training",
     "distilling",
     "evaluation",
+    "vllm",
     "cli",
 ]
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})

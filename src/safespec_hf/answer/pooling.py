@@ -59,6 +59,22 @@ def segment_counts(
     return counts, num_open
 
 
+def own_share(count: int, pooling: str, decay: float) -> float:
+    """The weight of a token's own hidden state in its pooled one; the pooled state before it has the rest.
+
+    Args:
+        count (`int`): Tokens of its span that come before it.
+        pooling (`str`): `"last"`, `"mean"` or `"ewma"`.
+        decay (`float`): Weight of the past per token, for `"ewma"`.
+
+    Example:
+
+        >>> own_share(3, "mean", 0.9), own_share(0, "ewma", 0.9)
+        (0.25, 1.0)
+    """
+    return 1.0 if count == 0 or pooling == "last" else 1 / (count + 1) if pooling == "mean" else 1 - decay
+
+
 def pooling_weights(
     counts: Sequence[int], pooling: str, decay: float, previous: Sequence[int] | None = None
 ) -> Tensor:
@@ -85,7 +101,7 @@ def pooling_weights(
     """
     rows: list[list[float]] = []
     for token, count in enumerate(counts):
-        own = 1.0 if count == 0 or pooling == "last" else 1 / (count + 1) if pooling == "mean" else 1 - decay
+        own = own_share(count, pooling, decay)
         # a pooled state is a mix of the one before it and the token's own hidden state
         follows = token - 1 if previous is None else previous[token]
         before = rows[follows] if follows >= 0 else [1.0] + [0.0] * len(counts)

@@ -7,20 +7,19 @@ p, one of K is with probability 1 - (1 - p)^K: the rollback before this and the 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
-from ..answer.characters import character_edges
 from ..answer.logits import SafeSpecLogitsProcessor
 from ..answer.recovery import Choice, batch_sizes, choose, next_step
 from ..answer.rows import Row
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
-from ..outputs import Provenance, SafeSpecEvent
+from ..outputs import Provenance
 from .candidate_scores import CandidateScores
 from .commit import Committer, Flag
 from .monitor import RiskMonitor
+from .outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from .plan import Plan
 from .sampling import sample_segments
 
@@ -60,23 +59,15 @@ class SafetyMode:
             row ([`Row`]): The row, rolled back.
             flag ([`Flag`]): Why.
         """
-        policy, num_reflection = self.plan.policy, len(self.plan.reflection_ids)
-        # a candidate is at most a segment long, so that one safe segment later General Mode goes on
-        room = min(
-            policy.max_segment_tokens,
-            row.room - (num_reflection if policy.keep_reflection else 0),
-            self.plan.max_context - row.num_context - num_reflection,
-        )
+        policy, room = self.plan.policy, room_for_candidate(row, self.plan)
         if policy.keep_reflection and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            # once for all attempts: only where samples may begin changes
-            for token in self.plan.reflection_ids:
-                row.append(token, Provenance.REFLECTION)
+            insert_reflection(row, self.plan)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             row.num_recoveries += 1
             self.statistics.num_recovery_attempts += 1
             if self._resample(index, row, flag, room):
                 return
-        self._end(row, flag)
+        end_answer(row, self.plan, flag)
 
     def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """One attempt: sample, score, choose. Returns whether a safe continuation was found."""
@@ -87,10 +78,10 @@ class SafetyMode:
             tried.append(scores)
             choice = choose(scores.worst(), scores.log_probs, plan.risk_threshold, plan.safe_enough)
             if choice.is_safe:
-                self._record_attempt(row, flag, tried, max_tokens, choice.candidate)
+                row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate))
                 self._take(index, row, scores, scorer, choice.candidate)
                 return True
-        self._record_attempt(row, flag, tried, max_tokens)
+        row.events.append(attempt_event(row, flag, tried, max_tokens))
         # how a segment begins decides most of it: the next attempt steers away from these beginnings
         firsts = {tokens[0] for scores in tried for tokens in scores.segments if tokens}
         row.flagged_first_tokens.setdefault(flag.kept, set()).update(firsts)
@@ -161,40 +152,3 @@ class SafetyMode:
         if row.index not in self._generators:
             self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
         return self._generators[row.index]
-
-    def _end(self, row: Row, flag: Flag) -> None:
-        """Ends the answer after what was kept, with the refusal: all of that was found safe, and reads on its own."""
-        row.truncate(flag.kept)  # the reflection goes as well: it was for candidates only
-        if self.plan.policy.policy == "stop":
-            row.finish_reason = "safety_stop"
-            self._record(row, flag, "stopped")
-            return
-        tokens = [*(self.plan.separator_ids if row.num_visible else []), *self.plan.refusal_ids][: max(row.room, 0)]
-        # where there is no room for all of it, it ends with a whole character like anything that we write
-        edges, _ = character_edges(0, tokens, row.segments.pieces)
-        while tokens and not edges[len(tokens) - 1].after:
-            tokens.pop()
-        for token in tokens:
-            row.append(token, Provenance.REFUSAL)
-        row.finish_reason = "safety_refusal"
-        self._record(row, flag, "refused")
-
-    def _record_attempt(
-        self, row: Row, flag: Flag, tried: list[CandidateScores], max_tokens: int, chosen: int | None = None
-    ) -> None:
-        """Makes an event of an attempt; `chosen` is one of its last batch."""
-        counts = [scores.count(max_tokens) for scores in tried]
-        self._record(
-            row,
-            flag,
-            "retried" if chosen is None else "recovered",
-            candidate_risks=tuple(risk for scores in tried for risk in scores.worst()),
-            candidate_log_probs=tuple(log_prob for scores in tried for log_prob in scores.log_probs),
-            chosen=None if chosen is None else sum(len(scores.segments) for scores in tried[:-1]) + chosen,
-            num_safe_candidates=sum(num_safe for num_safe, _ in counts),
-            num_unsafe_candidates=sum(num_unsafe for _, num_unsafe in counts),
-        )
-
-    def _record(self, row: Row, flag: Flag, outcome: str, **found: Any) -> None:
-        kept = len(row.visible(0, flag.kept))
-        row.events.append(SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, outcome=outcome, **found))

@@ -116,7 +116,7 @@ def load_default_target(
         >>> tokenizer.eos_token
         '<|im_end|>'
     """
-    folder = _find_target(cache_root(cache_dir))
+    folder = find_target(cache_root(cache_dir))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     # A safety head is bound to this id: it must not depend on which folder the weights came from.
@@ -232,7 +232,8 @@ def _truncate_config(target: PreTrainedModel, num_layers: int) -> Any:
     return config
 
 
-def _find_target(root: Path) -> Path:
+def find_target(root: Path) -> Path:
+    """The folder that [`load_default_target`] loads from, made if need be; `root` is where conversions are kept."""
     converted = root / _CONVERTED_NAME
     if snapshot := _find_hub_snapshot():
         return snapshot

@@ -1,0 +1,265 @@
+"""The parts of benchmarks/engine.py."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from engine_sessions import BATCH, encode_prompts, session
+from prompts import PROMPTS
+
+SETTINGS = ("plain", "ngram", "draft", "chunked", "preempted")
+GREEDY = {"temperature": 0.0}
+_known: dict[str, Any] = {}  # answers that several parts look at
+
+
+class Bar(NamedTuple):
+    """Something that has to hold."""
+
+    claim: str
+    found: str
+    is_kept: bool
+
+
+def greedy(options: Any) -> list[dict[str, Any]]:
+    return [GREEDY | {"max_tokens": options.tokens}] * options.prompts
+
+
+def mixed(options: Any) -> list[dict[str, Any]]:
+    sampled = {"temperature": 0.8, "max_tokens": options.tokens}
+    return [one if index % 2 == 0 else sampled | {"seed": index} for index, one in enumerate(greedy(options))]
+
+
+def prompts_of(options: Any) -> list[list[int]]:
+    return encode_prompts((PROMPTS * math.ceil(options.prompts / len(PROMPTS)))[: options.prompts])
+
+
+def silent_answers(options: Any) -> dict[str, Any]:
+    """Of every setting: without us, with us, and with us beside sampled requests."""
+    if _known:
+        return _known
+    prompts = prompts_of(options)
+    for setting in SETTINGS:
+        with session("plain", setting) as plain:
+            found = {"plain": plain("answer", prompts, greedy(options))}
+            if setting in ("plain", "ngram", "draft"):
+                found["plain mixed"] = plain("answer", prompts, mixed(options))
+        with session("guarded", setting) as guarded:
+            found["guarded"] = guarded("answer", prompts, greedy(options))
+            found["num_preemptions"] = guarded("metrics")["num_preemptions"]
+            if setting in ("plain", "ngram", "draft"):
+                found["guarded mixed"] = guarded("answer", prompts, mixed(options))
+            found["metrics"], found["report"] = guarded("metrics"), guarded("report")
+        _known[setting] = found
+        print(f"  answered: {setting}, failures {found['report']['failures']}", flush=True)
+    return _known
+
+
+def num_same(left: list[dict[str, Any]], right: list[dict[str, Any]], which: range) -> int:
+    return sum(left[index]["tokens"] == right[index]["tokens"] for index in which)
+
+
+def same(options: Any) -> tuple[dict[str, Any], list[Bar]]:
+    known, bars, figures = silent_answers(options), [], dict[str, Any]()
+    every, even = range(options.prompts), range(0, options.prompts, 2)
+    for setting in SETTINGS:
+        found = known[setting]
+        num = num_same(found["plain"], found["guarded"], every)
+        bars.append(Bar(f"{setting}: greedy tokens", f"{num} of {len(every)} the same", num == len(every)))
+        figures[setting] = {"same": num, "metrics": found["metrics"], "report": found["report"]}
+        if "guarded mixed" in found:
+            # beside sampled requests the wheel's own greedy answers are wrong where it drafts: not what to be like
+            num = num_same(found["plain"], found["guarded mixed"], even)
+            own = num_same(found["plain"], found["plain mixed"], even)
+            claim = f"{setting}: greedy tokens beside sampled requests"
+            bars.append(Bar(claim, f"{num} of {len(even)} the same; without us {own}", num == len(even)))
+    num = known["preempted"]["num_preemptions"]
+    bars.append(Bar("preemptions", f"{num}", num >= 20))
+    return figures, bars
+
+
+def risks(options: Any) -> tuple[dict[str, Any], list[Bar]]:
+    known, prompts = silent_answers(options), prompts_of(options)
+    bars, figures, total = [], dict[str, Any](), 0
+    with session("own") as own:
+        for setting in SETTINGS:
+            for name in ("guarded", "guarded mixed"):
+                answers = known[setting].get(name, [])
+                expected = own("all_risks", prompts[: len(answers)], [answer["tokens"] for answer in answers])
+                pairs = [
+                    (risk, other)
+                    for answer, others in zip(answers, expected, strict=True)
+                    for risk, other in zip(answer["risks"], others, strict=True)
+                    if not math.isnan(risk)
+                ]
+                if pairs:
+                    worst = max(abs(risk - other) for risk, other in pairs)
+                    unknown = sum(len(answer["risks"]) for answer in answers) - len(pairs)
+                    figures[f"{setting}, {name}"] = {"tokens": len(pairs), "worst": worst, "unknown": unknown}
+                    found = f"within {worst:.1e} on {len(pairs)} tokens, {unknown} end tokens have none"
+                    is_kept = worst <= 1e-4 and unknown <= len(answers)
+                    bars.append(Bar(f"risks, {setting}, {name}", found, is_kept))
+                    total += len(pairs)
+    return figures, [*bars, Bar("risks compared", str(total), total >= 2000)]
+
+
+def peaks(risks: list[float]) -> list[int]:
+    """Tokens that are riskier than all before them by a margin: a threshold can make them the first to be flagged."""
+    found, highest = [], 0.0
+    for index, risk in enumerate(risks):
+        if risk > highest * 1.01 and risk > 1e-7:
+            found.append(index)
+        highest = max(highest, 0.0 if math.isnan(risk) else risk)
+    return found
+
+
+def forced(answers: list[dict[str, Any]], seed: int, least: int = 0) -> list[tuple[int, int, float]]:
+    """For a random half of the requests where it is possible: which, at which token, and the threshold."""
+    draw, found = random.Random(seed), []
+    for index, answer in enumerate(answers):
+        places = [place for place in peaks(answer["risks"]) if place >= least]
+        if places and draw.random() < 0.6:
+            place = draw.choice(places)
+            found.append((index, place, answer["risks"][place] * (1 - 1e-3)))
+    return found
+
+
+def flags(options: Any) -> tuple[dict[str, Any], list[Bar]]:
+    prompts, num, counts = prompts_of(options), options.prompts, dict[str, Any]()
+    total = {"requests": 0, "flagged": 0, "exact": 0, "neighbours": 0, "unchanged": 0, "shown": 0, "left": 0}
+    for setting in ("plain", "ngram", "draft", "chunked"):
+        with session("guarded", setting) as guarded:
+            silent = guarded("answer", prompts, greedy(options))
+            for seed in range(4):
+                policies = [{"risk_threshold": 1.0, "policy": "refuse"} for _ in range(num)]
+                places = forced(silent, seed)
+                for index, _, threshold in places:
+                    policies[index]["risk_threshold"] = threshold
+                answers = guarded("answer", prompts, greedy(options), policies)
+                chosen = {index: (place, threshold) for index, place, threshold in places}
+                for index, (answer, before) in enumerate(zip(answers, silent, strict=True)):
+                    total["requests"] += 1
+                    if index not in chosen:
+                        total["neighbours"] += 1
+                        total["unchanged"] += answer["tokens"] == before["tokens"] and not answer["events"]
+                        continue
+                    place, threshold = chosen[index]
+                    event = answer["events"][0] if answer["events"] else None
+                    total["flagged"] += 1
+                    total["exact"] += event is not None and event.position == place
+                    kept = event.rolled_back_to if event else 0
+                    total["shown"] += any(risk >= threshold for risk in answer["risks"])
+                    total["shown"] += answer["tokens"][:kept] != before["tokens"][:kept]
+            report = guarded("report")
+            total["left"] += report["num_entries"] + report["num_running"]
+            counts[setting] = report
+    bars = [
+        Bar("requests", str(total["requests"]), total["requests"] >= 300),
+        Bar(
+            "stopped at the very token", f"{total['exact']} of {total['flagged']}", total["exact"] == total["flagged"]
+        ),
+        Bar(
+            "neighbours unchanged",
+            f"{total['unchanged']} of {total['neighbours']}",
+            total["unchanged"] == total["neighbours"],
+        ),
+        Bar("flagged tokens in answers", str(total["shown"]), total["shown"] == 0),
+        Bar("entries left", str(total["left"]), total["left"] == 0),
+    ]
+    return total | {"reports": counts}, bars
+
+
+def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
+    prompts, num = prompts_of(options), options.prompts
+    policy = {
+        "num_candidates": 4,
+        "max_recoveries": 3,
+        "max_segment_tokens": 12,
+        "seed": 0,
+        "candidate_choice": "safest",
+    }
+    done, figures = [], dict[str, Any]()
+    for setting in ("plain", "ngram"):
+        with session("guarded", setting) as guarded:
+            silent = guarded("answer", prompts, greedy(options))
+            before = guarded("metrics")
+            for seed in range(3):
+                places = forced(silent, 100 + seed, least=4)
+                policies = [policy | {"risk_threshold": 1.0} for _ in range(num)]
+                for index, _, threshold in places:
+                    policies[index]["risk_threshold"] = threshold
+                answers = guarded("answer", prompts, greedy(options), policies)
+                done += [(index, policies[index], answers[index]) for index, _, _ in places]
+            after, report = guarded("metrics"), guarded("report")
+        queries = after["prefix_cache_queries"] - before["prefix_cache_queries"]
+        share = (after["prefix_cache_hits"] - before["prefix_cache_hits"]) / max(queries, 1)
+        figures[setting] = {"prefix_cache_hit_share": share, "failures": report["failures"]}
+    num_recoveries = sum(event.outcome == "recovered" for _, _, answer in done for event in answer["events"])
+    num_attempts = sum(len(answer["events"]) for _, _, answer in done)
+    same_end, differences = 0, []
+    with session("own") as own:
+        for index, chosen, answer in done:
+            try:
+                found = own("recover", prompts[index], options.tokens, chosen, answer["candidates"])
+            except EOFError:
+                differences.append((index, "our own decoding wanted other candidates"))
+                break
+            tokens, events, reason, num_left = found
+            outcomes = [(event.outcome, event.chosen, event.position) for event in events]
+            expected = [(event.outcome, event.chosen, event.position) for event in answer["events"]]
+            is_same = (
+                tokens == answer["tokens"] and reason == answer["reason"] and outcomes == expected and not num_left
+            )
+            same_end += is_same
+            if not is_same:
+                differences.append((index, outcomes, expected, tokens == answer["tokens"]))
+    figures |= {"answers": len(done), "recoveries": num_recoveries, "events": num_attempts}
+    figures["differences"] = [str(one) for one in differences]
+    shares = ", ".join(f"{figures[one]['prefix_cache_hit_share']:.0%} {one}" for one in ("plain", "ngram"))
+    return figures, [
+        Bar("forced recoveries", f"{num_recoveries}, {num_attempts} events", num_recoveries >= 100),
+        Bar("answers that end as ours would", f"{same_end} of {len(done)}", same_end == len(done)),
+        Bar("prefix-cache hits", shares, True),
+    ]
+
+
+def speed(options: Any) -> tuple[dict[str, Any], list[Bar]]:
+    prompts, tokens = prompts_of(options)[:BATCH], 64
+    params = [GREEDY | {"max_tokens": tokens, "ignore_eos": True}] * BATCH
+    given = [GREEDY | {"max_tokens": tokens}] * BATCH
+    rates: dict[str, list[float]] = {"plain": [], "guarded": []}
+    with session("plain", "plain") as plain, session("guarded", "plain") as guarded:
+        silent = guarded("answer", prompts, given)
+        largest = guarded("report")["largest"]
+        guarded("unwatch")
+        sides = {"plain": (plain, params), "guarded": (guarded, given)}
+        for pair in range(options.pairs + 1):
+            for name in ("plain", "guarded") if pair % 2 else ("guarded", "plain"):
+                engine, of_engine = sides[name]
+                start = time.perf_counter()
+                answers = engine("answer", prompts, of_engine)
+                seconds = time.perf_counter() - start
+                if pair > 0:  # the first one warms up
+                    rates[name].append(sum(len(answer["tokens"]) for answer in answers) / seconds)
+    del silent
+    ratios = [on / off for on, off in zip(rates["guarded"], rates["plain"], strict=True)]
+    ratio = statistics.median(ratios)
+    quartiles = statistics.quantiles(ratios, n=4)
+    found = f"{ratio:.3f}, quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, {len(ratios)} pairs"
+    return {"rates": rates, "ratio": ratio, "largest_state_bytes": largest}, [
+        Bar("head on over head off", found, ratio >= 0.95 and len(ratios) >= 20),
+        Bar("bytes of state per request", str(largest), largest <= 64 * 1024),
+    ]
+
+
+PARTS: dict[str, Callable[[Any], tuple[dict[str, Any], list[Bar]]]] = {
+    "same": same,
+    "risks": risks,
+    "flags": flags,
+    "recovery": recovery,
+    "speed": speed,
+}

@@ -1,0 +1,226 @@
+"""One guarded answer, driven by an engine on paper."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from fake_engine import END, MAX_LEN, RESERVED, FakeEngine, drive, make_guard
+
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.decoding.safety_mode import SafetyMode
+from safespec_hf.outputs import Provenance
+from safespec_hf.vllm.request import GuardedRequest
+from safespec_hf.vllm.spec import LOST_STATE, RiskRecord
+
+GREEDY = {"temperature": 0.0, "max_tokens": 30}
+POLICY = {"max_segment_tokens": 5, "num_candidates": 3, "max_recoveries": 4, "seed": 0}
+POLICY |= {"candidate_choice": "safest", "recovery_temperature": 1.0}
+
+
+def prompts(num, length=6):
+    return torch.randint(10, 39, (num, length), generator=torch.Generator().manual_seed(9)).tolist()
+
+
+@pytest.fixture
+def head(target, tokenizer):
+    """One that flags now and then, at every place of an answer."""
+    head = tiny.build_head(target, pooling="mean+ewma", span="answer", hidden_layers=[1, 2])
+    risks = [risk for result in answer_all(target, head, tokenizer, prompts(12)) for risk in result.risks]
+    head.config.risk_threshold = float(torch.tensor(risks).nanquantile(0.9))
+    return head
+
+
+def answer_all(target, head, tokenizer, given, params=GREEDY, on_feed=None, engine=None, **policy):
+    guard = make_guard(head, tokenizer, **POLICY | policy)
+    engine = engine or FakeEngine(target, head, tokenizer)
+    return drive(engine, [guard.request(f"a{i}", one, params) for i, one in enumerate(given)], on_feed)
+
+
+def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(target, head, tokenizer, monkeypatch):
+    tried, judge = {}, GuardedRequest._judge
+
+    def note(answer, recovery, running, records):
+        if not recovery.is_scoring:
+            return judge(answer, recovery, running, records)
+        tried.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
+        return judge(answer, recovery, running, records)
+
+    monkeypatch.setattr(GuardedRequest, "_judge", note)
+    # nothing is read from the cache, so that no batch of candidates is sampled twice
+    engine = FakeEngine(target, head, tokenizer, caches=False)
+    given = prompts(12)
+    results = answer_all(target, head, tokenizer, given, engine=engine, max_recoveries=1)
+    assert sum(event.outcome == "recovered" for result in results for event in result.events) >= 5
+    assert sum(event.outcome == "refused" for result in results for event in result.events) >= 1
+
+    def sample(mode, index, row, flag, max_tokens, scores, num):
+        segments = left.pop(0)
+        scorer = mode.target.fork(index, num)
+        waiting, nums = row.context(scorer.lengths[0]), [len(tokens) for tokens in segments]
+        blocks = [waiting + tokens for tokens in segments]
+        scores.read(segments, len(waiting), scorer.forward(blocks, 1 + max(nums), num_drafts=nums))
+        return scorer
+
+    monkeypatch.setattr(SafetyMode, "_sample", sample)
+    target.generation_config.eos_token_id = END
+    model = attach_safety_head(target, head, tokenizer=tokenizer)
+    policy = SafeSpecConfig(reflection="pause think", refusal="no thanks", **POLICY | {"max_recoveries": 1})
+    for index, (prompt, result) in enumerate(zip(given, results, strict=True)):
+        left = tried.get(f"a{index}", [])
+        output = model.generate(
+            torch.tensor([prompt]),
+            safespec=policy,
+            max_new_tokens=30,
+            suppress_tokens=[RESERVED],
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert result.token_ids == output.sequences[0, len(prompt) :].tolist()
+        assert [event.outcome for event in result.events] == [event.outcome for event in output.events[0]]
+        assert [event.chosen for event in result.events] == [event.chosen for event in output.events[0]]
+        assert result.finish_reason == output.finish_reasons[0]
+        assert left == []
+
+
+@pytest.mark.parametrize("options", [{}, {"num_drafts": 3}, {"preempts": True, "chunk": 4}], ids=str)
+def test_nothing_flagged_is_shown_and_what_is_shown_is_the_answer(target, head, tokenizer, options):
+    shown = {}
+
+    def show(answer):
+        shown.setdefault(answer.key, []).extend(answer.take_final())
+
+    engine = FakeEngine(target, head, tokenizer, **options)
+    guard = make_guard(head, tokenizer, **POLICY)
+    answers = [guard.request(f"a{i}", prompt, GREEDY) for i, prompt in enumerate(prompts(12))]
+    results = drive(engine, answers, show)
+    assert any(result.events for result in results)
+    for answer, result in zip(answers, results, strict=True):
+        show(answer)
+        assert shown[answer.key] == result.token_ids
+        scored = [r for r, o in zip(result.risks, result.provenance, strict=True) if o is not Provenance.REFUSAL]
+        unknown = [risk for risk in scored if math.isnan(risk)]
+        assert all(risk < head.config.risk_threshold for risk in scored if not math.isnan(risk))
+        assert len(unknown) <= (result.finish_reason == "eos")
+        assert RESERVED not in result.token_ids
+    assert engine.states.report()["num_entries"] == engine.states.report()["num_running"] == 0
+
+
+def test_recoveries_read_the_prefix_cache(target, head, tokenizer):
+    engine = FakeEngine(target, head, tokenizer)
+    results = answer_all(target, head, tokenizer, prompts(8), engine=engine)
+    assert any(result.events for result in results)
+    assert engine.num_hits > 0
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("refuse", "safety_refusal"), ("stop", "safety_stop")])
+def test_policies_without_recovery_end_the_answer(target, head, tokenizer, policy, reason):
+    results = answer_all(target, head, tokenizer, prompts(8), policy=policy, max_recoveries=6)
+    flagged = [result for result in results if result.events]
+    assert flagged
+    assert {result.finish_reason for result in flagged} == {reason}
+    assert all(result.statistics.num_candidates == 0 for result in results)
+
+
+def test_observing_reports_flags_and_changes_nothing(target, head, never, tokenizer):
+    silent = answer_all(target, never, tokenizer, prompts(8))
+    observed = answer_all(target, head, tokenizer, prompts(8), policy="observe", max_recoveries=6)
+    assert [result.token_ids for result in observed] == [result.token_ids for result in silent]
+    assert any(event.outcome == "observed" for result in observed for event in result.events)
+
+
+def test_an_answer_ends_with_the_length_it_was_given_and_every_token_is_scored(target, never, tokenizer):
+    for num in (1, 2, 9):
+        (result,) = answer_all(target, never, tokenizer, prompts(1), GREEDY | {"max_tokens": num})
+        assert (len(result.token_ids), result.finish_reason) == (num, "length")
+        assert not any(math.isnan(risk) for risk in result.risks)
+
+
+def test_an_answer_without_a_limit_ends_one_place_before_the_context(target, never, tokenizer):
+    (result,) = answer_all(target, never, tokenizer, prompts(1), {"temperature": 0.0})
+    assert len(result.token_ids) == MAX_LEN - 1 - 6 or result.finish_reason == "eos"
+    assert not any(math.isnan(risk) for risk in result.risks[:-1])
+
+
+def test_a_stop_string_ends_the_answer_after_the_token_that_completes_it(target, never, tokenizer):
+    (plain,) = answer_all(target, never, tokenizer, prompts(1))
+    word = tokenizer.decode([plain.token_ids[3]])
+    first = next(i for i in range(30) if word in tokenizer.decode(plain.token_ids[: i + 1]))
+    (result,) = answer_all(target, never, tokenizer, prompts(1), GREEDY | {"stop": word})
+    assert (result.token_ids, result.finish_reason) == (plain.token_ids[: first + 1], "stop")
+    assert not any(math.isnan(risk) for risk in result.risks)
+
+
+def test_a_token_of_the_callers_ends_the_answer(target, never, tokenizer):
+    (plain,) = answer_all(target, never, tokenizer, prompts(1))
+    token = plain.token_ids[4]
+    (result,) = answer_all(target, never, tokenizer, prompts(1), GREEDY | {"stop_token_ids": [token]})
+    assert result.token_ids == plain.token_ids[: plain.token_ids.index(token) + 1]
+
+
+def begin(never, tokenizer, **policy):
+    answer = make_guard(never, tokenizer, **policy).request("a", prompts(1)[0], GREEDY)
+    (submission,) = answer.begin()
+    return answer, submission.key
+
+
+def record(tokens, risks, failure=None, start=6):
+    return RiskRecord(start=start, tokens=tokens, risks=risks, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ([11, 12, 13], {}),
+        ([11, 12, RESERVED], {}),
+        ([11, 12, RESERVED], {"a-0": record([11, 12], [0.1, 0.1])}),
+        ([RESERVED], {"a-0": record([], [], "its key is that of another request")}),
+        ([11, 12, 13, END], {"a-0": record([11, 12, 15], [0.1, 0.1, 0.1])}),
+        ([11, 12, 13], {"a-0": record([11, 12, 13], [0.1, 0.1, 0.1])}),
+    ],
+    ids=["nothing", "nothing and stopped", "stopped without a flag", "refused", "another token", "broken off"],
+)
+def test_what_the_worker_cant_vouch_for_is_refused(never, tokenizer, tokens, found):
+    answer, key = begin(never, tokenizer)
+    answer.feed(key, tokens)
+    assert answer.advance(found) == []
+    result = answer.result()
+    assert result.failure
+    assert result.finish_reason == "safety_refusal"
+    assert tokenizer.decode(result.token_ids[-2:]) in ("no thanks", "thanks </s>")
+
+
+def test_a_flag_that_only_the_record_knows_of_is_believed(never, tokenizer):
+    answer, key = begin(never, tokenizer, policy="refuse", risk_threshold=0.5)
+    answer.feed(key, [11, 12, 13, END])
+    assert answer.advance({key: record([11, 12, 13], [0.1, 0.9, 0.1])}) == []
+    assert 12 not in answer.result().token_ids
+    assert answer.result().events[0].position == 1
+
+
+def test_lost_state_is_read_again_without_the_cache_but_not_for_ever(never, tokenizer):
+    answer, key = begin(never, tokenizer)
+    answer.feed(key, [11, 12])
+    for _ in range(2):
+        answer.feed(key, [RESERVED])
+        (again,) = answer.advance({key: record([11], [0.1], LOST_STATE)})
+        assert again.params["skip_reading_prefix_cache"]
+        assert again.prompt_ids[-2:] == [11, 12]
+        key = again.key
+    answer.feed(key, [RESERVED])
+    assert answer.advance({key: record([], [], LOST_STATE)}) == []
+    assert answer.result().failure == LOST_STATE
+
+
+def test_an_abandoned_answer_ends_with_the_refusal(never, tokenizer):
+    answer, key = begin(never, tokenizer)
+    answer.feed(key, [11, 12])
+    answer.abandon("the engine is gone")
+    assert answer.result().finish_reason == "safety_refusal"
+    assert 11 not in answer.result().token_ids
+
+
+@pytest.mark.parametrize("prompt", [[], [11] * MAX_LEN, [11] * (MAX_LEN - 1)])
+def test_a_prompt_that_does_not_fit_is_refused(never, tokenizer, prompt):
+    with pytest.raises(UnsupportedRequestError, match="prompt"):
+        make_guard(never, tokenizer).request("a", prompt, GREEDY)
