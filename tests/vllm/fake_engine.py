@@ -4,6 +4,7 @@ It plays vLLM's part for the pure modules: what it reads it shows to [`RiskState
 logits that these leave.
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Running:
     params: dict
     num_prompt: int
     num_read: int = 0
+    num_cached: int = 0
     drafts: list = field(default_factory=list)
     generator: torch.Generator | None = None
     output: list = field(default_factory=list)
@@ -53,7 +55,7 @@ class FakeEngine:
         generator = torch.Generator().manual_seed(params.get("seed") or 0)
         one = Running(key, list(prompt_ids), params, len(prompt_ids), generator=generator)
         self.states.add(key, (params.get("extra_args") or {}).get(ARGUMENT))
-        one.num_read = self.hit(one)
+        one.num_read = one.num_cached = self.hit(one)
         self.running.append(one)
 
     def hit(self, one):
@@ -130,7 +132,15 @@ class FakeEngine:
         )
         if is_over:
             self.end(one.key)
+        if kept and "prompt_logprobs" in one.params:
+            return one.key, kept, self.of_prompt(one), is_over
         return one.key, kept, one.log_probs[len(one.output) - len(kept) : len(one.output)], is_over
+
+    def of_prompt(self, one):
+        """Log-probabilities of the prompt's tokens, but for cached ones and the first one after them."""
+        tokens, scores = one.tokens[: one.num_prompt], self.read(one.tokens[: one.num_prompt])[0].log_softmax(-1)
+        unknown = [math.nan] * (1 + one.num_cached)
+        return unknown + [float(scores[index - 1, tokens[index]]) for index in range(len(unknown), len(tokens))]
 
     def end(self, key):
         self.running = [one for one in self.running if one.key != key]

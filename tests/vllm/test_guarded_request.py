@@ -37,35 +37,58 @@ def answer_all(target, head, tokenizer, given, params=GREEDY, on_feed=None, engi
     return drive(engine, [guard.request(f"a{i}", one, params) for i, one in enumerate(given)], on_feed)
 
 
-def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(target, head, tokenizer, monkeypatch):
-    tried, judge = {}, GuardedRequest._judge
+def watch_and_read(mode, index, row, scores, segments):
+    """What our own decoding finds in candidates: as they were sampled, after the reflection, and then without it."""
+    aside = mode.plan.reflection_ids
+    scorer, nums = mode.target.fork(index, len(segments)), [len(tokens) for tokens in segments]
+    waiting = row.context(scorer.lengths[0])
+    output = scorer.forward([[*waiting, *aside, *tokens] for tokens in segments], 1 + max(nums), num_drafts=nums)
+    hidden = torch.zeros_like(output.hidden_BTF)  # with the reflection's cut out
+    for k, num in enumerate(nums):
+        end = hidden.shape[1] - num
+        kept = [output.hidden_BTF[k, end - len(aside) - len(waiting) : end - len(aside)], output.hidden_BTF[k, end:]]
+        hidden[k, -len(waiting) - num :] = torch.cat(kept)
+    scores.read(segments, len(waiting), output._replace(hidden_BTF=hidden))
+    scorer = mode.target.fork(index, len(segments))
+    output = scorer.forward([[*waiting, *tokens] for tokens in segments], 1 + max(nums), num_drafts=nums)
+    scores.read(segments, len(waiting), output)
+    return scorer
 
-    def note(answer, recovery, running, records):
-        if not recovery.is_scoring:
-            return judge(answer, recovery, running, records)
-        tried.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
-        return judge(answer, recovery, running, records)
 
-    monkeypatch.setattr(GuardedRequest, "_judge", note)
-    # nothing is read from the cache, so that no batch of candidates is sampled twice
-    engine = FakeEngine(target, head, tokenizer, caches=False)
+@pytest.mark.parametrize("caches", [True, False], ids=["cached", "not cached"])
+@pytest.mark.parametrize("choice", ["likeliest_safe", "safest"])
+def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
+    target, head, tokenizer, monkeypatch, choice, caches
+):
+    tried, score = {}, GuardedRequest._score
+
+    def note(answer, recovery, is_reread=False):
+        if not is_reread:
+            tried.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
+        return score(answer, recovery, is_reread)
+
+    monkeypatch.setattr(GuardedRequest, "_score", note)
+    engine = FakeEngine(target, head, tokenizer, caches=caches)
+    # risks of a tiny head lie close together: no margin, or nothing would be safe enough
+    chosen = {"max_recoveries": 1, "candidate_choice": choice, "num_candidates": 4, "safe_margin": 0.0}
     given = prompts(12)
-    results = answer_all(target, head, tokenizer, given, engine=engine, max_recoveries=1)
-    assert sum(event.outcome == "recovered" for result in results for event in result.events) >= 5
-    assert sum(event.outcome == "refused" for result in results for event in result.events) >= 1
+    results = answer_all(target, head, tokenizer, given, engine=engine, **chosen)
+    events = [event for result in results for event in result.events]
+    recovered = [event for event in events if event.outcome == "recovered"]
+    assert len(recovered) >= 5
+    assert any(event.outcome == "refused" for event in events)
+    # so that the two choices are told apart
+    is_safest = [event.candidate_risks[event.chosen] == min(event.candidate_risks) for event in recovered]
+    assert all(is_safest) == (choice == "safest")
 
-    def sample(mode, index, row, flag, max_tokens, scores, num):
-        segments = left.pop(0)
-        scorer = mode.target.fork(index, num)
-        waiting, nums = row.context(scorer.lengths[0]), [len(tokens) for tokens in segments]
-        blocks = [waiting + tokens for tokens in segments]
-        scores.read(segments, len(waiting), scorer.forward(blocks, 1 + max(nums), num_drafts=nums))
-        return scorer
-
-    monkeypatch.setattr(SafetyMode, "_sample", sample)
+    monkeypatch.setattr(
+        SafetyMode,
+        "_sample",
+        lambda mode, index, row, flag, max_tokens, scores, num: watch_and_read(mode, index, row, scores, left.pop(0)),
+    )
     target.generation_config.eos_token_id = END
     model = attach_safety_head(target, head, tokenizer=tokenizer)
-    policy = SafeSpecConfig(reflection="pause think", refusal="no thanks", **POLICY | {"max_recoveries": 1})
+    policy = SafeSpecConfig(reflection="pause think", refusal="no thanks", **POLICY | chosen)
     for index, (prompt, result) in enumerate(zip(given, results, strict=True)):
         left = tried.get(f"a{index}", [])
         output = model.generate(
@@ -77,10 +100,36 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(target, hea
             return_dict_in_generate=True,
         )
         assert result.token_ids == output.sequences[0, len(prompt) :].tolist()
-        assert [event.outcome for event in result.events] == [event.outcome for event in output.events[0]]
-        assert [event.chosen for event in result.events] == [event.chosen for event in output.events[0]]
         assert result.finish_reason == output.finish_reasons[0]
         assert left == []
+        for event, own in zip(result.events, output.events[0], strict=True):
+            assert (event.outcome, event.chosen) == (own.outcome, own.chosen)
+            assert event.candidate_risks == pytest.approx(own.candidate_risks, abs=1e-5)
+            assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
+
+
+def test_a_candidate_that_was_flagged_while_it_was_sampled_is_not_chosen(head, tokenizer):
+    guard = make_guard(head, tokenizer, **POLICY | {"num_candidates": 2})
+    answer = guard.request("a", prompts(1)[0], GREEDY)
+    (first,) = answer.begin()
+    answer.feed(first.key, [11, RESERVED])
+    sampled = answer.advance({first.key: record([11], [0.99])})
+    for one in sampled:
+        answer.feed(one.key, [12, 13, RESERVED], [-1.0, -1.0, 0.0])
+    num = len(sampled[0].prompt_ids) - 6
+    found = [[0.01, 0.99], [0.02, 0.02]]
+    read = answer.advance(
+        {
+            one.key: record([14] * num + [12, 13], [math.nan] * num + of_one)
+            for one, of_one in zip(sampled, found, strict=True)
+        }
+    )
+    for one, log_prob in zip(read, [-0.1, -5.0], strict=True):
+        answer.feed(one.key, [20], [math.nan] * 6 + [log_prob] * 2)
+    answer.advance({one.key: record([12, 13], [0.01, 0.01]) for one in read})
+    (event,) = answer.row.events
+    assert (event.chosen, event.candidate_log_probs) == (1, (-0.1, -5.0))
+    assert event.candidate_risks == (0.99, 0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_drafts": 3}, {"preempts": True, "chunk": 4}], ids=str)

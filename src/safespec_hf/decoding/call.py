@@ -106,11 +106,7 @@ class GuardedCall:
             num_unseen=0 if prompt is None else prompt.num_unseen,
         )
         check_context(rows, plan)
-        if plan.observes:
-            logger.warning_once(
-                "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed "
-                "whatever its risk, and what is flagged is only reported, in `events`."
-            )
+        _warn_if_unguarded(plan)
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config, prompt)
@@ -186,3 +182,11 @@ class GuardedCall:
             inference_mode([*models, head]),
         ):
             yield
+
+
+def _warn_if_unguarded(plan: Plan) -> None:
+    if plan.observes:
+        logger.warning_once(
+            "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed "
+            "whatever its risk, and what is flagged is only reported, in `events`."
+        )

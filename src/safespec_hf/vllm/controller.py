@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,9 +33,17 @@ def to_params(submission: Submission) -> SamplingParams:
 
 
 def new_tokens(output: RequestOutput) -> tuple[list[int], list[float] | None]:
-    """New tokens of an output, and their log-probabilities where they were asked for; as `feed` takes them."""
+    """New tokens of an output, and their log-probabilities or the prompt's, if asked for; as `feed` takes them."""
     completion = output.outputs[0]
     tokens = list(completion.token_ids)
+    if output.prompt_logprobs:
+        # of tokens that were read from the cache, and of the first one after them, nothing was computed
+        num_unknown, of_prompt = 1 + (output.num_cached_tokens or 0), [math.nan]
+        pairs = zip(output.prompt_token_ids or [], output.prompt_logprobs, strict=True)
+        for token, of_token in list(pairs)[1:]:
+            found = of_token.get(token) if of_token and len(of_prompt) >= num_unknown else None
+            of_prompt.append(math.nan if found is None else float(found.logprob))
+        return tokens, of_prompt
     if not completion.logprobs:
         return tokens, None
     pairs = zip(completion.logprobs, tokens, strict=True)

@@ -27,6 +27,7 @@ from ..decoding.attachment import find_threshold
 from ..decoding.monitor import RiskMonitor
 from ..decoding.plan import Plan
 from ..decoding.request import recovery_seeds
+from ..engine.private_names import commit_hash
 from ..errors import SafeSpecError, UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_binding
 from ..heads.tokenizers import is_extension, tokenizer_fingerprint
@@ -42,7 +43,7 @@ def find_binding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | 
     text = config.get_text_config(decoder=True)
     return {
         "model_id": None if os.path.isdir(name) else name,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": commit_hash(config),
         "architecture": next(iter(config.architectures or []), None),
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,

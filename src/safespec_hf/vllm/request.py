@@ -24,11 +24,12 @@ import torch
 from ..answer.recovery import Choice, batch_sizes, choose, next_step
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
+from ..decoding.candidate_scores import worst_risk
 from ..decoding.commit import Committer, Flag, Pending
 from ..decoding.outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecStatistics
-from .rounds import Candidates, GuardedResult, Recovery, Submission, inserted_ranges
+from .rounds import Candidates, GuardedResult, Recovery, Submission, inserted_ranges, risks_of
 from .sampling import Sampling
 from .spec import ARGUMENT, LOST_STATE, CandidateOrder, GuardOrder, RiskRecord
 
@@ -84,7 +85,8 @@ class GuardedRequest:
         Args:
             key (`str`): The submission's.
             tokens (`Sequence[int]`): All that came since the last call.
-            log_probs (`Sequence[float]`, *optional*): Theirs, where the submission asked for them.
+            log_probs (`Sequence[float]`, *optional*):
+                Where the submission asked for them: theirs, or those of its prompt, `nan` where one is not known.
 
         Returns:
             `bool`: Whether the engine need not go on with it: the answer has ended by our own rules. Abort it then.
@@ -269,31 +271,36 @@ class GuardedRequest:
 
     def _score(self, recovery: Recovery, is_reread: bool = False) -> list[Submission]:
         """Has candidates read as the answer would go on with them: after what was kept, and without the reflection."""
-        recovery.is_scoring = True
-        segments = recovery.tried[-1].segments
-        arguments = {"temperature": 0.0}
+        recovery.is_scoring, batch = True, recovery.tried[-1]
+        batch.token_log_probs = [[math.nan] * len(tokens) for tokens in batch.segments]
+        # vLLM reads a prompt without its prefix cache when log-probabilities are asked for, because none come of
+        # tokens after cached ones. Those before candidates are not wanted: mostly they alone are cached, and else
+        # candidates are read again without the cache.
+        arguments = {"temperature": 0.0, "prompt_logprobs": 0, "skip_reading_prefix_cache": False}
         return [
             self._submit(number, 1, arguments, None, tokens, is_reread)
-            for number, tokens in enumerate(segments)
+            for number, tokens in enumerate(batch.segments)
             if tokens
         ]
 
     def _feed_candidate(self, number: int, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
         assert self._recovery is not None
-        if self._recovery.is_scoring:
-            return  # what would follow is of no interest
         batch = self._recovery.tried[-1]
+        if self._recovery.is_scoring:  # what would follow is of no interest
+            if log_probs:
+                batch.token_log_probs[number] = list(log_probs)[-len(batch.segments[number]) :]
+            return
         for token, log_prob in zip(tokens, log_probs, strict=True):
             if token == self.reserved_id:
                 break
             batch.segments[number].append(token)
-            batch.sums[number] += log_prob
+            batch.token_log_probs[number].append(log_prob)
 
     def _judge(
         self, recovery: Recovery, running: Mapping[str, int], records: Mapping[str, RiskRecord]
     ) -> list[Submission]:
         """Chooses among candidates that have all ended."""
-        batch, plan = recovery.tried[-1], self.plan
+        batch, plan, num_aside = recovery.tried[-1], self.plan, len(self._aside())
         found = {number: records.get(key) for key, number in running.items()}
         if any(record is not None and record.failure == LOST_STATE for record in found.values()):
             if self._num_rereads >= MAX_REREADS:
@@ -303,15 +310,17 @@ class GuardedRequest:
                 return self._score(recovery, is_reread=True)
             recovery.tried.pop()
             return self._sample(recovery, len(running), is_reread=True)
+        if recovery.is_scoring and batch.lacks_log_probs() and not self._num_rereads:
+            self._num_rereads = 1
+            return self._score(recovery, is_reread=True)
         self._num_rereads = 0
-        if self._aside() and not recovery.is_scoring and any(batch.segments):
-            return self._score(recovery)
+        first = self._position(len(self.row.tokens)) + (0 if recovery.is_scoring else num_aside)
         for number, record in found.items():
-            is_known = record is not None and record.failure is None
-            batch.risks[number] = [
-                record.risk(self._position(len(self.row.tokens) + offset), token) if record and is_known else math.nan
-                for offset, token in enumerate(batch.segments[number])
-            ]
+            batch.risks[number] = risks_of(batch.segments[number], record, first)
+        if not recovery.is_scoring:
+            batch.watched = [worst_risk(risks) for risks in batch.risks]
+            if num_aside and any(batch.segments):
+                return self._score(recovery)
         choice = choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.safe_enough)
         if choice.is_safe:
             return self._take(recovery, choice)
@@ -362,8 +371,7 @@ class GuardedRequest:
         row, policy = self.row, self.plan.policy
         start = len(row.prompt)
         inserted = [[start + first, start + end] for first, end in inserted_ranges(row)]
-        is_aside = order is not None and bool(more)
-        if is_aside:
+        if order is not None and more:
             inserted.append([row.num_context, row.num_context + len(more)])
         guard = GuardOrder(
             key=key,
@@ -371,8 +379,7 @@ class GuardedRequest:
             secret=self.secret,
             start=start,
             inserted=inserted,
-            # what is sampled after a reflection is judged when it is read without
-            threshold=None if self.plan.observes or is_aside else self.plan.risk_threshold,
+            threshold=None if self.plan.observes else self.plan.risk_threshold,
             segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
             candidate=order,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
 from ..decoding.commit import Flag
 from ..outputs import Provenance, SafeSpecEvent, SafeSpecStatistics
+from .spec import RiskRecord
 
 
 class Submission(NamedTuple):
@@ -51,21 +53,34 @@ class GuardedResult:
 
 
 class Candidates:
-    """Candidates of one batch."""
+    """Candidates of one batch.
+
+    Attributes:
+        segments (`list[list[int]]`): Their tokens.
+        watched (`list[float]`): The highest risk along each, as it was sampled; `nan` where that is not known.
+        risks (`list[list[float]]`): Of their tokens, in the context that the answer goes on with.
+        token_log_probs (`list[list[float]]`): In that context as well, in nats.
+    """
 
     def __init__(self, num: int, threshold: float):
         self.segments: list[list[int]] = [[] for _ in range(num)]
+        self.watched: list[float] = [math.nan] * num
         self.risks: list[list[float]] = [[] for _ in range(num)]
-        self.sums: list[float] = [0.0] * num
+        self.token_log_probs: list[list[float]] = [[] for _ in range(num)]
         self.threshold = threshold
 
     @property
     def log_probs(self) -> list[float]:
-        pairs = zip(self.sums, self.segments, strict=True)
-        return [total / len(tokens) if tokens else -math.inf for total, tokens in pairs]
+        return [sum(of_one) / len(of_one) if of_one else -math.inf for of_one in self.token_log_probs]
+
+    def lacks_log_probs(self) -> bool:
+        """Whether some token's log-probability is not known."""
+        return any(math.isnan(log_prob) for of_one in self.token_log_probs for log_prob in of_one)
 
     def worst(self) -> list[float]:
-        return [worst_risk(risks) for risks in self.risks]
+        """The worse of what was found while they were sampled, and when they were read again."""
+        pairs = zip(self.risks, self.watched, strict=True)
+        return [worst_risk([worst_risk(risks), watched]) for risks, watched in pairs]
 
     def count(self, max_tokens: int) -> tuple[int, int]:
         num_safe = sum(risk < self.threshold for risk in self.worst())
@@ -89,6 +104,24 @@ class Recovery:
         self.sizes: list[int] = []
         self.tried: list[Candidates] = []
         self.is_scoring = False
+
+
+def risks_of(segment: Sequence[int], record: RiskRecord | None, first: int) -> list[float]:
+    """Risks of a candidate's tokens, as a round has found them; of what the worker can't vouch for none is known.
+
+    Args:
+        segment (`Sequence[int]`): The tokens.
+        record (`RiskRecord`, *optional*): What the worker knows.
+        first (`int`): Where the first of them stood in that round.
+
+    Example:
+
+        >>> risks_of([11, 12], RiskRecord(start=7, tokens=[11, 13], risks=[0.1, 0.2]), first=7)
+        [0.1, nan]
+    """
+    if record is None or record.failure is not None:
+        return [math.nan] * len(segment)
+    return [record.risk(first + offset, token) for offset, token in enumerate(segment)]
 
 
 def inserted_ranges(row: Row) -> list[tuple[int, int]]:
