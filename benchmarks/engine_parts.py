@@ -180,7 +180,6 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
         "max_recoveries": 3,
         "max_segment_tokens": 12,
         "seed": 0,
-        "candidate_choice": "safest",
     }
     done, figures = [], dict[str, Any]()
     for setting in ("plain", "ngram"):
@@ -189,7 +188,8 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
             before = guarded("metrics")
             for seed in range(3):
                 places = forced(silent, 100 + seed, least=4)
-                policies = [policy | {"risk_threshold": 1.0} for _ in range(num)]
+                choice = {"candidate_choice": ("likeliest_safe", "safest")[seed % 2]}
+                policies = [policy | choice | {"risk_threshold": 1.0} for _ in range(num)]
                 for index, _, threshold in places:
                     policies[index]["risk_threshold"] = threshold
                 answers = guarded("answer", prompts, greedy(options), policies)

@@ -99,21 +99,20 @@ class GuardedSession(PlainSession):
         """Looks at the state in every step, and takes down all candidates."""
         from safespec_hf.vllm.request import GuardedRequest
 
-        engine_step, judge = self.llm.llm_engine.step, GuardedRequest._judge
+        engine_step, score = self.llm.llm_engine.step, GuardedRequest._score
 
         def step() -> Any:
             outputs = engine_step()
             self.largest = max(self.largest, self.llm.report()[0]["largest_state_bytes"])
             return outputs
 
-        def note(answer: Any, recovery: Any, keys: Any, records: Any) -> Any:
-            is_lost = any((records.get(key) and records[key].failure) for key in keys)
-            if not is_lost and recovery.is_scoring:
+        def note(answer: Any, recovery: Any, is_reread: bool = False) -> Any:
+            if not is_reread:
                 self.candidates.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
-            return judge(answer, recovery, keys, records)
+            return score(answer, recovery, is_reread)
 
         self.llm.llm_engine.step = step
-        GuardedRequest._judge = note  # type: ignore[method-assign]
+        GuardedRequest._score = note  # type: ignore[method-assign]
 
     def unwatch(self) -> None:
         del self.llm.llm_engine.step
@@ -187,13 +186,7 @@ class OwnSession:
         def sample(mode: Any, index: int, row: Any, flag: Any, max_tokens: int, scores: Any, num: int) -> Any:
             if not left:
                 raise LookupError("our own decoding wants more candidates than the engine's")
-            segments = left.pop(0)
-            scorer = mode.target.fork(index, num)
-            waiting = row.context(scorer.lengths[0])
-            nums = [len(tokens) for tokens in segments]
-            blocks = [waiting + tokens for tokens in segments]
-            scores.read(segments, len(waiting), scorer.forward(blocks, 1 + max(nums), num_drafts=nums))
-            return scorer
+            return watch_and_read(mode, index, row, scores, left.pop(0))
 
         with patch.object(SafetyMode, "_sample", sample):
             output = self.model.generate(
@@ -205,6 +198,26 @@ class OwnSession:
                 return_dict_in_generate=True,
             )
         return output.sequences[0, len(prompt) :].tolist(), output.events[0], output.finish_reasons[0], len(left)
+
+
+def watch_and_read(mode: Any, index: int, row: Any, scores: Any, segments: list[list[int]]) -> Any:
+    """Has candidates scored as our own decoding does: as they were sampled, after the reflection, then without it."""
+    import torch
+
+    aside, nums = mode.plan.reflection_ids, [len(tokens) for tokens in segments]
+    scorer = mode.target.fork(index, len(segments))
+    waiting = row.context(scorer.lengths[0])
+    output = scorer.forward([[*waiting, *aside, *tokens] for tokens in segments], 1 + max(nums), num_drafts=nums)
+    hidden_BTF = torch.zeros_like(output.hidden_BTF)  # with the reflection's cut out
+    for k, num in enumerate(nums):
+        end = hidden_BTF.shape[1] - num
+        before = output.hidden_BTF[k, end - len(aside) - len(waiting) : end - len(aside)]
+        hidden_BTF[k, -len(waiting) - num :] = torch.cat([before, output.hidden_BTF[k, end:]])
+    scores.read(segments, len(waiting), output._replace(hidden_BTF=hidden_BTF))
+    scorer = mode.target.fork(index, len(segments))
+    output = scorer.forward([[*waiting, *tokens] for tokens in segments], 1 + max(nums), num_drafts=nums)
+    scores.read(segments, len(waiting), output)
+    return scorer
 
 
 def _serve(connection: Connection, kind: str, setting: str | None) -> None:

@@ -12,6 +12,7 @@ from vllm import LLM, SamplingParams
 
 from safespec_hf import HeadMismatchError, SafeSpecConfig, SafeSpecError, UnsupportedRequestError
 from safespec_hf.answer.pooling import pool_block
+from safespec_hf.outputs import Provenance
 from safespec_hf.vllm.controller import GuardedLLM
 from safespec_hf.vllm.runner import check_version, expand_batch_to_tokens
 from safespec_hf.vllm.spec import ARGUMENT, GuardOrder
@@ -76,6 +77,29 @@ def test_nothing_flagged_is_in_an_answer_and_nothing_is_left(parts, llm, prompts
     assert all(output.failure is None for output in outputs)
     (report,) = llm.report()
     assert report["num_entries"] == report["num_running"] == 0
+
+
+def test_candidates_are_as_likely_as_our_own_forward_says(parts, llm):
+    """Without the reflection, and wherever the prefix cache ends: before a candidate, right there, or in it."""
+    generator = torch.Generator().manual_seed(5)
+    long = [torch.randint(10, 39, (length,), generator=generator).tolist() for length in [*range(22, 46)] * 3]
+    num_checked, num_cached = 0, 0
+    for output in answer(llm, long, max_recoveries=10, num_candidates=6):
+        events = output.events
+        assert not any(math.isnan(log_prob) for event in events for log_prob in event.candidate_log_probs)
+        if not events or events[-1].outcome != "recovered":
+            continue
+        event, start = events[-1], len(output.prompt_token_ids) + events[-1].rolled_back_to
+        origins = [*output.provenance[event.rolled_back_to :], Provenance.TARGET]
+        num = next(index for index, origin in enumerate(origins) if origin is not Provenance.RECOVERED)
+        tokens = torch.tensor([*output.prompt_token_ids, *output.token_ids])
+        with torch.no_grad():
+            log_probs = parts[0](tokens[None, : start + num]).logits[0].log_softmax(-1)
+        own = log_probs[start - 1 : -1].gather(1, tokens[start : start + num, None]).mean()
+        assert event.candidate_log_probs[event.chosen] == pytest.approx(float(own), abs=1e-4)
+        num_checked, num_cached = num_checked + 1, num_cached + (start >= 32)
+    assert num_checked >= 5
+    assert num_cached >= 3
 
 
 def test_each_prompt_may_have_its_own_policy(llm, prompts):

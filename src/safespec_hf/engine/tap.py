@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import output_capturing
+
+SELECTS = hasattr(output_capturing, "selected_hidden_states")
+"""Whether transformers keeps a list of hidden states as asked for: before, it counted those from the layer after."""
 
 
 def tap_arguments(layers: Sequence[int]) -> dict[str, Any]:
-    """Forward arguments that make transformers keep these hidden states, and only these where the model can select."""
-    return {"output_hidden_states": list(layers)} if layers else {}
+    """Forward arguments that make transformers keep these hidden states, and only these where it can select."""
+    return {"output_hidden_states": list(layers) if SELECTS else True} if layers else {}
 
 
 def read_tap(outputs: Any, layers: Sequence[int], num_positions: int) -> Tensor:
