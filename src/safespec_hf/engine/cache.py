@@ -98,6 +98,11 @@ class CachedModel:
         self._has_windows = has_windows(model)
         self._takes_positions = takes_positions(model)
         self._has_columns = has_columns(model)
+        # whether all rows are in one row of the cache, which holds what they have in common once
+        self._is_shared = False
+        self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
+        # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
+        self._masks_itself = self._device.type != "cpu" and takes_trees(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -130,6 +135,8 @@ class CachedModel:
             num_drafts (`Sequence[int]`, *optional*):
                 For each row, how many of its last tokens may be rejected: recurrent states are copied before them.
         """
+        if self._is_shared:
+            return self._forward_shared(blocks, num_logits)
         start = time.perf_counter()
         # a hole inside of a sliding window would make it shorter, and a recurrent layer would take it for a token, so
         # there it must come after the row's tokens
@@ -156,6 +163,23 @@ class CachedModel:
             logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits[:, -num_logits:], hidden)
+
+    def _forward_shared(self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int) -> BlockOutput:
+        """The same for rows that share a row of the cache, with all that they had in common."""
+        start = time.perf_counter()
+        input_ids, added_BT = self._align(blocks, to_left=False)
+        positions_BT, sees_NL = self.columns.extend_apart(added_BT)
+        num_rows, width = input_ids.shape
+        arguments = {"input_ids": input_ids.reshape(1, -1), self._cache_name: self.cache, **self._fixed}
+        arguments["attention_mask"] = self._as_attention_mask(sees_NL[None])
+        arguments["position_ids"] = self._to_device(positions_BT.reshape(1, -1))
+        outputs = self.model(**arguments)
+        self.usage.num_forwards += 1
+        parts = outputs.logits, read_tap(outputs, self.layers, num_rows * width) if self.layers else None
+        logits_BTV, hidden_BTF = (None if part is None else part.view(num_rows, width, -1) for part in parts)
+        assert logits_BTV is not None
+        self.usage.seconds += time.perf_counter() - start
+        return BlockOutput(logits_BTV[:, -num_logits:], hidden_BTF)
 
     def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
         """What a forward has to run in, given what it is about to read; counts what was read before."""
@@ -187,6 +211,9 @@ class CachedModel:
         if parents is not None:
             self._tree_start = self.columns.num - len(parents[0])
             mask_BTL = self.columns.tree_mask(parents, positions_BT)
+            arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
+        elif not self.columns.is_full and self._masks_itself and self.columns.num > input_ids.shape[1]:
+            mask_BTL = self.columns.tree_mask([[] for _ in self.lengths], positions_BT)
             arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
         elif not self.columns.is_full:
             used_BL = self.columns.used_BL
@@ -235,7 +262,7 @@ class CachedModel:
         """Keeps only these rows, in this order."""
         if list(rows) == list(range(len(self.lengths))):
             return
-        for layer in self.cache.layers:
+        for layer in self.cache.layers if not self._is_shared else ():
             if column_states(layer):
                 layer.batch_select_indices(torch.tensor(rows))
         if self.recurrent is not None:
@@ -244,14 +271,20 @@ class CachedModel:
         self._crop(self.columns.select(rows))
 
     def fork(self, row: int, num_copies: int) -> CachedModel:
-        """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward."""
+        """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward.
+
+        Where a mask can keep them apart, they share them for ever: the context is not copied for each.
+        """
+        assert not self._is_shared, "rows that share a row of the cache can't be forked again"
         fork = copy.copy(self)
+        fork._is_shared = self._can_share and num_copies > 1 and self.lengths[row] > 0
         fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
         fork.columns, fork._read = Columns.filled(num_copies, self.lengths[row]), [self._read[row]] * num_copies
         columns = self.columns.of(row)
         for index, layer in enumerate(self.cache.layers):
             states = [_columns(state[row : row + 1], columns) for state in column_states(layer)]
-            _set_layer(fork.cache, index, [state.expand(num_copies, -1, -1, -1) for state in states])
+            num = 1 if fork._is_shared else num_copies
+            _set_layer(fork.cache, index, [state.expand(num, -1, -1, -1) for state in states])
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, self.lengths, fork.cache)
         return fork
@@ -264,7 +297,8 @@ class CachedModel:
             states = []
             for own, new in zip(column_states(mine), column_states(theirs), strict=True):
                 state = torch.nn.functional.pad(own, (0, 0, num_added, 0))
-                state[row, :, state.shape[2] - columns.size :] = _columns(new[other_row : other_row + 1], columns)[0]
+                place = 0 if other._is_shared else other_row
+                state[row, :, state.shape[2] - columns.size :] = _columns(new[place : place + 1], columns)[0]
                 states.append(state)
             _set_layer(self.cache, index, states)
         if self.recurrent is not None and other.recurrent is not None:
