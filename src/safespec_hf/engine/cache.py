@@ -19,13 +19,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .columns import Columns, align_blocks, right_ends
 from .growing import (
-    GrowingLayer,
+    MARGIN,
+    WindowLayer,
     column_states,
     empty_like,
     growing_cache,
     has_columns,
     make_plain,
-    set_column_states,
+    num_dropped,
 )
 from .mixers import mixers_of
 from .recurrent import Block, RecurrentStates
@@ -36,6 +37,7 @@ from .traits import check_cache_layers as check_cache_layers
 from .traits import check_user_cache as check_user_cache
 from .traits import has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
+from .windows import Windows, columns_of, set_layer
 
 UNLIMITED = 2**31
 
@@ -84,6 +86,7 @@ class CachedModel:
         mixers = mixers_of(model)
         # what can't be rolled back by dropping columns, if there is such a thing
         self.recurrent = None if mixers is None else RecurrentStates(mixers, self.cache, num_rows)
+        self.windows = Windows.of(self.cache, [0] * num_rows)  # layers that keep the last columns only
         self._read = [0] * num_rows  # tokens of each row that were read, some of which a rollback may have forgotten
         self.usage = usage if usage is not None else Usage()
         self._is_callers = False
@@ -146,6 +149,8 @@ class CachedModel:
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
         reading = self._reading(added_BT, num_drafts, to_left)
+        if self.windows is not None:
+            self.windows.begin(may_drop=not is_shifted)
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
         if self._keeps_logits:
@@ -183,7 +188,7 @@ class CachedModel:
 
     def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
         """What a forward has to run in, given what it is about to read; counts what was read before."""
-        if self.recurrent is None:
+        if self.recurrent is None and self.windows is None:
             return nullcontext()
         lengths = self.columns.lengths
         is_even = isinstance(added_BT, tuple)
@@ -192,6 +197,8 @@ class CachedModel:
         known = zip(self._read, ends, lengths, strict=True)
         self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
         self._read = list(map(max, self._read, ends))
+        if self.recurrent is None:
+            return nullcontext()
         width = added_BT[1] if is_even else added_BT.shape[1]
         return self.recurrent.reading(Block(list(lengths), sizes, num_drafts or [0] * len(lengths), width, to_left))
 
@@ -244,12 +251,17 @@ class CachedModel:
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is.
 
-        With recurrent states it may have to go back further: [`lengths`] says how far, and what is missing is to be
-        read again.
+        With recurrent states, or windows, it may have to go back further: [`lengths`] says how far, and what is
+        missing is to be read again.
         """
-        if self.recurrent is not None:
+        if self.recurrent is not None or self.windows is not None:
             self._read = list(map(min, self._read, lengths))
+        if self.recurrent is not None:
             lengths = self.recurrent.keep(self.columns.lengths, lengths)
+        if self.windows is not None:
+            lengths = self.windows.keep(self.columns, lengths)
+            if self.recurrent is not None:  # both or none: a row has one length
+                lengths = self.recurrent.keep(self.columns.lengths, lengths)
         self._crop(self.columns.keep(lengths))
         self._tree_start = None
 
@@ -265,6 +277,9 @@ class CachedModel:
         for layer in self.cache.layers if not self._is_shared else ():
             if column_states(layer):
                 layer.batch_select_indices(torch.tensor(rows))
+        if self.windows is not None:
+            self.windows.lost(self.columns)
+            self.windows.select(rows)
         if self.recurrent is not None:
             self.recurrent.select(rows)
         self._read = [self._read[row] for row in rows]
@@ -282,9 +297,11 @@ class CachedModel:
         fork.columns, fork._read = Columns.filled(num_copies, self.lengths[row]), [self._read[row]] * num_copies
         columns = self.columns.of(row)
         for index, layer in enumerate(self.cache.layers):
-            states = [_columns(state[row : row + 1], columns) for state in column_states(layer)]
+            states = [columns_of(state[row : row + 1], columns, num_dropped(layer)) for state in column_states(layer)]
             num = 1 if fork._is_shared else num_copies
-            _set_layer(fork.cache, index, [state.expand(num, -1, -1, -1) for state in states])
+            set_layer(fork.cache, index, [state.expand(num, -1, -1, -1) for state in states], columns.size)
+        if self.windows is not None:
+            fork.windows = Windows.of(fork.cache, [self.windows.lost(self.columns)[row]] * num_copies)
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, self.lengths, fork.cache)
         return fork
@@ -292,26 +309,34 @@ class CachedModel:
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
         """Row `row` becomes row `other_row` of another batch of the same model."""
         columns = other.columns.of(other_row)
+        if self.windows is not None:
+            self.windows.lost(self.columns)  # while it can be seen
         num_added = self.columns.put(row, columns.size)
         for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
-            states = []
+            states, place = [], 0 if other._is_shared else other_row
             for own, new in zip(column_states(mine), column_states(theirs), strict=True):
-                state = torch.nn.functional.pad(own, (0, 0, num_added, 0))
-                place = 0 if other._is_shared else other_row
-                state[row, :, state.shape[2] - columns.size :] = _columns(new[place : place + 1], columns)[0]
+                added = columns_of(new[place : place + 1], columns, num_dropped(theirs))[0]
+                is_window = isinstance(mine, WindowLayer)
+                # what a window does not hold of the longer ones is not needed on its left, either
+                room = max(added.shape[1] - own.shape[2], 0) if is_window else num_added
+                state = torch.nn.functional.pad(own, (0, 0, room, 0))
+                state[row, :, state.shape[2] - added.shape[1] :] = added
                 states.append(state)
-            _set_layer(self.cache, index, states)
+            set_layer(self.cache, index, states, self.columns.num)
+        if self.windows is not None and other.windows is not None:
+            self.windows.lost(self.columns)
+            self.windows.replace(row, other.windows.lost(other.columns)[other_row])
         if self.recurrent is not None and other.recurrent is not None:
             self.recurrent.replace(row, other.recurrent, other_row)
         self._read[row] = other._read[other_row]
 
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
-        room = (0, 0, length - self.columns.num, 0)
         self.columns, self._read = Columns.filled(len(self.lengths), length), [length] * len(self.lengths)
         for index, layer in enumerate(self.cache.layers):
-            states = [torch.nn.functional.pad(torch.zeros_like(state), room) for state in column_states(layer)]
-            _set_layer(self.cache, index, states)
+            held = min(length, layer.sliding_window + MARGIN) if isinstance(layer, WindowLayer) else length
+            states = [state.new_zeros(*state.shape[:2], held, state.shape[3]) for state in column_states(layer)]
+            set_layer(self.cache, index, states, length)
         if self.recurrent is not None:
             self.recurrent.pretend(length)
 
@@ -319,7 +344,7 @@ class CachedModel:
         """Goes on with a cache of one row that the caller filled."""
         length = cache.get_seq_length()
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
-        self._read = [length]
+        self._read, self.windows = [length], None
 
     def trim_cache(self, length: int) -> None:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
@@ -327,10 +352,13 @@ class CachedModel:
             length = min(length, self._tree_start)
         if self.recurrent is not None:
             length = self.recurrent.keep([self.columns.num], [length])[0]
-            self.recurrent.go_back([length])
+        if self.windows is not None and not self.windows.reaches(length, self.windows.num_dropped):
+            length = 0
+        if self.recurrent is not None:
+            self.recurrent.go_back(self.recurrent.keep([self.columns.num], [length]))
         for layer in self.cache.layers:
             if states := column_states(layer):
-                layer.crop(min(length - states[0].shape[2], 0))
+                layer.crop(min(length - num_dropped(layer) - states[0].shape[2], 0))
         if self._is_callers:
             make_plain(self.cache)
 
@@ -341,28 +369,24 @@ class CachedModel:
         return self.cache
 
     def _close_holes(self, num_new: int) -> None:
+        if self.windows is not None:
+            self.windows.lost(self.columns)  # while it can be seen
         columns_BL = self.columns.close(num_new, self._max_columns, self._has_windows)
         if columns_BL is None:
             return
         for index, layer in enumerate(self.cache.layers):
-            columns = torch.from_numpy(columns_BL)[:, None, :, None]
-            states = [torch.take_along_dim(state, columns.to(state.device), dim=2) for state in column_states(layer)]
-            _set_layer(self.cache, index, states)
+            states = column_states(layer)
+            if not states:
+                continue
+            held = min(self.columns.num, states[0].shape[2]) if isinstance(layer, WindowLayer) else self.columns.num
+            # what a row has lost is somewhere before its window, and never seen
+            places_BL = np.maximum(columns_BL[:, self.columns.num - held :] - num_dropped(layer), 0)
+            places = torch.from_numpy(places_BL)[:, None, :, None]
+            states = [torch.take_along_dim(state, places.to(state.device), dim=2) for state in states]
+            set_layer(self.cache, index, states, self.columns.num)
 
 
 def _shift_right(values_BTX: Tensor, added_BT: np.ndarray) -> Tensor:
     """Moves the positions of each row to the right end of the block."""
     ends_BT = torch.from_numpy(right_ends(added_BT)).to(values_BTX.device)
     return values_BTX.take_along_dim(ends_BT[..., None], dim=1)
-
-
-def _columns(state_BHLD: Tensor, columns: np.ndarray) -> Tensor:
-    if columns.size == state_BHLD.shape[2]:
-        return state_BHLD
-    return state_BHLD.index_select(2, torch.from_numpy(columns).to(state_BHLD.device))
-
-
-def _set_layer(cache: Any, index: int, states: Sequence[Tensor]) -> None:
-    while len(cache.layers) <= index:
-        cache.layers.append(GrowingLayer())
-    set_column_states(cache.layers[index], states)
