@@ -17,6 +17,7 @@ from safespec_hf import SafeSpecConfig, SafetyHead, SafetyHeadConfig, attach_saf
 from safespec_hf.engine.cache import CACHE_NAME
 
 Script = Callable[[list[int]], "int | dict[int, float]"]
+Risk = Callable[[list[int]], float]
 IMPOSSIBLE = -30.0  # logit of what a script does not name
 
 
@@ -32,11 +33,14 @@ class ScriptedConfig(PreTrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """Says what `script(context)` says: a token, or tokens with their chances. `risks` gives the risk of tokens."""
+    """Says what `script(context)` says: a token, or tokens with their chances.
+
+    `risks` gives the risk of tokens, or a function of the context that gives it.
+    """
 
     config_class = ScriptedConfig
 
-    def __init__(self, script: Script, risks: dict[int, float] | None = None, **config: object):
+    def __init__(self, script: Script, risks: dict[int, float | Risk] | None = None, **config: object):
         super().__init__(ScriptedConfig(**config))
         self.script = script
         self.risks = risks or {}
@@ -72,6 +76,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
                     assert position_ids is None or position_ids[row, column] == len(context) - 1
                     self._speak(context, logits[row, column])
                     risk = self.risks.get(context[-1], 0.1)
+                    risk = risk(context) if callable(risk) else risk
                     hidden[row, column] = risk if math.isnan(risk) else math.log(risk / (1 - risk))
             self.contexts.append(context)
         return CausalLMOutputWithPast(

@@ -7,9 +7,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 import safespec_hf
-from safespec_hf import _moved
+from safespec_hf import DraftHead, GuardedModel, SafetyHead, _moved
+from safespec_hf.engine.private_names import OF_HEADS
 
 PACKAGE = Path(safespec_hf.__file__).parent
 # Each module or package may import from those before it, never from those after it.
@@ -174,6 +177,62 @@ def test_functions_stay_within_60_lines(path):
         return node.end_lineno - node.lineno + 1 - doc
 
     assert {node.name: length(node) for node in functions(path) if length(node) > 60} == {}
+
+
+def is_private(name):
+    return name.isidentifier() and name.startswith("_") and name.strip("_") != "" and not name.startswith("__")
+
+
+def private_names_in(path):
+    """Names that a file reads, asks for by a string, or imports. What an object calls its own may share a name."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute):
+            is_own = ast.unparse(node.value) in ("self", "cls") and node.attr in OWN_NAMES
+            yield from [] if is_own else [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+
+
+def own_names():
+    """What this package defines itself, anywhere but in the module for the names of others."""
+    for path in SOURCES:
+        for node in ast.walk(parse(path)) if path.name != "private_names.py" else ():
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield node.name
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                yield node.id
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                yield node.attr
+
+
+OWN_NAMES = {name for name in own_names() if is_private(name)}
+LIBRARY_CLASSES = (
+    nn.Module,
+    PreTrainedModel,
+    GenerationMixin,
+    GenerationConfig,
+    PreTrainedConfig,
+    DynamicCache,
+    Tensor,
+)
+LIBRARY_NAMES = {name for each in LIBRARY_CLASSES for name in (*dir(each), *each.__annotations__)}
+LIBRARY_NAMES |= {name for each in (nn.Module(), PreTrainedConfig(), GenerationConfig()) for name in vars(each)}
+OF_NAMED_TUPLES = {"_asdict", "_replace", "_fields"}  # underscored, but public
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_private_names_of_other_libraries_stand_in_one_module(path):
+    if path.name == "private_names.py":
+        pytest.skip("this is the module")
+    used = {name for name in private_names_in(path) if is_private(name)} - OF_NAMED_TUPLES
+    assert used & LIBRARY_NAMES | used - OWN_NAMES == set(), "move them to engine/private_names.py, which says how"
+
+
+@pytest.mark.parametrize("cls", [GuardedModel, SafetyHead, DraftHead])
+def test_private_methods_of_other_libraries_are_overridden_in_one_module(cls):
+    assert {name for name in vars(cls) if is_private(name) and name in LIBRARY_NAMES} <= {*OF_HEADS}
 
 
 @pytest.mark.parametrize(("old", "new"), _moved.HOMES.items())

@@ -194,16 +194,19 @@ class SafeSpecConfig:
         candidates_per_batch (`int`, *optional*):
             Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
             all at once.
-        candidate_choice (`"safest"` or `"likeliest_safe"`, defaults to `"safest"`):
-            Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
-            token, of those that are below the threshold by `safe_margin`; the safest where there is none.
+        candidate_choice (`"likeliest_safe"` or `"safest"`, defaults to `"likeliest_safe"`):
+            Which of them is taken: the likeliest under the target, by mean log-probability per token where it will
+            stand, of those that are below the threshold by `safe_margin`, and the safest where there is none; or
+            always that of lowest risk.
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
-        reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
-        keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
+        reflection (`str`):
+            Inserted before the candidates while they are sampled. May be empty. Neither the caller nor the model sees
+            it afterwards: candidates are scored, and the answer goes on, without it.
+        keep_reflection (`bool`, defaults to `False`): Leave it in, for the model, and in the returned answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
-        recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
+        recovery_temperature (`float`, defaults to 0.7): Temperature of candidate sampling, > 0.
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
         flagged_token_penalty (`float`, defaults to 3.0):
@@ -258,13 +261,13 @@ class SafeSpecConfig:
     rollback_segments: int = 1
     num_candidates: int = 8
     candidates_per_batch: int | None = None
-    candidate_choice: CandidateChoice = "safest"
+    candidate_choice: CandidateChoice = "likeliest_safe"
     safe_margin: float = 0.2
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     keep_reflection: bool = False
     refusal: str = DEFAULT_REFUSAL
-    recovery_temperature: float = 1.0
+    recovery_temperature: float = 0.7
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, overload
 
@@ -18,6 +19,7 @@ from .decoding.call import GuardedCall
 from .decoding.doors import check_attachable, check_keywords, choose_policy, keep_request, num_assistant_tokens
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
+from .engine.private_names import GenerateSteps, check_private_names, is_stateful, mark_user_cache
 from .errors import UnsupportedRequestError
 from .heads.safety_head import SafetyHead, check_target, check_usable
 from .heads.tokenizers import find_tokenizer
@@ -83,6 +85,7 @@ def attach_safety_head(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
             "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
         )
+    check_private_names()
     check_attachable(model, tokenizer, policy, always, hub_kwargs if isinstance(head, SafetyHead) else {})
     check_kind(model)
     if not isinstance(head, SafetyHead):
@@ -128,7 +131,7 @@ class _GuardedKwargs(dict[str, Any]):
     """The arguments of a guarded call, by which what transformers asks on the way knows that it is one."""
 
 
-class GuardedModel(_Model):
+class GuardedModel(GenerateSteps, _Model):
     """A model with a safety head: what [`attach_safety_head`] returns, for annotations and `isinstance`.
 
     It is a subclass, made at run time, of the class that the model had. It is not for subclassing.
@@ -201,6 +204,7 @@ class GuardedModel(_Model):
         if args:
             raise TypeError("With `safespec`, pass all arguments of `generate` after `generation_config` by name.")
         check_keywords(kwargs, configs)
+        mark_user_cache(kwargs)
         assistant = as_draft(kwargs.pop("assistant_model", None))
         num_tokens = num_assistant_tokens(kwargs, configs, assistant)
         call = GuardedCall(
@@ -217,21 +221,16 @@ class GuardedModel(_Model):
             )
         return output
 
-    def _extract_generation_mode_kwargs(
-        self, custom_generate: Any, kwargs: dict[str, Any], *args: Any
-    ) -> dict[str, Any]:
+    def _kept_mode_kwargs(self, strategy: Any, given: Mapping[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
         # transformers drops the tokenizer for a callable, and stop strings with it
-        tokenizer = kwargs.get("tokenizer")
-        mode_kwargs: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
-        is_ours = isinstance(custom_generate, GuardedCall)
-        return _GuardedKwargs(mode_kwargs, tokenizer=tokenizer) if is_ours else mode_kwargs
+        is_ours = isinstance(strategy, GuardedCall)
+        return _GuardedKwargs(kept, tokenizer=given.get("tokenizer")) if is_ours else kept
 
-    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, mode_kwargs: Any) -> None:
+    def _validated_mode(self, mode: GenerationMode, config: GenerationConfig, kwargs: Any) -> GenerationMode:
         # transformers' assisted decoding can't take recurrent states back; guarded decoding can
-        is_ours = isinstance(mode_kwargs, _GuardedKwargs) and config.num_return_sequences == 1
-        is_refused = is_ours and self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION
-        mode = GenerationMode.GREEDY_SEARCH if is_refused else mode
-        cast("Any", super())._validate_generation_mode(mode, config, mode_kwargs)
+        is_ours = isinstance(kwargs, _GuardedKwargs) and config.num_return_sequences == 1
+        is_refused = is_ours and is_stateful(self) and mode == GenerationMode.ASSISTED_GENERATION
+        return GenerationMode.GREEDY_SEARCH if is_refused else mode
 
     def generate_batch(self, *args: Any, safespec: bool | SafeSpecConfig | None = None, **kwargs: Any) -> Any:
         """Continuous batching, which can't be guarded: raises if `safespec` is asked for in any way."""

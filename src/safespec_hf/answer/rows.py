@@ -78,11 +78,6 @@ class Row(Transcript):
         """Visible tokens that may still be added."""
         return self.max_new_tokens - self.num_visible
 
-    @property
-    def has_hidden(self) -> bool:
-        """Whether the model reads tokens that the caller does not see."""
-        return len(self.tokens) > self.num_visible
-
     def process(self, ids_KL: Tensor, scores_KV: Tensor) -> Tensor:
         """The caller's logits processors, on any number of continuations of this row."""
         return self.processors(cast("torch.LongTensor", ids_KL), cast("torch.FloatTensor", scores_KV))

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.private_names import uncompiled
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .support import check_kind, check_model
@@ -27,9 +28,9 @@ def as_draft(assistant: nn.Module | None) -> PreTrainedModel | None:
     """
     if assistant is None or isinstance(assistant, PreTrainedModel):
         return assistant
-    modules = assistant._modules if isinstance(assistant, nn.Module) else {}
-    if modules.get("_orig_mod") is not None:  # `torch.compile`
-        return as_draft(modules["_orig_mod"])
+    compiled = uncompiled(assistant) if isinstance(assistant, nn.Module) else None
+    if compiled is not None:
+        return as_draft(compiled)
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(assistant, peft.PeftModel):
         config = assistant.active_peft_config

@@ -27,6 +27,7 @@ from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
 from ..engine.inference import inference_mode
 from ..engine.packing import packed_weights
+from ..engine.private_names import is_user_cache, pad_token_id
 from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
@@ -100,12 +101,12 @@ class GuardedCall:
             decoder = self._make_decoder(model, rows, plan, generation_config)
             decoder.statistics.measuring_seconds = spent() - before
             cache: Any = model_kwargs.get(CACHE_NAME)
-            if getattr(cache, "_is_user_defined", False):
+            if is_user_cache(cache):
                 decoder.target.take_cache(cache)
             decoder.run()
         input_ids = input_ids.to(input_device(model))
-        pad, is_whole = generation_config._pad_token_tensor, bool(generation_config.return_dict_in_generate)
-        output = decoder.output(input_ids, 0 if pad is None else int(pad), with_cache=is_whole)
+        is_whole = bool(generation_config.return_dict_in_generate)
+        output = decoder.output(input_ids, pad_token_id(generation_config) or 0, with_cache=is_whole)
         return output if is_whole else output.sequences
 
     def _check(

@@ -31,6 +31,7 @@ class CandidateScores:
         risks (`list[list[float]]`): Of each segment's tokens, in [0, 1].
         log_probs (`list[float]`): Mean log-probability of each segment's tokens, in nats.
         given_up (`set[int]`): Safe segments that `watch` said can't be chosen.
+        watched (`list[float]`): Risk of each segment as `watch` had found it, if `read` came after it.
         seconds (`float`): Host time that the head took.
     """
 
@@ -43,6 +44,7 @@ class CandidateScores:
         self.risks: list[list[float]] = []
         self.log_probs: list[float] = []
         self.given_up: set[int] = set()
+        self.watched: list[float] = []
         self.seconds = 0.0
         # of each segment in parts, so that one more token costs the same however many there are
         self._pooled: list[list[Tensor]] = []
@@ -60,7 +62,7 @@ class CandidateScores:
         return torch.cat(self._states[segment])
 
     def read(self, segments: Sequence[Sequence[int]], num_waiting: int, output: BlockOutput) -> None:
-        """Takes one forward over whole segments.
+        """Takes one forward over whole segments, in the context that they would stand in.
 
         Args:
             segments (`Sequence[Sequence[int]]`): The segments.
@@ -69,7 +71,7 @@ class CandidateScores:
         """
         assert output.hidden_BTF is not None
         start = time.perf_counter()
-        self.segments = segments
+        self.segments, self.watched = segments, self.worst()
         sizes = [num_waiting + len(tokens) for tokens in segments]
         states = [states_TF[-size:] for states_TF, size in zip(output.hidden_BTF, sizes, strict=True)]
         num = self.monitor.num_tapped
@@ -153,8 +155,9 @@ class CandidateScores:
         self.seconds += time.perf_counter() - start
 
     def worst(self) -> list[float]:
-        """The highest risk along each segment; an unknown one is higher than any, as is that of an empty segment."""
-        return [worst_risk(risks) for risks in self.risks]
+        """The highest risk found along each segment; an unknown one is higher than any, as is that of an empty one."""
+        worst = [worst_risk(risks) for risks in self.risks]
+        return [worst_risk(pair) for pair in zip(worst, self.watched, strict=True)] if self.watched else worst
 
     def count(self, max_tokens: int) -> tuple[int, int]:
         """How many segments are safe to their end, and how many unsafe; of the others that is not known.

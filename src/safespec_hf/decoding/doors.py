@@ -12,6 +12,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..config import SafeSpecConfig
+from ..engine.private_names import is_from_model_config, keep_as_own
 from ..errors import UnsupportedRequestError
 from ..heads.draft_head import DraftHead
 from .attachment import Attachment
@@ -94,9 +95,9 @@ def keep_request(model: PreTrainedModel) -> None:
     that it does not know when it reads such a file. So what was dropped is read again, and the mark taken off.
     """
     config = model.generation_config
-    if not config._from_model_config:
+    if not is_from_model_config(config):
         return
-    config._from_model_config = False
+    keep_as_own(config)
     if getattr(config, "safespec", None) is None:
         saved = _saved_generation_config(model.config.name_or_path)
         if saved.get("safespec") is not None:

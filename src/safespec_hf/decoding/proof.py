@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.growing import column_states
+from ..engine.private_names import attention_name
 from ..engine.tap import main_stream, read_tap
 from ..engine.traits import max_positions, takes_positions
 from ..errors import UnsupportedRequestError
@@ -47,7 +48,7 @@ def prove(model: PreTrainedModel, has_states: bool = True) -> None:
         UnsupportedRequestError: Says what came out wrong, or how the model failed.
     """
     config = model.config.to_json_string(use_diff=False)
-    key = _class_of(model), f"{config} {model.config._attn_implementation} {model.dtype}", has_states
+    key = _class_of(model), f"{config} {attention_name(model)} {model.dtype}", has_states
     if key in _proven or any(weight.is_meta for weight in model.parameters()):
         return
     if (max_positions(model) or NUM_TOKENS + NUM_WRONG) < NUM_TOKENS + NUM_WRONG:

@@ -41,6 +41,7 @@ from ..drafting.router import DraftRouter
 from ..engine.cache import takes_trees
 from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
+from ..engine.private_names import allowed_tokens, pad_token_id
 from ..engine.speeds import is_timed
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
@@ -118,7 +119,7 @@ def check_request(
     check_assistant(model, assistant, tokenizer, assistant_tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")
-    if num_rows > 1 and config._pad_token_tensor is None:
+    if num_rows > 1 and pad_token_id(config) is None:
         raise UnsupportedRequestError("Rows of a batch end at different lengths: set `pad_token_id`.")
     mask: Tensor | None = model_kwargs.get("attention_mask")
     is_real = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -211,7 +212,7 @@ def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessor
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
+        allowed = allowed_tokens(processor)
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
         # one number holds for any number of continuations, a tensor for as many as it has entries
@@ -333,7 +334,7 @@ def make_plan(
         max_positions=max_positions(model) or 2**31,
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
-        pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        pad_token_id=pad_token_id(config) or 0,
         quality_ids=tokenizer.encode(policy.quality_prompt, add_special_tokens=False) if is_by_segment else [],
         digit_ids=find_digit_ids(tokenizer, vocab_size) if is_by_segment else [],
     )

@@ -60,17 +60,16 @@ class SafetyMode:
             row ([`Row`]): The row, rolled back.
             flag ([`Flag`]): Why.
         """
-        policy, reflection_ids = self.plan.policy, self.plan.reflection_ids
-        num_shown = len(reflection_ids) if policy.keep_reflection else 0
+        policy, num_reflection = self.plan.policy, len(self.plan.reflection_ids)
         # a candidate is at most a segment long, so that one safe segment later General Mode goes on
         room = min(
             policy.max_segment_tokens,
-            row.room - num_shown,
-            self.plan.max_context - row.num_context - len(reflection_ids),
+            row.room - (num_reflection if policy.keep_reflection else 0),
+            self.plan.max_context - row.num_context - num_reflection,
         )
-        if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            # once for all attempts: what the model reads stays the same, only where samples may begin changes
-            for token in reflection_ids:
+        if policy.keep_reflection and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            # once for all attempts: only where samples may begin changes
+            for token in self.plan.reflection_ids:
                 row.append(token, Provenance.REFLECTION)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             row.num_recoveries += 1
@@ -118,9 +117,13 @@ class SafetyMode:
     def _sample(
         self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores, num_candidates: int
     ) -> CachedModel:
-        """Samples candidate segments in one batch, and scores them; returns the target's cache of them."""
-        # a draft samples K segments for less than the target would take for one, and one forward reads them all
+        """Samples candidate segments in one batch, and scores them; returns the target's cache of them.
+
+        A reflection that the caller will not see is read while they are sampled, and at no other time: what is
+        scored, and what the answer goes on from, is what the caller will have. So it can't derail what follows either.
+        """
         start, policy = time.perf_counter(), self.plan.policy
+        aside = () if policy.keep_reflection else self.plan.reflection_ids
         is_target = policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
@@ -137,9 +140,12 @@ class SafetyMode:
             generator=self._generator(row),
             # the target's own forwards give the risks on the way, so hopeless segments end early
             judge=scores.watch if draft is None else None,
+            aside=aside,
         )
         if draft is not None:
+            # it samples K segments for less than the target would take for one
             self.statistics.draft_seconds += time.perf_counter() - start
+        if draft is not None or aside:
             scorer = self.target.fork(index, num_candidates)
             waiting = row.context(scorer.lengths[0])
             nums = [len(tokens) for tokens in segments]

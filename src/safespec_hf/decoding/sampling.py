@@ -27,6 +27,7 @@ def sample_segments(
     generator: torch.Generator,
     vocab_size: int | None = None,
     judge: Judge | None = None,
+    aside: Sequence[int] = (),
 ) -> tuple[list[list[int]], CachedModel]:
     """Samples segments that all continue the same context, which is read once.
 
@@ -42,6 +43,7 @@ def sample_segments(
         judge (`Callable`, *optional*):
             Called after every forward with the segments, which of them are open, and the forward's output; says
             which stay open. With a judge the last tokens are read as well.
+        aside (`Sequence[int]`): Tokens that are read after the context, and belong to no segment.
 
     Returns:
         `tuple`: K segments, and the cache that they were sampled with, a row for each. An empty segment is a failed
@@ -54,7 +56,7 @@ def sample_segments(
     ids_KL = all_KL[:, :num_before]
     segments: list[list[int]] = [[] for _ in range(num_segments)]
     is_open = [True] * num_segments
-    output = _repeat(sampler.forward([row.context(sampler.lengths[0])], 1), num_segments)
+    output = _repeat(sampler.forward([[*row.context(sampler.lengths[0]), *aside]], 1), num_segments)
     sampler = sampler.fork(0, num_segments)
     for step in range(max_tokens if judge is None else max_tokens + 1):
         if step > 0:

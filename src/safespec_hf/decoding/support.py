@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
+from ..engine.private_names import forward_pre_hooks, is_user_cache
 from ..engine.traits import CACHE_NAME, check_cache_layers, check_user_cache
 from ..errors import UnsupportedRequestError
 from .proof import check_signature, check_sizes, prove
@@ -90,7 +91,7 @@ def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mappi
     """
     check_model_kwargs(model_kwargs, prompt_ids)
     cache: Any = model_kwargs.get(CACHE_NAME)
-    if getattr(cache, "_is_user_defined", False):
+    if is_user_cache(cache):
         check_user_cache(cache, prompt_ids, model_kwargs.get("attention_mask"))
     check_prepared_inputs(model, prompt_ids, model_kwargs)
     check_adapters(model)
@@ -268,7 +269,7 @@ def check_adapters(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedRequestError: Names the argument.
     """
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for module in model.modules() for hook in forward_pre_hooks(module)]
     keywords = [hook.keywords for hook in hooks if isinstance(hook, functools.partial)]
     for name in ("adapter_names", "alora_offsets"):
         if any(given.get(name) is not None for given in keywords):

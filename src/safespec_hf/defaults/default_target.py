@@ -111,7 +111,7 @@ def load_default_target(
         >>> from safespec_hf import load_default_target
 
         >>> model, tokenizer = load_default_target()
-        >>> model.config._name_or_path
+        >>> model.config.name_or_path
         'HuggingFaceTB/SmolLM2-135M-Instruct'
         >>> tokenizer.eos_token
         '<|im_end|>'
@@ -120,7 +120,7 @@ def load_default_target(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     # A safety head is bound to this id: it must not depend on which folder the weights came from.
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_TARGET_ID
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_TARGET_ID
     return model, tokenizer
 
 
@@ -219,7 +219,7 @@ def _truncate_config(target: PreTrainedModel, num_layers: int) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
     # Not the target's own id, or a head made for the target would be welcome on its draft.
-    config._name_or_path = f"{target.config._name_or_path}-first-{num_layers}-layers"
+    config.name_or_path = f"{target.config.name_or_path}-first-{num_layers}-layers"
     return config
 
 

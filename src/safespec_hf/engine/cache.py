@@ -29,6 +29,7 @@ from .growing import (
     num_dropped,
 )
 from .mixers import mixers_of
+from .private_names import attention_name, keeps_logits
 from .recurrent import Block, RecurrentStates
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
@@ -94,8 +95,7 @@ class CachedModel:
         self._device = input_device(model)
         self._fixed = {"use_cache": True, "return_dict": True, **tap_arguments(self.layers)}
         self._cache_name = cache_argument(model)
-        model_interface: Any = model
-        self._keeps_logits: bool = model_interface._supports_logits_to_keep()
+        self._keeps_logits = keeps_logits(model)
         # some models keep a causal mask of this size and index it by column
         self._max_columns = max_positions(model) or UNLIMITED
         self._has_windows = has_windows(model)
@@ -233,7 +233,7 @@ class CachedModel:
 
     def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
         mask = self._to_device(mask_BTL)[:, None]
-        if self.model.config._attn_implementation == "sdpa":
+        if attention_name(self.model) == "sdpa":
             return mask
         dtype = self.model.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

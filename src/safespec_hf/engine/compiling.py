@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedRequestError
+from .private_names import compiler_config, plain_call, set_compiled_call
 from .sharing import Shared, ThreadSwitch
 from .traits import cache_argument
 
@@ -64,16 +65,13 @@ def compiled_forwards(models: Sequence[nn.Module], is_wanted: bool = True) -> It
 
 
 def _put_on(model: Any) -> Callable[[], None]:
-    before = model._compiled_call_impl
-    # where `Module.__call__` looks first, and where `Module.compile` puts what it has compiled
-    model._compiled_call_impl = functools.partial(_call, model, cache_argument(model), before or model._call_impl)
-    return functools.partial(setattr, model, "_compiled_call_impl", before)
+    return set_compiled_call(model, functools.partial(functools.partial, _call, model, cache_argument(model)))
 
 
 @contextmanager
 def _raised_limits() -> Iterator[None]:
     """Raises torch's limits, which are each thread's own or all threads', by the version of torch."""
-    config: Any = torch._dynamo.config
+    config = compiler_config()
     # another thread's call may have raised them already: what to go back to is what there was before any call
     _FOUND.update({name: getattr(config, name) for name in _LIMITS if getattr(config, name) != MAX_COMPILATIONS})
     found = dict(_FOUND)
@@ -91,7 +89,7 @@ def _call(model: Any, cache_name: str, plain: Callable[..., Any], *args: Any, **
     if not _COMPILES.is_on:
         return plain(*args, **kwargs)
     if cache is None or cache.get_seq_length() == 0:
-        return model._call_impl(*args, **kwargs)
+        return plain_call(model, *args, **kwargs)
     return _compiled()(model, *args, **kwargs)
 
 
@@ -102,4 +100,4 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    return model._call_impl(*args, **kwargs)
+    return plain_call(model, *args, **kwargs)

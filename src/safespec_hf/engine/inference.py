@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
+from .private_names import buffers_of
 from .sharing import Shared
 from .traits import is_plain
 
@@ -72,7 +73,7 @@ def _watch(model: nn.Module) -> Callable[[], object]:
 def _release(model: nn.Module) -> None:
     """Makes ordinary tensors of what modules have kept from a forward."""
     for module in model.modules():
-        for store in (module._buffers, module.__dict__):
+        for store in (buffers_of(module), module.__dict__):
             # as a tuple: another thread may add to it meanwhile
             for name, value in tuple(store.items()):
                 if isinstance(value, Tensor) and value.is_inference():

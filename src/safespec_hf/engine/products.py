@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .private_names import (
+    has_bfloat16_blocks,
+    has_blocked_products,
+    multiplies_bfloat16,
+    multiply_by_blocks,
+    to_blocks,
+)
+
 PLAIN = "plain"
 """The name of the product that a layer has by itself."""
 WIDTHS = (1, 4, 16, 64)
@@ -48,7 +56,7 @@ def pack_blocks(weight: Tensor) -> Tensor | None:
     """A matrix in oneDNN's blocks, in its own format; `None` where there is no such thing."""
     if weight.device.type != "cpu" or not _has_blocks(weight.dtype):
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return to_blocks(weight.detach())
 
 
 def multiply_blocks(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +70,7 @@ def multiply_blocks(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
         >>> (torch.ones(1, 2) if packed is None else multiply_blocks(torch.ones(1, 2), packed, None)).tolist()
         [[1.0, 1.0]]
     """
-    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    return multiply_by_blocks(inputs, packed, bias)
 
 
 class Halves(NamedTuple):
@@ -128,7 +136,7 @@ def width_index(num_tokens: int) -> int:
 
 def usual_layouts(dtype: torch.dtype) -> tuple[str, ...]:
     """What is fastest by what the CPU says of itself: blocks where it multiplies such numbers, elsewhere halves."""
-    has_own = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    has_own = dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16())
     return (("blocks" if has_own and _has_blocks(dtype) else "halves" if _has_halves() else PLAIN),) * len(WIDTHS)
 
 
@@ -184,9 +192,9 @@ def _packed(layout: Layout, copy: Any, inputs: Tensor) -> Tensor:
 
 @functools.cache
 def _has_blocks(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if not has_blocked_products():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16_blocks())
 
 
 @functools.cache

@@ -26,6 +26,7 @@ import transformers
 from torch import distributed as dist
 from torch import nn
 
+from .private_names import attention_name
 from .traits import is_plain
 
 FORMAT = 1
@@ -206,7 +207,7 @@ def is_timed(model: nn.Module, num_weights: int) -> bool:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What the speed of a model's forwards depends on: its shapes, formats and devices, but not its weights."""
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    attention = attention_name(model)
     now = attention, tuple((id(weight), weight.dtype, weight.device) for weight in model.parameters())
     known = _described.get(model)
     if known is None or known[0] != now:  # every call asks, and it takes a tenth of a short forward to find out
@@ -225,7 +226,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "config": hashlib.sha256(text.encode()).hexdigest()[:32],
-        "attention": "" if config is None else str(config._attn_implementation),
+        "attention": "" if config is None else str(attention_name(model)),
         "weights": sorted(kinds),
         "devices": sorted({torch.cuda.get_device_name(device) for device in devices}),
     }

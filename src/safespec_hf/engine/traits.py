@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..errors import UnsupportedRequestError
 from .growing import KINDS, is_recurrent, model_layers
+from .private_names import attention_name, buffers_of, is_stateful, moving_hook
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
@@ -70,7 +71,7 @@ def is_offloaded(model: nn.Module) -> bool:
 def _hooks(model: nn.Module) -> Iterator[Any]:
     """accelerate's hooks that move weights and inputs, the outermost module's first."""
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook = moving_hook(module)
         for each in getattr(hook, "hooks", [hook]):
             if getattr(each, "execution_device", None) is not None:
                 yield each
@@ -101,7 +102,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     text = model.config.get_text_config()
     has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
     has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
-    is_fit = model.config._attn_implementation in ("sdpa", "eager")
+    is_fit = attention_name(model) in ("sdpa", "eager")
     is_fit = is_fit and takes_positions(model)
     return is_fit and not (has_own_mask or has_bias or has_windows(model) or is_recurrent(model))
 
@@ -127,7 +128,7 @@ def _has_table(model: nn.Module, num: int) -> bool:
         if isinstance(module, nn.Embedding):
             has_table = module is not embedded and num <= module.num_embeddings < num + MAX_OFFSET
         else:
-            tables = [*module._buffers.values(), *vars(module).values()]
+            tables = [*buffers_of(module).values(), *vars(module).values()]
             has_table = any(isinstance(table, Tensor) and table.dim() > 1 and num in table.shape for table in tables)
         if has_table:
             return True
@@ -150,7 +151,7 @@ def check_cache_layers(model: PreTrainedModel) -> None:
     """
     layers = model_layers(model)
     others = sorted({type(layer).__name__ for layer in layers} - KINDS.keys())
-    if others or (model._is_stateful and not is_recurrent(model)):
+    if others or (is_stateful(model) and not is_recurrent(model)):
         raise UnsupportedRequestError(
             f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
             "Guarded decoding knows attention with a KV cache, full, sliding-window or indexed, and recurrent states "

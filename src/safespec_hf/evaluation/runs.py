@@ -162,7 +162,7 @@ def describe(
         **asdict(settings),
         "max_new_tokens": engine.max_new_tokens,
         "max_prompt_tokens": engine.max_prompt_tokens,
-        "target": model.config._name_or_path,
+        "target": model.config.name_or_path,
         "weights": hash_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(str(engine.tokenizer.chat_template).encode()).hexdigest()[:16],

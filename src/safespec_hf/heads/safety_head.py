@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SafetyHeadConfig
+from ..engine.private_names import commit_hash
 from ..errors import HeadMismatchError, UnsupportedRequestError
 from .card import Report
 from .loading import StrictModel
@@ -170,7 +171,7 @@ def target_binding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     name = model.config.name_or_path
     return {
         "model_id": name if _is_hub_id(name or "") else None,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit_hash(model.config),
         "architecture": _architecture(type(model)),
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,

@@ -88,7 +88,7 @@ def collect_answers(
     texts = {example.id: render_prompt(tokenizer, example) + example.response for example in prompts}
     check_writable_file(path)
     stop = next_turn(tokenizer)
-    begun = {**asdict(settings), "model": model.config._name_or_path, "prompts": hash_examples(prompts)}
+    begun = {**asdict(settings), "model": model.config.name_or_path, "prompts": hash_examples(prompts)}
     _check_settings(path, begun | ({"stop": stop} if stop else {}))
     done = _read_done(path)
     ordered = sorted(prompts, key=lambda example: sum(len(message["content"]) for message in example.messages))

@@ -243,7 +243,7 @@ class _Maker:
         # in an order that no split changes: other labelled answers need no other answers of the target
         prompts = sorted((e for part in self.parts.prompts.values() for e in part), key=lambda example: example.id)
         inputs = {
-            "target": [target_binding(self.model, self.tokenizer), self.model.config._name_or_path],
+            "target": [target_binding(self.model, self.tokenizer), self.model.config.name_or_path],
             "weights": [hash_weights(self.model), str(self.model.dtype)],
             "collecting": asdict(settings),
             "asked_by": self.tokenizer.chat_template,
