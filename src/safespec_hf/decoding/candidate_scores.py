@@ -138,11 +138,10 @@ class CandidateScores:
             counts.append(count)
         ids = torch.tensor([which, [self.segments[k][-1] for k in which]]).to(hidden_BTF.device, non_blocking=True)
         hidden_KF = hidden_BTF[ids[0], -1]
-        befores = [self._pooled[k][-1] for k in which]
         last_F = self.row.pooled.last()
-        before_KF = None
-        if len(befores[0]) or last_F is not None:
-            before_KF = torch.stack([one[-1] if len(one) else last_F for one in befores])
+        befores = [pooled_TF[-1] if len(pooled_TF := self._pooled[k][-1]) else last_F for k in which]
+        known = [before_F for before_F in befores if before_F is not None]  # all, or none at an answer's beginning
+        before_KF = torch.stack(known) if known else None
         pooled_KF = self.monitor.pool_next(before_KF, hidden_KF[:, : self.monitor.num_tapped], counts)
         log_probs, risks = to_host([self._log_probs_KV[ids[0], ids[1]], self.monitor.risks([pooled_KF])])
         found = zip(which, risks.tolist(), log_probs.tolist(), hidden_KF[:, None], pooled_KF[:, None], strict=True)

@@ -138,6 +138,8 @@ class WindowLayer(GrowingLayer):
         num = self.num_held - num_kept
         if num < MARGIN:
             return
+        assert self.keys is not None
+        assert self.values is not None
         self.num_dropped += num
         keys, values = (_copy(state[:, :, num:], state, num_kept + ROOM) for state in (self.keys, self.values))
         self._buffers = keys, values
