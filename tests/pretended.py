@@ -152,7 +152,12 @@ def main():
                     ids, max_new_tokens=num_tokens, safespec=policy, return_dict_in_generate=True, **arguments
                 )
             counts.append((output.statistics.num_rounds, sum(waits.values()), sum(sent.values())))
-        found[name] = {"counts": counts, "waits": waits, "sent": sent, "drafts": output.statistics.num_draft_tokens}
+        found[name] = {
+            "counts": counts,
+            "waits": dict(waits),
+            "sent": dict(sent),
+            "drafts": output.statistics.num_draft_tokens,
+        }
     print(json.dumps(found))
 
 

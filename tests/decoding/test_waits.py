@@ -26,10 +26,14 @@ def found():
 
 @pytest.mark.parametrize("call", [*CALLS, "batch, penalty"])
 def test_no_round_waits_for_the_device_more_than_twice(found, call):
-    (rounds_before, waits_before, _), (rounds, waits, _) = found[call]["counts"]
-    assert rounds > rounds_before + 1
+    (num_first, waits_first, _), (rounds, waits, _) = found[call]["counts"]
+    assert rounds > num_first + 1
     assert call in NUM_WAITS or found[call]["drafts"] > 0
-    assert waits - waits_before <= NUM_WAITS.get(call, 2) * (rounds - rounds_before), found[call]["waits"]
+    # an answer of one token has no drafts: what it waits besides once a round is before the first one
+    in_rounds = waits - (waits_first - num_first)
+    # transformers looks at the padding of prompts once, those that the draft reads included
+    is_padded = call.startswith("batch")
+    assert in_rounds <= NUM_WAITS.get(call, 2) * rounds + 2 * is_padded, found[call]["waits"]
 
 
 @pytest.mark.parametrize("call", CALLS)
