@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,11 +101,11 @@ def hooks_of(module: torch.nn.Module) -> list[Any]:
 class Soak:
     """Models, each with a head, and what was found wrong."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, kinds: Sequence[str] = KINDS):
         self.choose = random.Random(seed)
         self.tokenizer = tiny.build_tokenizer()
         self.models: list[tuple[Any, Any, bool]] = []
-        for kind in KINDS:
+        for kind in kinds:
             silent, flagging = tiny.build_model(kind), tiny.build_model(kind)
             tiny.attach(silent, self.tokenizer)
             tiny.attach(flagging, self.tokenizer, tiny.build_coin_head(flagging, 0.1, seed))
@@ -222,9 +223,9 @@ def num_tensors() -> int:
     return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
 
 
-def soak(num: int, seed: int = 0) -> list[str]:
+def soak(num: int, seed: int = 0, kinds: Sequence[str] = KINDS) -> list[str]:
     """Runs so many generations; returns what does not hold."""
-    run, start, warm = Soak(seed), time.perf_counter(), max(num // 5, 1)
+    run, start, warm = Soak(seed, kinds), time.perf_counter(), max(num // 5, 1)
     for number in range(num):
         run.run(number)
         if number + 1 == warm:
