@@ -101,8 +101,8 @@ class SafetyMode:
         start = self.target.lengths[index]
         # committed like any other tokens: an end token, a criterion or the length limit may end the answer in it
         reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in scores.segments[candidate]])
-        risks, states_TF = scores.risks[candidate], scores.states[candidate]
-        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[candidate], reason)
+        risks, states_TF = scores.risks[candidate], scores.states(candidate)
+        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled(candidate), reason)
         self.commits.decide([row], [pending])
         # the target has read all candidates; the row goes on with the states of the chosen one
         self.target.replace(index, scorer, candidate)
