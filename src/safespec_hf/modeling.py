@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.configuration_utils import GenerationMode
 
 from .config import SafeSpecConfig
+from .decoding.adapters import look_at
 from .decoding.assistant import Draft, as_draft, check_assistant
 from .decoding.attachment import Attachment, find_threshold
 from .decoding.call import GuardedCall
@@ -95,7 +96,8 @@ def attach_safety_head(
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
             f"`model` must be a transformers model that can generate, but it is a {type(model).__name__}. For a PEFT "
-            "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`."
+            "model, attach the head to `model.get_base_model()`; a compiled one gets its head before `torch.compile`; "
+            "of `DataParallel` and the like it is `model.module` that generates."
         )
     check_private_names()
     check_attachable(model, tokenizer, policy, always, hub_kwargs if isinstance(head, SafetyHead) else {})
@@ -115,7 +117,10 @@ def attach_safety_head(
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)
-    guarded._safespec = Attachment(head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, draft)
+    looks = look_at(model)
+    guarded._safespec = Attachment(
+        head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, draft, weights=looks
+    )
     if not isinstance(model, GuardedModel):
         plain_class: Any = type(model)
         guarded.__class__ = guarded_class(plain_class)

@@ -209,7 +209,7 @@ SOFT_PROMPTS = {
 def test_a_soft_prompt_is_refused_before_the_first_forward(kind, guarded):
     wrapped = peft.get_peft_model(guarded, SOFT_PROMPTS[kind]())
     guarded.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
-    with pytest.raises(UnsupportedRequestError, match="prepare_inputs_for_generation"):
+    with pytest.raises(UnsupportedRequestError, match="soft prompt"):
         wrapped.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), **SHORT, safespec=True)
 
 

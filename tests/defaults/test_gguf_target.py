@@ -3,8 +3,10 @@
 import gguf
 import pytest
 import torch
+from tiny import build_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
+from safespec_hf import attach_safety_head
 from safespec_hf.defaults.gguf_target import convert_once, is_complete
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -128,3 +130,11 @@ def test_a_converted_tokenizer_gives_text_back(file, tmp_path, text):
 def test_what_a_gguf_lacks_can_be_added_before_it_is_saved(file, tmp_path):
     folder = convert_once(file, tmp_path / "target", lambda tokenizer: setattr(tokenizer, "chat_template", "garden"))
     assert AutoTokenizer.from_pretrained(folder).chat_template == "garden"
+
+
+def test_a_model_that_is_loaded_from_a_gguf_is_guarded_as_it_is(file, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    prompt, arguments = torch.tensor([[12, 18, 24, 13]]), {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(prompt, **arguments)
+    assert torch.equal(model.generate(prompt, **arguments, safespec=True), expected)

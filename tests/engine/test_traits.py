@@ -21,6 +21,8 @@ PROMPT = torch.tensor([[12, 18, 24, 13]])
 NUM_POSITIONS = 24
 SPECIAL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 SCORED = SafeSpecConfig(score_last_token=True)
+# older releases of transformers take the place of offloaded weights for that of the inputs
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device")
 
 
 def build(config, std=0.3):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_target
+from .adapters import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Attachment:
         ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
         draft ([`~transformers.PreTrainedModel`], *optional*): For calls that ask for no other drafts.
         origin (`tuple[str, str | None]`, *optional*): The exported repository that it came from; see [`origin_of`].
+        weights ([`Weights`], *optional*): A glance at the target's weights and adapters when the head was attached.
     """
 
     head: SafetyHead
@@ -33,6 +35,7 @@ class Attachment:
     ignore_mismatches: tuple[str, ...]
     draft: PreTrainedModel | None = None
     origin: tuple[str, str | None] | None = None
+    weights: Weights | None = None
 
     @property
     def risk_threshold(self) -> float:

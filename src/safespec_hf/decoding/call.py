@@ -32,12 +32,15 @@ from ..engine.speeds import spent
 from ..engine.traits import input_device
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
+from .adapters import warn_of_changes
 from .assistant import Draft
 from .attachment import Attachment
 from .callers import CallersCache
 from .drafts import SOON, choose_draft, make_drafting, make_watch
 from .loop import Decoder
 from .plan import Plan, check_context
+from .processes import agree
+from .proof import check_weights, prove
 from .request import check_generation_config, check_request, make_plan, make_rows
 from .segment_mode import SegmentDecoder
 from .step_outputs import wanted_outputs, with_steps
@@ -73,6 +76,7 @@ class GuardedCall:
         **model_kwargs: Any,
     ) -> SafeSpecOutput | Tensor:
         self.has_run = True
+        check_weights(model)
         attachment: Attachment = model._safespec
         callers = CallersCache(model, generation_config, input_ids, model_kwargs)
         head, tokenizer = attachment.head, attachment.choose_tokenizer(model, tokenizer)
@@ -86,6 +90,7 @@ class GuardedCall:
             tokenizer,
             config=generation_config,
             processors=logits_processor,
+            criteria=stopping_criteria,
             model_kwargs=callers.model_kwargs,
         )
         plan = make_plan(
@@ -123,12 +128,13 @@ class GuardedCall:
 
     def _check(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         tokenizer: PreTrainedTokenizerBase,
         *,
         config: GenerationConfig,
         processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
         model_kwargs: dict[str, Any],
     ) -> tuple[list[Row], Prompt | None]:
         """Raises unless the request can be kept; gives an empty answer for each prompt, and what else it is."""
@@ -143,6 +149,9 @@ class GuardedCall:
             tokenizer=tokenizer,
             is_streamed=self.streamer is not None,
         )
+        prove(model)  # again where it is another one than when its head was attached: loaded since, or recast
+        warn_of_changes(model._safespec.weights, model)
+        agree(model, criteria, [input_ids, model_kwargs, config, self.policy, self.num_assistant_tokens])
         rows = make_rows(
             input_ids.to(input_device(model)),
             is_real,

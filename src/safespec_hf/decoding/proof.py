@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.growing import column_states
 from ..engine.private_names import attention_name
 from ..engine.tap import main_stream, read_tap
-from ..engine.traits import max_positions, takes_positions
+from ..engine.traits import input_device, lacks_weights, max_positions, resharded, takes_positions
 from ..errors import UnsupportedRequestError
 
 NUM_TOKENS, NUM_WRONG = 6, 2
@@ -31,14 +32,16 @@ token may be routed to other experts, of the best one."""
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What the code of a model raises that is given something it does not know."""
 _proven: set[tuple[type, str, bool]] = set()
+_PROVING = threading.RLock()
 
 
 def prove(model: PreTrainedModel, has_states: bool = True) -> None:
     """Raises unless a model's cached, padded and rolled back forwards give what a plain one gives.
 
     Costs three forwards of a few tokens, once for each class and config in a process. The model is left as it was:
-    its modes, buffers and gradients, and the random numbers to come. Weights that are not there, on the `meta` device
-    or offloaded, prove nothing, and are not asked; nor is a model that has positions for fewer tokens.
+    its modes, buffers and gradients, and the random numbers to come. Offloaded weights come for the time of a
+    forward, as always. Those that nobody brings, on the `meta` device, prove nothing: they are asked when a call comes
+    (see [`check_weights`]). Nor is a model asked that has positions for fewer tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Target or draft.
@@ -49,13 +52,28 @@ def prove(model: PreTrainedModel, has_states: bool = True) -> None:
     """
     config = model.config.to_json_string(use_diff=False)
     key = _class_of(model), f"{config} {attention_name(model)} {model.dtype}", has_states
-    if key in _proven or any(weight.is_meta for weight in model.parameters()):
+    if key in _proven or lacks_weights(model):
         return
     if (max_positions(model) or NUM_TOKENS + NUM_WRONG) < NUM_TOKENS + NUM_WRONG:
         return  # it has no room for the proof
-    with _untouched(model):
-        _compare(model, has_states)
-    _proven.add(key)
+    with _PROVING:  # threads that make the first call of a model together wait until it is proven
+        if key not in _proven:
+            with _untouched(model):
+                _compare(model, has_states)
+            _proven.add(key)
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raises if a model has weights on the `meta` device that nobody brings: a forward would give nothing.
+
+    Raises:
+        UnsupportedRequestError: Says what to do.
+    """
+    if lacks_weights(model):
+        raise UnsupportedRequestError(
+            f"Weights of this {type(model).__name__} are on the `meta` device, and nothing brings them for a forward. "
+            "Load them, or offload them with accelerate (`device_map`), before you generate."
+        )
 
 
 def _class_of(model: PreTrainedModel) -> type:
@@ -69,10 +87,16 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
     # hooks, too: transformers puts some on in the first forward, and a mark beside them that says so
     stores = [store for module in model.modules() for store in (vars(module), *vars(module).values())]
     before = [(store, dict(store)) for store in stores if isinstance(store, dict)]
-    devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "mps", "meta")}
+    devices = {weight.device for weight in model.parameters()} | {input_device(model)}
+    devices = {device for device in devices if device.type not in ("cpu", "mps", "meta")}
     kind = next((device.type for device in devices), "cuda")
     try:
-        with torch.random.fork_rng(list(devices), device_type=kind), torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.random.fork_rng(list(devices), device_type=kind),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            resharded(model),
+        ):
             model.eval()
             yield
     finally:
@@ -115,8 +139,10 @@ def _tokens(model: PreTrainedModel) -> list[int]:
 
 def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Logits and hidden states of a row that is read in one forward, without a cache."""
-    ids = torch.tensor([tokens], device=model.device)
-    places = torch.arange(len(tokens), device=model.device)[None]  # `generate` counts from 0, whatever a model does
+    ids = torch.tensor([tokens], device=input_device(model))
+    places = torch.arange(len(tokens), device=input_device(model))[
+        None
+    ]  # `generate` counts from 0, whatever a model does
     arguments = {"position_ids": places} if takes_positions(model) else {}
     outputs = model(input_ids=ids, **arguments, use_cache=False, output_hidden_states=bool(layers), return_dict=True)
     _check_shape("logits", outputs.logits, len(tokens), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.private_names import forward_pre_hooks
 from ..engine.traits import CACHE_NAME, check_cache_layers
 from ..errors import UnsupportedRequestError
+from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
 
 KNOWN_MODEL_KWARGS = {
@@ -90,8 +89,8 @@ def check_prompt(model: PreTrainedModel, prompt_ids: Tensor, model_kwargs: Mappi
         UnsupportedRequestError: Names what would be dropped.
     """
     check_model_kwargs(model_kwargs, prompt_ids)
-    check_prepared_inputs(model, prompt_ids, model_kwargs)
     check_adapters(model)
+    check_prepared_inputs(model, prompt_ids, model_kwargs)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], prompt_ids: Tensor) -> None:
@@ -273,19 +272,3 @@ def max_context(model: PreTrainedModel, rows: Sequence[Row], num_unseen: int = 0
             )
         most = min(most, change)
     return most - num_unseen
-
-
-def check_adapters(model: PreTrainedModel) -> None:
-    """Raises if PEFT gives each row of the batch an adapter of its own: rows end, and candidates multiply them.
-
-    Raises:
-        UnsupportedRequestError: Names the argument.
-    """
-    hooks = [hook for module in model.modules() for hook in forward_pre_hooks(module)]
-    keywords = [hook.keywords for hook in hooks if isinstance(hook, functools.partial)]
-    for name in ("adapter_names", "alora_offsets"):
-        if any(given.get(name) is not None for given in keywords):
-            raise UnsupportedRequestError(
-                f"`{name}` gives rows of a batch adapters of their own, but guarded decoding has rows of its own. "
-                "Call `set_adapter`, and generate with one adapter at a time."
-            )

@@ -73,6 +73,12 @@ class GrowingLayer(DynamicLayer):
         self.keys = self._own = self._buffers[0].narrow(2, 0, length)
         self.values = self._buffers[1].narrow(2, 0, length)
 
+    def reset(self) -> None:
+        # said here, since not every release lets go of what it holds
+        self.keys = self.values = self._own = self._buffers = None
+        self.is_initialized = False
+        super().reset()
+
 
 def _copy(states: Tensor | None, new: Tensor, room: int) -> Tensor:
     """A buffer for states like the new ones, that begins with those there are."""

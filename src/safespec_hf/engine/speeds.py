@@ -27,7 +27,7 @@ from torch import distributed as dist
 from torch import nn
 
 from .private_names import attention_name
-from .traits import is_plain
+from .traits import is_plain, sharing_groups
 
 FORMAT = 1
 """Of the files; those of another one are measured anew."""
@@ -201,7 +201,7 @@ def is_timed(model: nn.Module, num_weights: int) -> bool:
     by clocks of their own.
     """
     has_others = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    is_shared_out = has_others and not all(map(is_plain, model.parameters()))
+    is_shared_out = has_others and (sharing_groups(model) or not all(map(is_plain, model.parameters())))
     return num_weights >= MIN_TIMED_WEIGHTS and not is_shared_out
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -65,6 +67,59 @@ def is_plain(weight: Tensor) -> bool:
 def is_offloaded(model: nn.Module) -> bool:
     """Whether weights of a model are elsewhere until they are needed."""
     return any(weight.device.type == "meta" for weight in model.parameters())
+
+
+def lacks_weights(model: nn.Module) -> bool:
+    """Whether weights of a model are nowhere: on the `meta` device, and no hook of accelerate brings them."""
+    return is_offloaded(model) and next(_hooks(model), None) is None
+
+
+def sharing_groups(model: nn.Module) -> list[dist.ProcessGroup]:
+    """Groups of processes that hold parts of a model's weights: all of each must run the same forwards.
+
+    Empty where this process has the whole model, be there others or not.
+    """
+    if not _has_processes() or dist.get_world_size() == 1:
+        return []
+    from torch.distributed.tensor import DTensor
+
+    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+    groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
+    if not groups and (_sharded_modules(model) or any(map(_is_parted, model.parameters()))):
+        # FSDP's weights are together for the moment, or what parts them does not say between whom
+        return [dist.group.WORLD] if dist.group.WORLD is not None else []
+    return [group for _, group in sorted(groups.items()) if dist.get_world_size(group) > 1]
+
+
+@contextmanager
+def resharded(model: nn.Module) -> Iterator[None]:
+    """Has FSDP put its weights apart again, before and after what needs to see a module as it was."""
+    sharded = _sharded_modules(model)
+    for module in sharded:
+        module.reshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def _is_parted(weight: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 or the first FSDP keeps it in parts."""
+    return "ds_id" in vars(weight) or type(weight).__name__ == "FlatParameter"
+
+
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Those whose weights FSDP keeps apart between forwards."""
+    if not _has_processes():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:
