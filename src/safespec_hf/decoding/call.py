@@ -47,6 +47,11 @@ from .step_outputs import wanted_outputs, with_steps
 
 logger = logging.get_logger(__name__)
 
+UNGUARDED = (
+    "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed whatever its risk, "
+    "and what is flagged is only reported, in `events`."
+)
+
 
 @dataclass(slots=True)
 class GuardedCall:
@@ -107,10 +112,7 @@ class GuardedCall:
         )
         check_context(rows, plan)
         if plan.observes:
-            logger.warning_once(
-                "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed "
-                "whatever its risk, and what is flagged is only reported, in `events`."
-            )
+            logger.warning_once(UNGUARDED)
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config, prompt)
