@@ -48,8 +48,8 @@ from .step_outputs import wanted_outputs, with_steps
 logger = logging.get_logger(__name__)
 
 UNGUARDED = (
-    "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed whatever its risk, "
-    "and what is flagged is only reported, in `events`."
+    "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed whatever its "
+    "risk, and what is flagged is only reported, in `events`."
 )
 
 

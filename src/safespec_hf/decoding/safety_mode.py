@@ -67,7 +67,7 @@ class SafetyMode:
             row.room - (num_reflection if policy.keep_reflection else 0),
             self.plan.max_context - row.num_context - num_reflection,
         )
-        if policy.keep_reflection and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+        if policy.reflection_stays and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             # once for all attempts: only where samples may begin changes
             for token in self.plan.reflection_ids:
                 row.append(token, Provenance.REFLECTION)
@@ -119,11 +119,11 @@ class SafetyMode:
     ) -> CachedModel:
         """Samples candidate segments in one batch, and scores them; returns the target's cache of them.
 
-        A reflection that the caller will not see is read while they are sampled, and at no other time: what is
-        scored, and what the answer goes on from, is what the caller will have. So it can't derail what follows either.
+        A reflection that does not stay is read while they are sampled, and at no other time: what is scored, and what
+        the answer goes on from, is what the caller will have.
         """
         start, policy = time.perf_counter(), self.plan.policy
-        aside = () if policy.keep_reflection else self.plan.reflection_ids
+        aside = () if policy.reflection_stays else self.plan.reflection_ids
         is_target = policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
