@@ -19,13 +19,13 @@ from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
 from ..errors import UnsupportedRequestError
+from .adapters import check_adapters
 from .support import (
     CACHE_NAMES,
     KNOWN_INPUTS,
     KNOWN_MODEL_KWARGS,
     FilledCache,
     changed_inputs,
-    check_adapters,
     check_positions,
     check_prompt,
     expected_positions,
