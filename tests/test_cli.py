@@ -30,6 +30,7 @@ COMMANDS = [
     "export",
     "push",
     "show",
+    "serve",
 ]
 
 
@@ -101,15 +102,18 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
         ("make-head", "matplotlib", "train"),
         ("report-evaluation", "matplotlib", "train"),
         ("make-judge", "sklearn", "train"),
+        ("serve", "vllm", "vllm"),
     ],
 )
 def test_a_missing_package_is_told_with_how_to_install_it(verb, package, extra, monkeypatch, capsys, tmp_path):
     arguments = {"calibrate": ["head", "--benign", "x"], "report": ["head", "x", "--out", "r"]}
     arguments["make-judge"] = ["--measured-on", "x", "--out", "r"]
+    arguments["serve"] = ["x", "--head", "h", "--max-model-len", "8"]
     for name in [
         name
         for name in sys.modules
         if name.startswith((package, "safespec_hf.training", "safespec_hf.dist", "safespec_hf.evaluation"))
+        or name.startswith("safespec_hf.vllm")
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -151,6 +155,17 @@ def test_a_head_may_be_told_to_read_several_poolings(target_folder, tmp_path):
     run("train", data, "--out", tmp_path / "head", "--cache", tmp_path / "cache", "--width", 4, *how)
     config = SafetyHead.from_pretrained(tmp_path / "head").config
     assert (config.pooling, config.span, config.hidden_layers) == ("ewma+last", "answer", [1, 2])
+
+
+@pytest.mark.parametrize("policy", ["{", "[1]", "no/such/file.json", "3"])
+def test_a_policy_to_serve_with_is_read_before_anything_is_loaded(policy):
+    with pytest.raises(SafeSpecError, match="--policy"):
+        run("serve", "no/such-model", "--head", "no/such-head", "--policy", policy)
+
+
+def test_the_target_to_serve_comes_before_the_options_of_others(capsys):
+    assert cli.run(["serve", "--max-model-len", "8", "--head", "head"]) == 2
+    assert "the target comes first" in capsys.readouterr().err
 
 
 def test_every_extra_that_is_named_is_one():

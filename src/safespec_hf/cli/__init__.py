@@ -19,11 +19,19 @@ from .export import export
 from .make_head import make_head
 from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
+from .serving import OTHERS, serve
 from .sharing import push, show
 
 __all__ = ["app", "main", "run"]
 
-EXTRAS = {"datasets": "data", "matplotlib": "train", "pyarrow": "data", "scipy": "train", "sklearn": "train"}
+EXTRAS = {
+    "datasets": "data",
+    "matplotlib": "train",
+    "pyarrow": "data",
+    "scipy": "train",
+    "sklearn": "train",
+    "vllm": "vllm",
+}
 """The extra that brings a package, by the name that the package is imported by."""
 
 INTERRUPTED = "interrupted; the same command goes on where it was."
@@ -52,6 +60,7 @@ for command in (
     show,
 ):
     app.command()(command)
+app.command(context_settings=OTHERS)(serve)
 
 
 def _show_version(is_asked: bool) -> None:
