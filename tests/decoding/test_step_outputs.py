@@ -104,19 +104,17 @@ def test_what_is_sampled_has_the_scores_that_it_was_drawn_from(guarded):
     assert bool(chosen.isfinite().all())
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_after_a_recovery_scores_are_of_the_tokens_that_came_back(keeps, tokenizer):
+@pytest.mark.parametrize("fields", [{"keep_reflection": True}, {"reflection_scope": "recovery"}], ids=str)
+def test_after_a_recovery_scores_are_of_the_tokens_that_came_back(fields, tokenizer):
     model = eager()
     attach(model, tokenizer, build_coin_head(model, 0.2, seed=3))
-    policy = SafeSpecConfig(
-        max_segment_tokens=4, num_candidates=4, reflection=REFLECTION, refusal=REFUSAL, keep_reflection=keeps
-    )
+    policy = SafeSpecConfig(max_segment_tokens=4, num_candidates=4, reflection=REFLECTION, refusal=REFUSAL, **fields)
     arguments = {**BATCH, **ASKED, "max_new_tokens": 24, "do_sample": False}
     output = model.generate(**arguments, safespec=policy)
     num_new = output.sequences.shape[1] - PADDED.shape[1]
     assert any(event.outcome == "recovered" for events in output.events for event in events)
     assert {len(output[name]) for name in OUTPUTS} == {num_new}
-    # what the target chose itself is what its scores say, hidden text or not
+    # what the target chose itself is what its scores say
     for row, origins in enumerate(output.provenance):
         for step, origin in enumerate(origins.tolist()):
             if origin in (0, 1):

@@ -319,7 +319,9 @@ class GuardedRequest:
             batch.risks[number] = risks_of(batch.segments[number], record, first)
         if not recovery.is_scoring:
             batch.watched = [worst_risk(risks) for risks in batch.risks]
-            if num_aside and any(batch.segments):
+            # log-probabilities of sampled tokens are those after bans; the likeliest is chosen by the model's own
+            is_read_again = bool(num_aside) or plan.policy.candidate_choice == "likeliest_safe"
+            if is_read_again and any(batch.segments):
                 return self._score(recovery)
         choice = choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.safe_enough)
         if choice.is_safe:
