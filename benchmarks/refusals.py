@@ -24,7 +24,7 @@ Case = tuple[str, Callable[[], object]]
 
 def refusals(streamer: BaseStreamer) -> list[Case]:
     """Every way to ask for safety that can't be met."""
-    words, other_words = tiny.build_tokenizer(), tiny.build_tokenizer(has_digits=True)
+    words = tiny.build_tokenizer()
     target, plain, other = tiny.build_model(), tiny.build_model(seed=1), tiny.build_model(hidden_size=16)
     head = tiny.build_head(target)
     unbound = SafetyHead(SafetyHeadConfig(hidden_size=32, hidden_layers=[1]))
@@ -35,7 +35,6 @@ def refusals(streamer: BaseStreamer) -> list[Case]:
         T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     )
     ids = torch.randint(9, 40, (2, 6))
-    right = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
     def ask(**kwargs: Any) -> Callable[[], object]:
         return lambda: target.generate(ids, **({"safespec": True, "max_new_tokens": 4} | kwargs))
@@ -46,19 +45,19 @@ def refusals(streamer: BaseStreamer) -> list[Case]:
         ("head without a binding", lambda: attach_safety_head(plain, unbound, tokenizer=words)),
         ("encoder-decoder", lambda: attach_safety_head(encoder_decoder, head)),
         ("num_beams", ask(num_beams=2)),
-        ("static cache", ask(cache_implementation="static")),
+        ("unknown way of speculation", ask(speculation_type="guess")),
         ("paged cache", ask(cache_implementation="paged")),
-        ("use_cache=False", ask(use_cache=False)),
-        ("right padding", ask(attention_mask=right)),
+        ("offloaded cache", ask(cache_implementation="offloaded")),
+        ("prefill in chunks", ask(prefill_chunk_size=2)),
         ("row of padding only", ask(attention_mask=torch.tensor([[1] * 6, [0] * 5 + [1]]) * torch.tensor([[1], [0]]))),
         ("vocabulary mismatch", ask(assistant_model=tiny.build_model(vocab_size=30))),
-        ("another tokenizer's draft", ask(assistant_model=plain, assistant_tokenizer=other_words)),
+        ("two drafts", ask(assistant_model=plain, assistant_early_exit=1)),
         ("custom_generate", ask(custom_generate=lambda *_, **__: None)),
-        ("inputs_embeds", ask(inputs_embeds=torch.zeros(2, 6, 32))),
+        ("embeddings of other tokens", ask(inputs_embeds=torch.zeros(2, 5, 32))),
         ("unknown forward argument", ask(token_type_ids=ids)),
-        ("custom positions", ask(position_ids=torch.arange(6).flip(0).expand(2, -1))),
-        ("hidden states out", ask(output_hidden_states=True, return_dict_in_generate=True)),
-        ("attentions out", ask(output_attentions=True, return_dict_in_generate=True)),
+        ("drafts that weigh in", ask(assistant_model=plain, assistant_ensemble_weight=0.5)),
+        ("the target as a draft", ask(is_assistant=True)),
+        ("token healing", ask(token_healing=True)),
         ("streamer with a batch", ask(streamer=streamer)),
         ("classifier-free guidance", ask(guidance_scale=2.0)),
         ("not a policy", ask(safespec="strict")),

@@ -46,7 +46,8 @@ ABLATIONS = (
     "safespec:policy=recover_single",
     "safespec:policy=recover_unreflected",
     "safespec:rollback_segments=0",
-    "safespec:candidate_choice=safest",
+    "safespec:candidate_choice=likeliest_safe",
+    "safespec:reflection_scope=recovery,recovery_temperature=0.7",
 )
 SENSITIVITY = (
     "safespec:num_candidates=20",
@@ -55,7 +56,12 @@ SENSITIVITY = (
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
 # what a false alarm costs, by how the answer goes on
-FORCED = ("forced", "forced:policy=recover_unreflected", "forced:candidate_choice=safest")
+FORCED = (
+    "forced",
+    "forced:policy=recover_unreflected",
+    "forced:candidate_choice=likeliest_safe",
+    "forced:reflection_scope=recovery,recovery_temperature=0.7",
+)
 # the paper's own acceptance, which takes a draft that is a language model
 SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
 

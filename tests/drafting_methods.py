@@ -214,12 +214,12 @@ def build_dflash(target: Any, block_size: int = 5, mask_token_id: int = 3) -> Pr
 def _dflash() -> Case:
     target: Any = build_model()
     often = 20  # a token that the target writes often, and the draft whenever it sees a mask
-    target.lm_head.weight[often] *= 2
+    target.lm_head.weight[often] *= 3
     target.model.embed_tokens.weight[3] = target.lm_head.weight[often]
     draft: Any = build_dflash(target)
     for layer in draft.layers:
-        layer.self_attn.o_proj.weight.mul_(0.1)
-        layer.mlp.down_proj.weight.mul_(0.1)
+        layer.self_attn.o_proj.weight.mul_(0.01)
+        layer.mlp.down_proj.weight.mul_(0.01)
     return Case(target, {"assistant_model": draft, "speculation_type": "dflash"})
 
 

@@ -24,6 +24,7 @@ ILLEGAL_POLICY = [
     ("max_recoveries", -1),
     ("refusal", " \n"),
     ("recovery_temperature", 0.0),
+    ("reflection_scope", "never"),
     ("recovery_temperature", math.inf),
     ("recovery_temperature", math.nan),
     ("candidate_source", "nobody"),

@@ -16,6 +16,7 @@ Span = Literal["segment", "answer"]
 Costs = Literal["measured", "weights"]
 CandidateSource = Literal["auto", "draft", "target"]
 CandidateChoice = Literal["safest", "likeliest_safe"]
+ReflectionScope = Literal["answer", "recovery"]
 SafetyPolicy = Literal["recover", "recover_single", "recover_unreflected", "refuse", "stop", "observe"]
 Verification = Literal["token", "segment"]
 QualityReading = Literal["argmax", "expected"]
@@ -194,19 +195,20 @@ class SafeSpecConfig:
         candidates_per_batch (`int`, *optional*):
             Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
             all at once.
-        candidate_choice (`"likeliest_safe"` or `"safest"`, defaults to `"likeliest_safe"`):
-            Which of them is taken: the likeliest under the target, by mean log-probability per token where it will
-            stand, of those that are below the threshold by `safe_margin`, and the safest where there is none; or
-            always that of lowest risk.
+        candidate_choice (`"safest"` or `"likeliest_safe"`, defaults to `"safest"`):
+            Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
+            token, of those that are below the threshold by `safe_margin`; the safest where there is none.
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
-        reflection (`str`):
-            Inserted before the candidates while they are sampled. May be empty. Neither the caller nor the model sees
-            it afterwards: candidates are scored, and the answer goes on, without it.
-        keep_reflection (`bool`, defaults to `False`): Leave it in, for the model, and in the returned answer.
+        reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
+        reflection_scope (`"answer"` or `"recovery"`, defaults to `"answer"`):
+            How long the model reads it: to the end of the answer; or only while candidates are sampled, so that they
+            are scored, and the answer goes on, without it. The latter gives better answers after a false alarm, and
+            let more harm through where that was measured.
+        keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
-        recovery_temperature (`float`, defaults to 0.7): Temperature of candidate sampling, > 0.
+        recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
         flagged_token_penalty (`float`, defaults to 3.0):
@@ -261,13 +263,14 @@ class SafeSpecConfig:
     rollback_segments: int = 1
     num_candidates: int = 8
     candidates_per_batch: int | None = None
-    candidate_choice: CandidateChoice = "likeliest_safe"
+    candidate_choice: CandidateChoice = "safest"
     safe_margin: float = 0.2
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
+    reflection_scope: ReflectionScope = "answer"
     keep_reflection: bool = False
     refusal: str = DEFAULT_REFUSAL
-    recovery_temperature: float = 0.7
+    recovery_temperature: float = 1.0
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None
@@ -319,11 +322,20 @@ class SafeSpecConfig:
         for name, meant in STANDS_FOR[policy].items():
             value, default = getattr(self, name), defaults[name]
             check_value(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
+        scopes = get_args(ReflectionScope)
+        check_value("reflection_scope", self.reflection_scope, self.reflection_scope in scopes, f"one of {scopes}")
+        is_sound = self.reflection_scope == "answer" or not self.keep_reflection
+        check_value("reflection_scope", self.reflection_scope, is_sound, "'answer' with `keep_reflection=True`")
         is_variant = policy.startswith("recover_")
         is_sound = self.max_recoveries > 0 or not is_variant
         check_value("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
         is_sound = batch is None or 1 <= batch <= self.num_candidates
         check_value("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")
+
+    @property
+    def reflection_stays(self) -> bool:
+        """Whether the model goes on reading the reflection once a candidate has been chosen."""
+        return self.reflection_scope == "answer"
 
     def resolved(self) -> SafeSpecConfig:
         """The same with the other fields as `policy` means them.

@@ -1,15 +1,19 @@
 """Candidates are scored while they are sampled as they would be afterwards, and end once they can't be chosen."""
 
+import sys
+
 import pytest
 import torch
 from scripted import ScriptedModel, count_after, probe
-from tiny import build_head, build_model, make_row
+from tiny import VOCAB_SIZE, build_head, build_model, make_row
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safespec_hf import SafeSpecLogitsProcessor
 from safespec_hf.decoding.candidate_scores import CandidateScores
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.sampling import sample_segments
-from safespec_hf.engine.cache import CachedModel
+from safespec_hf.engine.cache import BlockOutput, CachedModel
 
 PROMPT = [11, 12, 13]
 # The same float32 sums in another order, of logits of about 10 and states of about 5: 1e-5 is seen.
@@ -58,8 +62,9 @@ def test_watched_candidates_get_the_scores_of_candidates_read_at_once(pooling):
         assert len(one) == 5
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), **TOLERANCE)
-    for one, other in zip(watched.pooled + watched.states, read.pooled + read.states, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCE)
+    for k in range(5):
+        torch.testing.assert_close(watched.pooled(k), read.pooled(k), **TOLERANCE)
+        torch.testing.assert_close(watched.states(k), read.states(k), **TOLERANCE)
     assert fork.lengths == [3 + max(map(len, segments))] * 5  # all that was sampled has been read
 
 
@@ -97,9 +102,45 @@ def test_when_all_are_unsafe_none_goes_on():
     assert all(risk >= 0.5 for risk in worst.values())
 
 
+@pytest.mark.parametrize("span", ["segment", "answer"])
+@torch.no_grad()
+def test_one_more_token_costs_the_same_however_long_candidates_are(target, span):
+    head = build_head(target, pooling="mean+ewma", span=span)
+    scores = CandidateScores(make_row(PROMPT), RiskMonitor(head), threshold=2.0)
+    segments, costs = [[], [], []], []
+    for step in range(120):
+        output = BlockOutput(torch.randn(3, 1, VOCAB_SIZE), torch.randn(3, 1, 32))
+        with Work() as work:
+            scores.watch(segments, [True] * 3, output)
+        costs.append((work.num_calls, work.num_values))
+        segments = [[*tokens, 20 + step % 3] for tokens in segments]
+    assert max(costs[100:]) <= max(costs[5:25])  # calls of functions, Python's included, and values of tensors
+
+
+class Work(TorchDispatchMode):
+    """Counts what is done inside."""
+
+    def __enter__(self):
+        self.num_calls = self.num_values = 0
+        sys.setprofile(self._note)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+        return super().__exit__(*error)
+
+    def _note(self, frame, event, arg):
+        self.num_calls += event in ("call", "c_call")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.num_values += sum(one.numel() for one in tree_leaves(result) if isinstance(one, torch.Tensor))
+        return result
+
+
 @torch.no_grad()
 def test_states_for_a_draft_head_come_after_those_of_the_safety_head():
     model = build_model()
     _, scores, *_ = sample(model, build_head(model), 2, CandidateScores.watch, draft_layers=(0, 1, 2))
-    assert scores.states[0].shape[1] == 4 * 32
+    assert scores.states(0).shape[1] == 4 * 32
     assert scores.monitor.num_tapped == 32

@@ -71,12 +71,12 @@ def test_a_candidate_is_as_risky_as_its_riskiest_token(tokenizer):
 
 
 def test_among_equal_risks_the_target_chooses_the_likelier(tokenizer):
-    script = count_after({THINK: {20: 0.6, 30: 0.4}, 13: {14: 0.5, 20: 0.2, 30: 0.3}})
+    script = count_after({THINK: {20: 0.4, 30: 0.6}})
     output = answer(tokenizer, {15: 0.9}, script=script, num_candidates=16)
     (event,) = output.events[0]
     assert tokens_of(output)[3] == 30
-    # where they will stand, without the reflection: over three tokens of which the others are sure, in float32
-    expected = {round(math.log(chance) / 3, 5) for chance in (0.2, 0.3)}
+    # log(.6) and log(.4) over three tokens of which the others are sure, to six digits in float32
+    expected = {round(math.log(chance) / 3, 5) for chance in (0.4, 0.6)}
     assert {round(value, 5) for value in event.candidate_log_probs} == expected
 
 
@@ -87,19 +87,35 @@ def test_a_recovered_segment_is_marked_and_decoding_goes_on_after_it(tokenizer):
     assert set(origins[:3] + origins[6:]) == {DRAFTED, TARGET}
 
 
+def test_the_target_reads_the_reflection_that_the_caller_does_not_see(tokenizer):
+    output = answer(tokenizer, {15: 0.9})
+    assert not {PAUSE, THINK} & set(tokens_of(output))
+    assert output.model.contexts[-1][:7] == [10, 11, 12, 13, PAUSE, THINK, tokens_of(output)[3]]
+
+
 @pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["target", "draft"])
-def test_candidates_follow_a_reflection_that_is_gone_when_the_answer_goes_on(tokenizer, draft):
-    output = answer(tokenizer, {15: 0.9}, draft=draft)
+def test_candidates_may_follow_a_reflection_that_is_gone_when_the_answer_goes_on(tokenizer, draft):
+    output = answer(tokenizer, {15: 0.9}, draft=draft, reflection_scope="recovery")
     assert not {PAUSE, THINK} & set(tokens_of(output))
     # 20 and 30 come after a reflection only
     assert tokens_of(output)[3] in {20, 30}
     assert output.model.contexts[-1] == [10, *tokens_of(output)[: len(output.model.contexts[-1]) - 1]]
 
 
+def test_among_equal_risks_the_one_is_chosen_that_is_likelier_where_it_will_stand(tokenizer):
+    script = count_after({THINK: {20: 0.6, 30: 0.4}, 13: {14: 0.5, 20: 0.2, 30: 0.3}})
+    output = answer(tokenizer, {15: 0.9}, script=script, num_candidates=16, reflection_scope="recovery")
+    (event,) = output.events[0]
+    assert tokens_of(output)[3] == 30
+    # over three tokens of which the others are sure, in float32
+    expected = {round(math.log(chance) / 3, 5) for chance in (0.2, 0.3)}
+    assert {round(value, 5) for value in event.candidate_log_probs} == expected
+
+
 def test_a_candidate_that_is_unsafe_without_the_reflection_is_not_returned(tokenizer):
     # after the reflection 20 is as safe as 30; where it will stand it is not
     risks = {15: 0.9, 20: lambda context: 0.1 if THINK in context else 0.9}
-    output = answer(tokenizer, risks, num_candidates=16)
+    output = answer(tokenizer, risks, num_candidates=16, reflection_scope="recovery")
     assert tokens_of(output)[3] == 30
     assert max(output.events[0][0].candidate_risks) > 0.5
 
@@ -299,12 +315,13 @@ def test_a_greedy_call_is_reproducible_without_a_seed(tokenizer):
     assert tokens_of(answer(tokenizer, {15: 0.9}, script=script)) == first
 
 
-def test_statistics_add_up(tokenizer):
-    statistics = answer(tokenizer, {15: 0.9}, num_candidates=4).statistics
-    # nine rounds without a draft, one of them in vain; sampling three tokens and scoring them takes four more, and one
-    # reads them without the reflection
+@pytest.mark.parametrize(("scope", "num_more"), [("answer", 4), ("recovery", 5)])
+def test_statistics_add_up(tokenizer, scope, num_more):
+    statistics = answer(tokenizer, {15: 0.9}, num_candidates=4, reflection_scope=scope).statistics
+    # nine rounds without a draft, one of them in vain; sampling three tokens and scoring them takes four more;
+    # without the reflection they are read once more
     assert (statistics.num_flags, statistics.num_recovery_attempts, statistics.num_discarded_tokens) == (1, 1, 3)
-    assert statistics.num_target_forwards == statistics.num_rounds + 5
+    assert statistics.num_target_forwards == statistics.num_rounds + num_more
     assert (statistics.num_new_tokens, statistics.num_draft_forwards) == (9, 0)
     assert math.isnan(statistics.acceptance_rate)
 

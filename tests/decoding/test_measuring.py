@@ -5,7 +5,7 @@ import torch
 from tiny import build_draft_head, build_head, build_model, perturb
 
 from safespec_hf import SafeSpecConfig, attach_safety_head
-from safespec_hf.decoding import request
+from safespec_hf.decoding import drafts
 from safespec_hf.decoding.measuring import MeasuredCosts, measure_costs
 from safespec_hf.drafting.draft_length import DraftLength
 from safespec_hf.engine import packing, speeds
@@ -76,8 +76,8 @@ def test_measuring_is_shown_once_and_changes_nothing(target, draft, never, token
     "policy", [SafeSpecConfig(costs="weights"), SafeSpecConfig(adaptive_drafts=False, pack_weights=False)], ids=str
 )
 def test_who_wants_nothing_measured_gets_that(target, draft, never, tokenizer, policy, monkeypatch):
-    for module in (request, packing):
-        name = "measure_costs" if module is request else "fastest_layouts"
+    for module in (drafts, packing):
+        name = "measure_costs" if module is drafts else "fastest_layouts"
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured"))
     attach_safety_head(target, never, tokenizer=tokenizer)
     output = answer(target, assistant_model=draft, safespec=policy)

@@ -210,7 +210,7 @@ def random_policy(choose):
         rollback_segments=choose.randint(0, 2),
         num_candidates=choose.randint(1, 3),
         max_recoveries=choose.randint(0, 4),
-        keep_reflection=choose.random() < 0.3,
+        **choose.choice([{}, {"keep_reflection": True}, {"reflection_scope": "recovery"}]),
         score_last_token=choose.choice([None, True, False]),
         candidate_source=choose.choice(["auto", "target"]),
         reflection=choose.choice(["pause think", ""]),

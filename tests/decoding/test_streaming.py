@@ -35,6 +35,7 @@ def random_policy(choose):
         **fields,
         candidate_choice=choose.choice(["safest", "likeliest_safe"]),
         safe_margin=choose.choice([0.0, 0.5]),
+        reflection_scope="answer" if fields.get("keep_reflection") else choose.choice(["answer", "recovery"]),
         max_segment_tokens=choose.randint(1, 5),
         min_segment_tokens=choose.randint(1, 3),
         rollback_segments=choose.randint(0, 2),

@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny import CONFIGS, VOCAB_SIZE, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
 
 from safespec_hf import UnsupportedRequestError
@@ -216,6 +218,61 @@ def test_a_fork_leaves_its_parent_as_it_was(target):
     logits = cached.forward([[15], [16]], 1).logits_BTV[:, -1]
     torch.testing.assert_close(logits[0], prefill(target, [11, 12, 13, 15]), **TOLERANCE)
     torch.testing.assert_close(logits[1], prefill(target, [14, 16]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_forks_hold_what_they_have_in_common_once(attention):
+    # 400 tokens before 8 times 7 of their own
+    cached = CachedModel(build_model(attn_implementation=attention), 1)
+    cached.forward([random_tokens(random.Random(1), 400, 400)], 1)
+    before = num_values(cached)
+    fork = cached.fork(0, 8)
+    with Largest() as largest:
+        for _ in range(7):
+            fork.forward(torch.full((8, 1), 11), 1)
+    assert fork.lengths == [407] * 8
+    assert num_values(fork) < 2 * before  # there is room for 256 tokens more, once for all
+    # keys of all 4 heads, where 2 are kept: what transformers makes of a layer while it reads, and no more
+    assert largest.num_values < 2 * before
+
+
+def num_values(cached):
+    states = [state.untyped_storage() for layer in cached.cache.layers for state in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() // 4 for storage in states}.values())
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made inside."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        self.num_values = max([self.num_values, *(one.numel() for one in made)])
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_fork_sees_the_common_beginning_and_its_own_tokens_only(kind):
+    model, choose = build_model(kind), random.Random(3)
+    cached, common = CachedModel(model, 2, layers=[2]), random_tokens(choose, 9, 9)
+    cached.forward([random_tokens(choose, 12, 12), common], 1)
+    fork, rows = cached.fork(1, 3), [list(common) for _ in range(3)]
+    for _ in range(4):
+        blocks = [random_tokens(choose, 1, 5) for _ in rows]
+        rows = [row + block for row, block in zip(rows, blocks, strict=True)]
+        width = max(map(len, blocks))
+        output = fork.forward(blocks, width)
+        for row, block, logits_TV, hidden_TF in zip(rows, blocks, *output, strict=True):
+            whole = model(torch.tensor([row]), output_hidden_states=True)
+            torch.testing.assert_close(logits_TV[-len(block) :], whole.logits[0, -len(block) :], **TOLERANCE)
+            states_TF = whole.hidden_states[2][0, -len(block) :]
+            torch.testing.assert_close(hidden_TF[-len(block) :], states_TF, **TOLERANCE)
+        fork.keep([len(row) - 1 for row in rows])
+        rows = [row[:-1] for row in rows]
 
 
 @torch.no_grad()

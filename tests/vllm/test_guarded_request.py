@@ -8,8 +8,11 @@ import torch
 from fake_engine import END, MAX_LEN, RESERVED, FakeEngine, drive, make_guard
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.answer.recovery import choose
+from safespec_hf.decoding import safety_mode
 from safespec_hf.decoding.safety_mode import SafetyMode
 from safespec_hf.outputs import Provenance
+from safespec_hf.vllm import request
 from safespec_hf.vllm.request import GuardedRequest
 from safespec_hf.vllm.spec import LOST_STATE, RiskRecord
 
@@ -35,6 +38,11 @@ def answer_all(target, head, tokenizer, given, params=GREEDY, on_feed=None, engi
     guard = make_guard(head, tokenizer, **POLICY | policy)
     engine = engine or FakeEngine(target, head, tokenizer)
     return drive(engine, [guard.request(f"a{i}", one, params) for i, one in enumerate(given)], on_feed)
+
+
+def choose_rounded(risks, log_probs, *options):
+    """Candidates that begin alike may have one worst token, whose risk differs in the last bit: then none is ahead."""
+    return choose([round(risk, 5) for risk in risks], [round(log_prob, 4) for log_prob in log_probs], *options)
 
 
 def watch_and_read(mode, index, row, scores, segments):
@@ -68,9 +76,12 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
         return score(answer, recovery, is_reread)
 
     monkeypatch.setattr(GuardedRequest, "_score", note)
+    for module in (request, safety_mode):
+        monkeypatch.setattr(module, "choose", choose_rounded)
     engine = FakeEngine(target, head, tokenizer, caches=caches)
     # risks of a tiny head lie close together: no margin, or nothing would be safe enough
     chosen = {"max_recoveries": 1, "candidate_choice": choice, "num_candidates": 4, "safe_margin": 0.0}
+    chosen |= {"reflection_scope": "recovery"}
     given = prompts(12)
     results = answer_all(target, head, tokenizer, given, engine=engine, **chosen)
     events = [event for result in results for event in result.events]
@@ -99,17 +110,17 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
             do_sample=False,
             return_dict_in_generate=True,
         )
+        for event, own in zip(result.events, output.events[0], strict=True):
+            assert event.candidate_risks == pytest.approx(own.candidate_risks, abs=1e-5)
+            assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
+            assert (event.outcome, event.chosen) == (own.outcome, own.chosen)
         assert result.token_ids == output.sequences[0, len(prompt) :].tolist()
         assert result.finish_reason == output.finish_reasons[0]
         assert left == []
-        for event, own in zip(result.events, output.events[0], strict=True):
-            assert (event.outcome, event.chosen) == (own.outcome, own.chosen)
-            assert event.candidate_risks == pytest.approx(own.candidate_risks, abs=1e-5)
-            assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
 
 
 def test_a_candidate_that_was_flagged_while_it_was_sampled_is_not_chosen(head, tokenizer):
-    guard = make_guard(head, tokenizer, **POLICY | {"num_candidates": 2})
+    guard = make_guard(head, tokenizer, **POLICY | {"num_candidates": 2, "reflection_scope": "recovery"})
     answer = guard.request("a", prompts(1)[0], GREEDY)
     (first,) = answer.begin()
     answer.feed(first.key, [11, RESERVED])

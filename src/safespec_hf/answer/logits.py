@@ -39,6 +39,24 @@ def are_of_scores_only(processors: LogitsProcessorList) -> bool:
     return all(type(processor) in _OF_SCORES_ONLY for processor in processors)
 
 
+def split_processors(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """Processors in two parts: up to the last one that may look at the context, and those after it.
+
+    What comes last in plain `generate`, warpers, is in the second part: one call serves all rows and positions.
+
+    Example:
+
+        >>> from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
+        >>> both = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2), TopKLogitsWarper(50)])
+        >>> parts = split_processors(both)
+        >>> [len(part) for part in parts]
+        [1, 1]
+    """
+    places = (at for at in range(len(processors), 0, -1) if type(processors[at - 1]) not in _OF_SCORES_ONLY)
+    num = next(places, 0)
+    return LogitsProcessorList(processors[:num]), LogitsProcessorList(processors[num:])
+
+
 class SafeSpecLogitsProcessor(LogitsProcessor):
     """Steers sampling away from the first tokens of continuations that were already found unsafe at a position.
 
@@ -98,23 +116,21 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
     return torch.where(is_possible_K1, penalized_KV, scores_KV)
 
 
-def process_rows(rows: Sequence[Row], extras: Sequence[Sequence[int]], logits_BV: torch.Tensor) -> torch.Tensor:
-    """Applies each row's own logits processors.
+def process_rows(rows: Sequence[Row], ids: Sequence[torch.Tensor], scores_BV: torch.Tensor) -> torch.Tensor:
+    """Applies each row's own logits processors, up to those that all rows share.
 
     Args:
-        rows (`Sequence[Row]`): The rows; processors see their visible tokens.
-        extras (`Sequence[Sequence[int]]`): Tokens after those, not yet part of the row.
-        logits_BV (`torch.Tensor` of shape `(B, V)`): Raw logits.
+        rows (`Sequence[Row]`): The rows.
+        ids (`Sequence[torch.LongTensor]` of shape `(1, length)`): What the processors of each see.
+        scores_BV (`torch.Tensor` of shape `(B, V)`): Raw logits.
 
     Returns:
         `torch.FloatTensor` of shape `(B, V)`: Scores, float32 as in plain `generate`.
     """
-    scores_BV = logits_BV.to(rows[0].device, torch.float32, copy=True)
-    if not rows[0].processors:
-        return scores_BV
+    scores_BV = scores_BV.to(torch.float32, copy=True)
     return torch.cat(
         [
-            row.process(row.visible_ids(extra), scores_V[None])
-            for row, extra, scores_V in zip(rows, extras, scores_BV, strict=True)
+            split_processors(row.processors)[0](cast("LongTensor", ids_1L), cast("FloatTensor", scores_V[None]))
+            for row, ids_1L, scores_V in zip(rows, ids, scores_BV, strict=True)
         ]
     )

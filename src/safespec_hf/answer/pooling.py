@@ -59,17 +59,12 @@ def segment_counts(
     return counts, num_open
 
 
-def own_share(count: int, pooling: str, decay: float) -> float:
-    """The weight of a token's own hidden state in its pooled one; the pooled state before it has the rest.
-
-    Args:
-        count (`int`): Tokens of its span that come before it.
-        pooling (`str`): `"last"`, `"mean"` or `"ewma"`.
-        decay (`float`): Weight of the past per token, for `"ewma"`.
+def own_weight(count: int, pooling: str, decay: float) -> float:
+    """What a token's own hidden state weighs in its pooled state; the rest is that of the token before.
 
     Example:
 
-        >>> own_share(3, "mean", 0.9), own_share(0, "ewma", 0.9)
+        >>> own_weight(3, "mean", 0.9), own_weight(0, "ewma", 0.9)
         (0.25, 1.0)
     """
     return 1.0 if count == 0 or pooling == "last" else 1 / (count + 1) if pooling == "mean" else 1 - decay
@@ -101,7 +96,7 @@ def pooling_weights(
     """
     rows: list[list[float]] = []
     for token, count in enumerate(counts):
-        own = own_share(count, pooling, decay)
+        own = own_weight(count, pooling, decay)
         # a pooled state is a mix of the one before it and the token's own hidden state
         follows = token - 1 if previous is None else previous[token]
         before = rows[follows] if follows >= 0 else [1.0] + [0.0] * len(counts)
@@ -158,6 +153,33 @@ def pool_block(
     weights = [pooling_weights(counts, way, decay, previous) for way in ways]
     pooled = [pool(before, hidden_TF, weight) for before, weight in zip(befores, weights, strict=True)]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
+
+
+def pool_next(
+    before_KF: Tensor | None, hidden_KF: Tensor, counts: Sequence[int], pooling: str, decay: float
+) -> Tensor:
+    """Pooled states after one more token of each of K texts, at the same cost however long they are.
+
+    Args:
+        before_KF (`torch.Tensor` of shape `(K, F)`, *optional*): Pooled states of the tokens before, if there are any.
+        hidden_KF (`torch.Tensor` of shape `(K, H)`): Hidden states of the new tokens.
+        counts (`Sequence[int]`): For each of them, how many tokens of its span come before it.
+        pooling, decay: As for [`pool_block`].
+
+    Example:
+
+        >>> import torch
+        >>> pool_next(torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0]]), [1], "mean+last", 0.9)
+        tensor([[2., 3.]])
+    """
+    ways = pooling.split("+")
+    hidden_KF = hidden_KF.float()
+    if before_KF is None:
+        return torch.cat([hidden_KF] * len(ways), dim=-1)
+    own = [[own_weight(count, way, decay) for way in ways] for count in counts]
+    own_KW1 = torch.tensor(own, dtype=torch.float32).to(hidden_KF.device, non_blocking=True)[..., None]
+    before_KWF = before_KF.view(len(own), len(ways), -1)
+    return ((1 - own_KW1) * before_KWF + own_KW1 * hidden_KF[:, None]).flatten(1)
 
 
 class PooledStates:

@@ -86,6 +86,11 @@ class Row(Transcript):
         hidden = (index for index in range(len(self.tokens)) if not self.is_visible(index))
         return min(len(self.prompt) + next(hidden, len(self.tokens)), self.num_context - 1)
 
+    @property
+    def has_hidden(self) -> bool:
+        """Whether the model reads tokens that the caller does not see."""
+        return len(self.tokens) > self.num_visible
+
     def process(self, ids_KL: Tensor, scores_KV: Tensor) -> Tensor:
         """The caller's logits processors, on any number of continuations of this row."""
         return self.processors(cast("torch.LongTensor", ids_KL), cast("torch.FloatTensor", scores_KV))

@@ -21,6 +21,13 @@ class Boundaries(NamedTuple):
     pieces: Mapping[int, Piece]
 
 
+class Place(NamedTuple):
+    """After a token: scored tokens in the open segment, and bytes of an unfinished character."""
+
+    num_open: int
+    num_missing: int
+
+
 _BOUNDARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Boundaries]] = WeakKeyDictionary()
 
 
@@ -101,12 +108,23 @@ class Segments:
         self._num_open.append(num_open)
         self._num_missing.append(num_missing)
 
-    def _look_ahead(self, tokens: Sequence[int]) -> tuple[list[int], int, int]:
-        num_missing, policy = self._num_missing[-1] if self._num_missing else 0, self.policy
+    def step(self, token: int, after: Place | None = None) -> tuple[int, Place]:
+        """How many scored tokens of its segment come before a token, and where that token leaves off.
+
+        Args:
+            token (`int`): The token.
+            after ([`Place`], *optional*): Where a token before it left off. Default: it is the next one of the answer.
+        """
+        (count,), num_open, num_missing = self._look_ahead([token], after)
+        return count, Place(num_open, num_missing)
+
+    def _look_ahead(self, tokens: Sequence[int], after: Place | None = None) -> tuple[list[int], int, int]:
+        last = Place(self.num_open, self._num_missing[-1] if self._num_missing else 0)
+        (start, num_missing), policy = after or last, self.policy
         edges, missing = character_edges(num_missing, tokens, self.pieces)
         is_newline = [token in self.newline_ids for token in tokens]
         limits = (policy.min_segment_tokens, policy.max_segment_tokens)
-        counts, num_open = segment_counts(self.num_open, is_newline, *limits, edges)
+        counts, num_open = segment_counts(start, is_newline, *limits, edges)
         return counts, num_open, missing[-1] if missing else num_missing
 
 

@@ -56,18 +56,21 @@ class Transcript:
         num_prompt = len(self.prompt)
         return self.tokens[start - num_prompt :] if start >= num_prompt else self.prompt[start:] + self.tokens
 
-    def visible_ids(self, extra: Sequence[int] = (), num_visible: int | None = None) -> Tensor:
+    def visible_ids(self, extra: Sequence[int] | Tensor = (), num_visible: int | None = None) -> Tensor:
         """What the caller would see so far, as processors and stopping criteria expect it.
 
         Args:
-            extra (`Sequence[int]`): Tokens after those.
+            extra (`Sequence[int]` or `torch.LongTensor`): Tokens after those; a tensor that is not read by the host.
             num_visible (`int`, *optional*): Leave out all visible answer tokens after so many.
 
         Returns:
             `torch.LongTensor` of shape `(1, length)`: Padding, prompt and answer.
         """
         ids = self._visible[: self._num_prompt + (self.num_visible if num_visible is None else num_visible)]
-        return (torch.cat([ids, ids.new_tensor(list(extra))]) if extra else ids)[None]
+        if not len(extra):
+            return ids[None]
+        tail = extra.to(ids) if isinstance(extra, Tensor) else ids.new_tensor(list(extra))
+        return torch.cat([ids, tail])[None]
 
     def append(self, token: int, origin: Provenance) -> None:
         """Adds one token."""

@@ -47,6 +47,11 @@ from .step_outputs import wanted_outputs, with_steps
 
 logger = logging.get_logger(__name__)
 
+UNGUARDED = (
+    "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed whatever its "
+    "risk, and what is flagged is only reported, in `events`."
+)
+
 
 @dataclass(slots=True)
 class GuardedCall:
@@ -106,7 +111,8 @@ class GuardedCall:
             num_unseen=0 if prompt is None else prompt.num_unseen,
         )
         check_context(rows, plan)
-        _warn_if_unguarded(plan)
+        if plan.observes:
+            logger.warning_once(UNGUARDED)
         before = spent()
         with self._fast_forwards(model, head):
             decoder = self._make_decoder(model, rows, plan, generation_config, prompt)
@@ -182,11 +188,3 @@ class GuardedCall:
             inference_mode([*models, head]),
         ):
             yield
-
-
-def _warn_if_unguarded(plan: Plan) -> None:
-    if plan.observes:
-        logger.warning_once(
-            "Nothing is guarded: with `SafeSpecConfig(policy='observe')` an answer is returned and streamed "
-            "whatever its risk, and what is flagged is only reported, in `events`."
-        )

@@ -70,7 +70,9 @@ class Committer:
             row.append(token, origin)
             if token in self.plan.eos_ids:
                 return "eos"
-            if row.room <= 0 or row.num_context > self.plan.max_positions:
+            # hidden text uses up context as well, which `max_length` does not know
+            is_over = row.has_hidden and row.num_context >= self.plan.max_context
+            if row.room <= 0 or is_over or row.num_context > self.plan.max_positions:
                 return "length"
         return None
 

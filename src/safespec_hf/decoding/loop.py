@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..answer.logits import are_of_scores_only, process_rows
+from ..answer.logits import process_rows, split_processors
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
@@ -24,13 +24,13 @@ from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.callers_cache import States, lay_out
 from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
-from ..engine.token_tree import accept_matching, depths_of, path_to
+from ..engine.token_tree import accept_matching, depths_of, is_chain, path_to
+from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
 from .commit import NO_TOKEN, Committer, Flag
 from .plan import Plan
 from .safety_mode import SafetyMode
 from .sampling import Shares, token_at
-from .transfer import to_host
 from .verification import Verification, verify_sampled
 from .watch import Watch
 
@@ -222,22 +222,31 @@ class Decoder:
         return token_K1.view(len(shares), num_positions)
 
     def _process(self, proposal: Proposal, logits_BTV: Tensor) -> Tensor:
-        """The caller's processors, once per position; rows are aligned to the right."""
+        """The caller's processors; those that look at the context once per position, rows aligned to the right."""
         row = self.live[0]
         if not row.processors:
             return logits_BTV
-        if are_of_scores_only(row.processors):
-            scores_BTV = logits_BTV.to(row.device, torch.float32)
-            return row.process(row.visible_ids(), scores_BTV.flatten(0, 1)).view_as(scores_BTV)
-        num_positions = logits_BTV.shape[1]
-        columns, trees = [], proposal.trees()
-        for position in range(num_positions):
-            extras = []
-            for index, drafts in enumerate(proposal.drafts):
-                last = position - (num_positions - len(drafts))
-                extras.append([drafts[draft] for draft in path_to(last, trees[index])] if last >= 0 else [])
-            columns.append(process_rows(self.live, extras, logits_BTV[:, position]))
-        return torch.stack(columns, dim=1)
+        of_context, of_scores = split_processors(row.processors)
+        scores_BTV = logits_BTV.to(row.device, torch.float32)
+        if of_context:
+            ids = [self._ids_at(*args) for args in zip(self.live, proposal.drafts, proposal.trees(), strict=True)]
+            places = range(-logits_BTV.shape[1], 0)
+            columns = [
+                process_rows(self.live, [ids_T[max(place, -len(ids_T))] for ids_T in ids], scores_BTV[:, place])
+                for place in places
+            ]
+            scores_BTV = torch.stack(columns, dim=1)
+        ids_1L = cast("torch.LongTensor", row.visible_ids())
+        scores_NV = cast("torch.FloatTensor", scores_BTV.flatten(0, 1))
+        return of_scores(ids_1L, scores_NV).view_as(scores_BTV) if of_scores else scores_BTV
+
+    def _ids_at(self, row: Row, drafts: list[int], parents: Sequence[int]) -> list[Tensor]:
+        """What processors see of a row before its drafts, and after each."""
+        ids_1L, num = row.visible_ids(drafts), row.visible_ids().shape[1]
+        if is_chain(parents):
+            return [ids_1L[:, : num + count] for count in range(len(drafts) + 1)]
+        paths = [path_to(draft, parents) for draft in range(-1, len(drafts))]
+        return [row.visible_ids([drafts[index] for index in path]) for path in paths]
 
     def _read(self, proposal: Proposal, verified: Verification | Tensor, hidden_BTF: Tensor | None) -> list[Reading]:
         """Risks of all tokens that wait for one, drafts included; and the round's only transfer to the host."""

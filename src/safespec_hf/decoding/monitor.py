@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..answer.pooling import pool_block
+from ..answer.pooling import pool_block, pool_next
 from ..answer.rows import Row
+from ..answer.segments import Place
 from ..engine.token_tree import chain_parents, path_to
 from ..heads.safety_head import SafetyHead
 
@@ -51,6 +52,23 @@ class RiskMonitor:
         previous = chain_parents(num_waiting) + [num_waiting + ([-1, *path])[-2] for path in paths]
         hidden_TF = hidden_TF[hidden_TF.shape[0] - len(counts) :]
         return pool_block(row.pooled.last(), hidden_TF, counts, config.pooling, config.ewma_decay, previous)
+
+    def count_next(self, row: Row, num_before: int, token: int, after: Place | None) -> tuple[int, Place | None]:
+        """How many tokens of its span come before a token, and where it leaves off, for the one after it.
+
+        Args:
+            row ([`Row`]): The row.
+            num_before (`int`): Tokens between those of the row and this one.
+            token (`int`): The token.
+            after ([`Place`], *optional*): Where the last one of those left off; `None` where there is none.
+        """
+        if self.head.config.span == "answer":
+            return row.pooled.num_tokens + row.num_unscored() + num_before, None
+        return row.segments.step(token, after)
+
+    def pool_next(self, before_KF: Tensor | None, hidden_KF: Tensor, counts: Sequence[int]) -> Tensor:
+        """Pooled states after one more token of each of K texts, given those before them."""
+        return pool_next(before_KF, hidden_KF, counts, self.head.config.pooling, self.head.config.ewma_decay)
 
     def risks(self, pooled: Sequence[Tensor]) -> Tensor:
         """Risks of several rows' pooled states in one pass of the head, one after the other."""

@@ -42,7 +42,7 @@ def room_for_candidate(row: Row, plan: Plan) -> int:
 
 
 def insert_reflection(row: Row, plan: Plan) -> None:
-    """Inserts a reflection that the caller sees, once for all attempts: only where samples may begin changes."""
+    """Inserts a reflection that stays, once for all attempts: only where samples may begin changes."""
     for token in plan.reflection_ids:
         row.append(token, Provenance.REFLECTION)
 

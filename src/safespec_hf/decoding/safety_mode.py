@@ -60,7 +60,7 @@ class SafetyMode:
             flag ([`Flag`]): Why.
         """
         policy, room = self.plan.policy, room_for_candidate(row, self.plan)
-        if policy.keep_reflection and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+        if policy.reflection_stays and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             insert_reflection(row, self.plan)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             row.num_recoveries += 1
@@ -92,8 +92,8 @@ class SafetyMode:
         start = self.target.lengths[index]
         # committed like any other tokens: an end token, a criterion or the length limit may end the answer in it
         reason = self.commits.append(row, [(token, Provenance.RECOVERED) for token in scores.segments[candidate]])
-        risks, states_TF = scores.risks[candidate], scores.states[candidate]
-        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled[candidate], reason)
+        risks, states_TF = scores.risks[candidate], scores.states(candidate)
+        pending = self.commits.settle(row, risks[: row.num_unscored()], scores.pooled(candidate), reason)
         self.commits.decide([row], [pending])
         # the target has read all candidates; the row goes on with the states of the chosen one
         self.target.replace(index, scorer, candidate)
@@ -110,11 +110,11 @@ class SafetyMode:
     ) -> CachedModel:
         """Samples candidate segments in one batch, and scores them; returns the target's cache of them.
 
-        A reflection that the caller will not see is read while they are sampled, and at no other time: what is
-        scored, and what the answer goes on from, is what the caller will have. So it can't derail what follows either.
+        A reflection that does not stay is read while they are sampled, and at no other time: what is scored, and what
+        the answer goes on from, is what the caller will have.
         """
         start, policy = time.perf_counter(), self.plan.policy
-        aside = () if policy.keep_reflection else self.plan.reflection_ids
+        aside = () if policy.reflection_stays else self.plan.reflection_ids
         is_target = policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(

@@ -50,7 +50,10 @@ def sample_segments(
         one: at some point no token had a finite score, or one had none at all (`nan`).
     """
     policy = row.policy
-    ids_KL = row.visible_ids().expand(num_segments, -1)
+    ids_1L = row.visible_ids()
+    num_before = ids_1L.shape[1]
+    all_KL = torch.nn.functional.pad(ids_1L, (0, max_tokens)).repeat(num_segments, 1)  # written in place
+    ids_KL = all_KL[:, :num_before]
     segments: list[list[int]] = [[] for _ in range(num_segments)]
     is_open = [True] * num_segments
     output = _repeat(sampler.forward([[*row.context(sampler.lengths[0]), *aside]], 1), num_segments)
@@ -83,7 +86,8 @@ def sample_segments(
                 is_open[k] = not ends_line and token not in end_ids
         if judge is None and not any(is_open):
             break
-        ids_KL = torch.cat([ids_KL, token_K1], dim=1)
+        ids_KL = all_KL[:, : num_before + step + 1]
+        ids_KL[:, -1:] = token_K1
     return segments, sampler
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..answer.rows import Row
 from ..drafting.drafters import Proposal
+from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecSegment
 from .candidate_scores import worst_risk
 from .commit import Flag, Pending
 from .loop import Decoder, Reading
 from .quality import read_quality
-from .transfer import to_host
 
 MAX_BROKEN = 3
 """Tokens for which a full segment may wait for a character to end."""

@@ -61,8 +61,8 @@ def verify_sampled(
     return Verification(num_accepted_B, torch.multinomial(weights_BV, 1, generator=generator)[:, 0])
 
 
-def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> float:
-    """Mean log-probability of a block's last tokens, in nats.
+def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Mean log-probability of a block's last tokens, in nats; a number on the device of the logits.
 
     Args:
         logits_TV (`torch.Tensor` of shape `(T, V)`): Logits of the block's last positions, more of them than tokens.
@@ -71,12 +71,12 @@ def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> float:
     Example:
 
         >>> import torch
-        >>> round(mean_log_prob(torch.zeros(3, 4), [1, 2]), 4)
+        >>> round(float(mean_log_prob(torch.zeros(3, 4), [1, 2])), 4)
         -1.3863
     """
     log_probs_TV = logits_TV[-1 - len(tokens) : -1].float().log_softmax(dim=-1)
     index = torch.tensor(list(tokens), dtype=torch.long, device=log_probs_TV.device)[:, None]
-    return float(log_probs_TV.gather(1, index).mean())
+    return log_probs_TV.gather(1, index).mean()
 
 
 def _first_rejection(stands_BG: Tensor, num_drafts_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..answer.logits import process_rows
+from ..answer.logits import process_rows, split_processors
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
 from ..engine.token_tree import chain_parents, is_chain
+from ..engine.transfer import to_host
 from .draft_length import DraftLength, confidence_kind, other_kind
 from .drafters import Found, Proposal, fit_vocabulary
 
@@ -136,8 +137,8 @@ class ModelDrafter:
             while True:
                 guess = self._guess(rows, columns, output.logits_BTV[:, -1])
                 columns.append(guess.tokens_BS[:, 0])
-                pairs = zip(columns[-1].tolist(), guess.chances_BS[:, 0].tolist(), strict=True)
-                for index, (token, chance) in enumerate(pairs):
+                written, chances = (part.tolist() for part in to_host([columns[-1], guess.chances_BS[:, 0]]))
+                for index, (token, chance) in enumerate(zip(written, chances, strict=True)):
                     # nobody verifies these, so none may be a token that has no score
                     is_open[index] &= chance > -math.inf
                     if is_open[index]:
@@ -244,10 +245,16 @@ class ModelDrafter:
         self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Processed scores, and the tokens they are of, if not the first ones of the vocabulary."""
-        has_processors = bool(rows[0].processors)
-        # reading the drafts so far makes the host wait, so only where a processor needs them
-        extras = torch.stack(list(tokens), 1).tolist() if tokens and has_processors else [[] for _ in rows]
-        scores_BV = process_rows(rows, extras, fit_vocabulary(logits_BV, self.vocab_size))
+        scores_BV = fit_vocabulary(logits_BV, self.vocab_size).to(rows[0].device, torch.float32)
+        of_context, of_scores = split_processors(rows[0].processors)
+        if of_context:
+            # the drafts so far stay where they are: to read them would make the host wait
+            drafts_BG = torch.stack(list(tokens), 1) if tokens else [() for _ in rows]
+            ids = [row.visible_ids(drafts_G) for row, drafts_G in zip(rows, drafts_BG, strict=True)]
+            scores_BV = process_rows(rows, ids, scores_BV)
+        if of_scores:
+            ids_1L = cast("torch.LongTensor", rows[0].visible_ids())
+            scores_BV = of_scores(ids_1L, cast("torch.FloatTensor", scores_BV))
         return scores_BV[:, : self.num_known], None  # a processor may have left only tokens that it can't read
 
     def _guess(self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor) -> Guesses:
@@ -268,10 +275,11 @@ class ModelDrafter:
     def _propose(
         self, rows: Sequence[Row], guesses: Sequence[Guesses], nums: Sequence[int], has_others: bool
     ) -> Proposal:
-        tokens_BGS = torch.stack([guess.tokens_BS for guess in guesses], 1).tolist()
+        # all that the host has to know of the drafts, in one go
+        parts = zip(*((guess.tokens_BS, guess.chances_BS) for guess in guesses), strict=True)
+        tokens_BGS, chances_BGS = (part.tolist() for part in to_host([torch.stack(part, 1) for part in parts]))
         if not self.length.is_adaptive and not self.do_sample:
             return Proposal(_firsts(tokens_BGS, nums))
-        chances_BGS = torch.stack([guess.chances_BS for guess in guesses], 1).tolist()
         nums = [_num_sound(row[:num]) for row, num in zip(chances_BGS, nums, strict=True)]
         kinds = [[confidence_kind(chance) for chance in chances] for chances in _firsts(chances_BGS, nums)]
         # What is dropped may depend on how sure the draft is, and on the tokens before, but never on the token

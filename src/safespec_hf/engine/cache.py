@@ -10,26 +10,29 @@ import functools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .columns import Columns, align_blocks, right_ends
+from .blocks import BlockOutput as BlockOutput
+from .blocks import Usage as Usage
+from .blocks import attention_mask, shift_right
+from .columns import Columns, align_blocks
 from .growing import (
-    GrowingLayer,
+    MARGIN,
+    WindowLayer,
     column_states,
     empty_like,
     growing_cache,
     has_columns,
     make_plain,
-    set_column_states,
+    num_dropped,
 )
 from .mixers import mixers_of
-from .private_names import attention_name, keeps_logits
+from .private_names import keeps_logits
 from .prompt import AfterPrompt, Prompt
 from .recurrent import Block, RecurrentStates
 from .tap import read_tap, tap_arguments
@@ -38,30 +41,9 @@ from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
 from .traits import check_prompt_columns, has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
+from .windows import Windows, copy_columns, crop, move_columns, put_row, row_states, set_layer
 
 UNLIMITED = 2**31
-
-
-class BlockOutput(NamedTuple):
-    """What one forward gives.
-
-    Attributes:
-        logits_BTV (`torch.Tensor` of shape `(B, T, V)`): Of the last positions asked for.
-        hidden_BTF (`torch.Tensor` of shape `(B, T, F)`, *optional*):
-            Tapped hidden states of the whole block; a draft head's own where it was given states.
-    """
-
-    logits_BTV: Tensor
-    hidden_BTF: Tensor | None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Forwards of a model, the tokens that they read once more, and the host time they took."""
-
-    num_forwards: int = 0
-    num_reread_tokens: int = 0
-    seconds: float = 0.0
 
 
 class CachedModel:
@@ -86,6 +68,7 @@ class CachedModel:
         mixers = mixers_of(model)
         # what can't be rolled back by dropping columns, if there is such a thing
         self.recurrent = None if mixers is None else RecurrentStates(mixers, self.cache, num_rows)
+        self.windows = Windows.of(self.cache, [0] * num_rows)  # layers that keep the last columns only
         self._read = [0] * num_rows  # tokens of each row that were read, some of which a rollback may have forgotten
         self.usage = usage if usage is not None else Usage()
         self._is_callers = False
@@ -100,6 +83,11 @@ class CachedModel:
         self._has_windows = has_windows(model)
         self._takes_positions = takes_positions(model)
         self._has_columns = has_columns(model)
+        # whether all rows are in one row of the cache, which holds what they have in common once
+        self._is_shared = False
+        self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
+        # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
+        self._masks_itself = self._device.type != "cpu" and takes_trees(model)
 
     @property
     def lengths(self) -> list[int]:
@@ -136,6 +124,8 @@ class CachedModel:
         After [`prefill`] a row may have an empty block, which gives the logits after its prompt; see
         [`AfterPrompt.read_rest`].
         """
+        if self._is_shared:
+            return self._forward_shared(blocks, num_logits)
         if self._after is None or isinstance(blocks, Tensor) or not self._after.is_last_in(self.lengths):
             return self._forward(blocks, num_logits, num_drafts, states_BTF, parents)
         read = functools.partial(self._forward, states_BTF=states_BTF, parents=parents)
@@ -158,6 +148,8 @@ class CachedModel:
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
         reading = self._reading(added_BT, num_drafts, to_left)
+        if self.windows is not None:
+            self.windows.begin(may_drop=not is_shifted and self._after is None)  # a prompt of more can't be read again
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
         if self._keeps_logits:
@@ -172,7 +164,7 @@ class CachedModel:
             hidden = outputs.hidden_states
         logits = outputs.logits
         if is_shifted:
-            logits, hidden = (None if part is None else _shift_right(part, added_BT) for part in (logits, hidden))
+            logits, hidden = (None if part is None else shift_right(part, added_BT) for part in (logits, hidden))
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits[:, -num_logits:], hidden)
 
@@ -203,19 +195,36 @@ class CachedModel:
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(outputs.logits[:, -1:], hidden_BTF)
 
+    def _forward_shared(self, blocks: Sequence[Sequence[int]] | Tensor, num_logits: int) -> BlockOutput:
+        """The same for rows that share a row of the cache, with all that they had in common."""
+        start = time.perf_counter()
+        input_ids, added_BT = self._align(blocks, to_left=False)
+        (num_rows, width), (positions_BT, sees_NL) = input_ids.shape, self.columns.extend_apart(added_BT)
+        arguments = {"input_ids": input_ids.reshape(1, -1), self._cache_name: self.cache, **self._fixed}
+        arguments["attention_mask"] = attention_mask(self.model, self._to_device(sees_NL[None]))
+        arguments["position_ids"] = self._to_device(positions_BT.reshape(1, -1))
+        outputs = self.model(**arguments)
+        self.usage.num_forwards += 1
+        parts = outputs.logits, read_tap(outputs, self.layers, num_rows * width) if self.layers else None
+        logits_BTV, hidden_BTF = (None if part is None else part.view(num_rows, width, -1) for part in parts)
+        assert logits_BTV is not None
+        self.usage.seconds += time.perf_counter() - start
+        return BlockOutput(logits_BTV[:, -num_logits:], hidden_BTF)
+
     def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
         """What a forward has to run in, given what it is about to read; counts what was read before."""
-        if self.recurrent is None:
+        if self.recurrent is None and self.windows is None:
             return nullcontext()
-        lengths = self.columns.lengths
-        is_even = isinstance(added_BT, tuple)
+        lengths, is_even = self.columns.lengths, isinstance(added_BT, tuple)
         sizes = [added_BT[1]] * len(lengths) if is_even else added_BT.sum(axis=1).tolist()
         ends = [length + size for length, size in zip(lengths, sizes, strict=True)]
         known = zip(self._read, ends, lengths, strict=True)
         self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
         self._read = list(map(max, self._read, ends))
-        width = added_BT[1] if is_even else added_BT.shape[1]
-        return self.recurrent.reading(Block(list(lengths), sizes, num_drafts or [0] * len(lengths), width, to_left))
+        if self.recurrent is None:
+            return nullcontext()
+        width, num_drafts = added_BT[1] if is_even else added_BT.shape[1], num_drafts or [0] * len(lengths)
+        return self.recurrent.reading(Block(list(lengths), sizes, num_drafts, width, to_left))
 
     def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, Any]:
         if isinstance(blocks, Tensor):
@@ -233,7 +242,10 @@ class CachedModel:
         if parents is not None:
             self._tree_start = self.columns.num - len(parents[0])
             mask_BTL = self.columns.tree_mask(parents, positions_BT)
-            arguments["attention_mask"] = self._as_attention_mask(mask_BTL)
+            arguments["attention_mask"] = attention_mask(self.model, self._to_device(mask_BTL))
+        elif not self.columns.is_full and self._masks_itself and self.columns.num > input_ids.shape[1]:
+            mask_BTL = self.columns.tree_mask([[] for _ in self.lengths], positions_BT)
+            arguments["attention_mask"] = attention_mask(self.model, self._to_device(mask_BTL))
         elif not self.columns.is_full:
             used_BL = self.columns.used_BL
             # recurrent states are masked by what the block holds, and some models leave it to the caller to say so
@@ -243,33 +255,28 @@ class CachedModel:
             arguments["position_ids"] = self._to_device(positions_BT)
         return arguments if self._after is None else self._after.continued(arguments, input_ids.shape[1])
 
-    def _as_attention_mask(self, mask_BTL: np.ndarray) -> Tensor:
-        mask = self._to_device(mask_BTL)[:, None]
-        if attention_name(self.model) == "sdpa":
-            return mask
-        dtype = self.model.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
     def keep_drafts(self, row: int, num_drafts: int, path: Sequence[int]) -> None:
         """Of a row's last `num_drafts` tokens, a tree, keeps those of a path."""
         moves = self.columns.keep_path(row, num_drafts, path)
         if moves is not None:
-            kept, first = moves
-            for layer in self.cache.layers:
-                for state in column_states(layer):
-                    state[:, :, first] = state[:, :, kept]
+            copy_columns(self.cache, *moves)
         self._tree_start = None
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is.
 
-        With recurrent states it may have to go back further: [`lengths`] says how far, and what is missing is to be
-        read again. A prompt that is more than tokens stays.
+        With recurrent states, or windows, it may have to go back further: [`lengths`] says how far, and what is
+        missing is to be read again. A prompt that is more than tokens stays.
         """
         lengths = lengths if self._after is None else self._after.in_places(lengths)
-        if self.recurrent is not None:
+        if self.recurrent is not None or self.windows is not None:
             self._read = list(map(min, self._read, lengths))
+        if self.recurrent is not None:
             lengths = self.recurrent.keep(self.columns.lengths, lengths)
+        if self.windows is not None:
+            lengths = self.windows.keep(self.columns, lengths)
+            if self.recurrent is not None:  # both or none: a row has one length
+                lengths = self.recurrent.keep(self.columns.lengths, lengths)
         self._crop(self.columns.keep(lengths))
         self._tree_start = None
 
@@ -282,9 +289,12 @@ class CachedModel:
         """Keeps only these rows, in this order."""
         if list(rows) == list(range(len(self.lengths))):
             return
-        for layer in self.cache.layers:
+        for layer in self.cache.layers if not self._is_shared else ():
             if column_states(layer):
                 layer.batch_select_indices(torch.tensor(rows))
+        if self.windows is not None:
+            self.windows.lost(self.columns)
+            self.windows.select(rows)
         if self.recurrent is not None:
             self.recurrent.select(rows)
         self._read = [self._read[row] for row in rows]
@@ -292,15 +302,23 @@ class CachedModel:
         self._crop(self.columns.select(rows))
 
     def fork(self, row: int, num_copies: int) -> CachedModel:
-        """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward."""
+        """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward.
+
+        Where a mask can keep them apart, they share them for ever: the context is not copied for each.
+        """
+        assert not self._is_shared, "rows that share a row of the cache can't be forked again"
         fork = copy.copy(self)
+        fork._is_shared = self._can_share and self._after is None and num_copies > 1 and self.lengths[row] > 0
         fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
-        lengths = self.columns.lengths
+        lengths, columns = self.columns.lengths, self.columns.of(row)
         fork.columns, fork._read = Columns.filled(num_copies, lengths[row]), [self._read[row]] * num_copies
         fork._after = None if self._after is None else self._after.select([row] * num_copies)
-        for layer in range(len(self.cache.layers)):
-            states = self.states_of(row, layer)
-            _set_layer(fork.cache, layer, [state.expand(num_copies, -1, -1, -1) for state in states])
+        num = 1 if fork._is_shared else num_copies
+        for index, layer in enumerate(self.cache.layers):
+            states = [state.expand(num, -1, -1, -1) for state in row_states(layer, row, columns)]
+            set_layer(fork.cache, index, states, columns.size)
+        if self.windows is not None:
+            fork.windows = Windows.of(fork.cache, [self.windows.lost(self.columns)[row]] * num_copies)
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, lengths, fork.cache)
         return fork
@@ -308,30 +326,33 @@ class CachedModel:
     def replace(self, row: int, other: CachedModel, other_row: int) -> None:
         """Row `row` becomes row `other_row` of another batch, which began as its copies."""
         columns = other.columns.of(other_row)
+        if self.windows is not None:
+            self.windows.lost(self.columns)  # while it can be seen
         num_added = self.columns.put(row, columns.size)
-        for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
-            states = []
-            for own, new in zip(column_states(mine), column_states(theirs), strict=True):
-                state = torch.nn.functional.pad(own, (0, 0, num_added, 0))
-                state[row, :, state.shape[2] - columns.size :] = _columns(new[other_row : other_row + 1], columns)[0]
-                states.append(state)
-            _set_layer(self.cache, index, states)
+        for index, theirs in enumerate(other.cache.layers):
+            new = row_states(theirs, 0 if other._is_shared else other_row, columns)
+            put_row(self.cache, index, row, new, num_added, self.columns.num)
+        if self.windows is not None and other.windows is not None:
+            self.windows.lost(self.columns)
+            self.windows.replace(row, other.windows.lost(other.columns)[other_row])
         if self.recurrent is not None and other.recurrent is not None:
             self.recurrent.replace(row, other.recurrent, other_row)
         self._read[row] = other._read[other_row]
 
     def states_of(self, row: int, layer: int) -> list[Tensor]:
         """What a layer keeps of a row's tokens, one column each: keys and values of shape `(1, H, L, C)`."""
-        columns = self.columns.of(row)
-        return [_columns(state[row : row + 1], columns) for state in column_states(self.cache.layers[layer])]
+        columns, held = self.columns.of(row), self.cache.layers[layer]
+        states = row_states(held, row, columns)
+        gone = int((columns < num_dropped(held)).sum())  # zeros stand for what a window has let go of
+        return [torch.nn.functional.pad(state, (0, 0, gone, 0)) for state in states] if gone else states
 
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
-        room = (0, 0, length - self.columns.num, 0)
         self.columns, self._read = Columns.filled(len(self.lengths), length), [length] * len(self.lengths)
         for index, layer in enumerate(self.cache.layers):
-            states = [torch.nn.functional.pad(torch.zeros_like(state), room) for state in column_states(layer)]
-            _set_layer(self.cache, index, states)
+            held = min(length, layer.sliding_window + MARGIN) if isinstance(layer, WindowLayer) else length
+            states = [state.new_zeros(*state.shape[:2], held, state.shape[3]) for state in column_states(layer)]
+            set_layer(self.cache, index, states, length)
         if self.recurrent is not None:
             self.recurrent.pretend(length)
 
@@ -339,14 +360,14 @@ class CachedModel:
         """Goes on with a cache of one row that the caller filled."""
         length = cache.get_seq_length()
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
-        self._read = [length]
+        self._read, self.windows = [length], None
 
     def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
         """Makes of empty rows ones whose first tokens have been read, given each layer's states of all rows."""
         self.columns.extend(used_BL)
         self._read = list(self.lengths)
         for index, each in enumerate(states):
-            _set_layer(self.cache, index, each)
+            set_layer(self.cache, index, each, self.columns.num)
 
     def trim_cache(self, length: int) -> None:
         """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
@@ -357,10 +378,11 @@ class CachedModel:
             length = min(length, self._tree_start)
         if self.recurrent is not None:
             length = self.recurrent.keep([self.columns.num], [length])[0]
-            self.recurrent.go_back([length])
-        for layer in self.cache.layers:
-            if states := column_states(layer):
-                layer.crop(min(length - states[0].shape[2], 0))
+        if self.windows is not None and not self.windows.reaches(length, self.windows.num_dropped):
+            length = 0
+        if self.recurrent is not None:
+            self.recurrent.go_back(self.recurrent.keep([self.columns.num], [length]))
+        crop(self.cache, length)
         if self._is_callers:
             make_plain(self.cache)
 
@@ -371,28 +393,8 @@ class CachedModel:
         return self.cache
 
     def _close_holes(self, num_new: int) -> None:
+        if self.windows is not None:
+            self.windows.lost(self.columns)  # while it can be seen
         columns_BL = self.columns.close(num_new, self._max_columns, self._has_windows)
-        if columns_BL is None:
-            return
-        for index, layer in enumerate(self.cache.layers):
-            columns = torch.from_numpy(columns_BL)[:, None, :, None]
-            states = [torch.take_along_dim(state, columns.to(state.device), dim=2) for state in column_states(layer)]
-            _set_layer(self.cache, index, states)
-
-
-def _shift_right(values_BTX: Tensor, added_BT: np.ndarray) -> Tensor:
-    """Moves the positions of each row to the right end of the block."""
-    ends_BT = torch.from_numpy(right_ends(added_BT)).to(values_BTX.device)
-    return values_BTX.take_along_dim(ends_BT[..., None], dim=1)
-
-
-def _columns(state_BHLD: Tensor, columns: np.ndarray) -> Tensor:
-    if columns.size == state_BHLD.shape[2]:
-        return state_BHLD
-    return state_BHLD.index_select(2, torch.from_numpy(columns).to(state_BHLD.device))
-
-
-def _set_layer(cache: Any, index: int, states: Sequence[Tensor]) -> None:
-    while len(cache.layers) <= index:
-        cache.layers.append(GrowingLayer())
-    set_column_states(cache.layers[index], states)
+        if columns_BL is not None:
+            move_columns(self.cache, columns_BL, self.columns.num)

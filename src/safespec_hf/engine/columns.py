@@ -90,6 +90,33 @@ class Columns:
         self._set(np.concatenate([self.used_BL, added_BT], axis=1))
         return positions_BT
 
+    def extend_apart(self, added_BT: np.ndarray | tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Adds columns, other ones for each row: rows that share a row of the cache lie there one after the other.
+
+        Args:
+            added_BT (`np.ndarray` of shape `(B, T)` or `tuple[int, int]`): As [`Columns.extend`] takes it.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: The positions of the tokens, of shape `(B, T)`, and what each of them
+            sees, of shape `(B * T, L)`.
+
+        Example:
+
+            >>> columns = Columns.filled(2, 1)
+            >>> columns.extend_apart((2, 1))[1].astype(int).tolist()
+            [[1, 1, 0], [1, 0, 1]]
+        """
+        added_BT = np.ones(added_BT, dtype=bool) if isinstance(added_BT, tuple) else added_BT
+        (num_rows, width), lengths = added_BT.shape, np.array(self.lengths)[:, None]
+        apart_BBT = np.zeros((num_rows, num_rows, width), dtype=bool)
+        apart_BBT[np.arange(num_rows), np.arange(num_rows)] = added_BT
+        self.extend(apart_BBT.reshape(num_rows, -1))
+        num_new = num_rows * width
+        sees_NL = np.tril(self.used_BL.repeat(width, axis=0), self.num - num_new)
+        # padding sees itself: with nothing to see it would become nan
+        sees_NL |= np.eye(num_new, self.num, self.num - num_new, dtype=bool)
+        return np.maximum(lengths + added_BT.cumsum(axis=1) - 1, 0), sees_NL
+
     def tree_mask(self, parents: Sequence[Sequence[int]], positions_BT: np.ndarray) -> np.ndarray:
         """What each token of the newest columns sees, of shape `(B, T, L)`; moves the positions of trees, in place.
 
@@ -108,7 +135,7 @@ class Columns:
                 mask_BTL[row, first + draft, self.num - len(tree) :] = False
                 mask_BTL[row, first + draft, self.num - len(tree) + np.array(path)] = True
         # a column of padding sees itself: with nothing to see it would become nan, and spread
-        mask_BTL |= np.eye(self.num, dtype=bool)[self.num - width :]
+        mask_BTL |= np.eye(width, self.num, self.num - width, dtype=bool)
         return mask_BTL
 
     def keep_path(self, row: int, num_drafts: int, path: Sequence[int]) -> tuple[list[int], list[int]] | None:

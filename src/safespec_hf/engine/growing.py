@@ -18,10 +18,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
+MARGIN = 256
+"""Columns before a window that stay: a rollback that goes back no further costs nothing."""
 ROOM = 256
 """Columns to spare whenever a buffer is made: states are copied once for so many tokens, not once for each."""
 
@@ -47,12 +50,17 @@ class GrowingLayer(DynamicLayer):
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._own: Tensor | None = None  # the keys, as long as they lie in the buffer
 
+    @property
+    def num_held(self) -> int:
+        """Columns that it holds."""
+        return DynamicLayer.get_seq_length(self)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():  # there, a copy is a kernel's work, and a length would be compiled in
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, num_new = self.get_seq_length(), key_states.shape[2]
+        start, num_new = self.num_held, key_states.shape[2]
         is_mine = self.keys is self._own and self._own is not None and len(self._own) == len(key_states)
         buffers = self._buffers if is_mine else None
         if buffers is None or start + num_new > buffers[0].shape[2]:
@@ -69,7 +77,7 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is None or self.keys is not self._own:
             super().crop(tokens_to_remove)
             return
-        length = max(self.get_seq_length() - abs(tokens_to_remove), 0)
+        length = max(self.num_held - abs(tokens_to_remove), 0)
         self.keys = self._own = self._buffers[0].narrow(2, 0, length)
         self.values = self._buffers[1].narrow(2, 0, length)
 
@@ -86,6 +94,72 @@ def _copy(states: Tensor | None, new: Tensor, room: int) -> Tensor:
     if states is not None and states.numel() > 0:
         buffer[:, :, : states.shape[2]] = states
     return buffer
+
+
+class WindowLayer(GrowingLayer):
+    """The same for a layer whose attention reaches no further back than a window: it drops the columns before that.
+
+    Some columns before the window stay, for rollbacks. [`Windows`] knows what can still be done.
+
+    Args:
+        sliding_window (`int`): Of the layer, in columns.
+
+    Attributes:
+        num_dropped (`int`): Columns that it had before those that it holds.
+        may_drop (`bool`): Whether its last columns hold the last tokens of every row, also of those to come.
+
+    Example:
+
+        >>> import torch
+        >>> layer = WindowLayer(sliding_window=4)
+        >>> layer.may_drop = True
+        >>> keys, values = layer.update(torch.ones(1, 1, 900, 2), torch.ones(1, 1, 900, 2))
+        >>> keys.shape[2], layer.num_held, layer.get_seq_length()
+        (900, 260, 900)
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.num_dropped = 0
+        self.may_drop = False
+
+    def get_seq_length(self) -> int:
+        return self.num_dropped + self.num_held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_held + query_length, self.num_dropped
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = super().update(key_states, value_states, *args, **kwargs)
+        if self.may_drop and not torch.compiler.is_compiling():
+            self.drop()
+        return states
+
+    def drop(self) -> None:
+        """Drops what is not needed, once that is worth copying the rest."""
+        num_kept = self.sliding_window + MARGIN
+        num = self.num_held - num_kept
+        if num < MARGIN:
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        self.num_dropped += num
+        keys, values = (_copy(state[:, :, num:], state, num_kept + ROOM) for state in (self.keys, self.values))
+        self._buffers = keys, values
+        self.keys = self._own = keys.narrow(2, 0, num_kept)
+        self.values = values.narrow(2, 0, num_kept)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        num = abs(tokens_to_remove)
+        self.num_dropped -= max(num - self.num_held, 0)
+        super().crop(-min(num, self.num_held))
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_dropped = 0
 
 
 class GrowingIndexedLayer(DynamicIndexedLayer, GrowingLayer):
@@ -115,8 +189,7 @@ class GrowingHybridLayer(LinearAttentionLayer, GrowingLayer):  # type: ignore[mi
 
 KINDS: dict[str, Any] = {
     "DynamicLayer": GrowingLayer,
-    # all states are kept, so that any rollback is a crop: the window is a matter of the mask alone
-    "DynamicSlidingWindowLayer": GrowingLayer,
+    "DynamicSlidingWindowLayer": WindowLayer,
     "DynamicIndexedLayer": GrowingIndexedLayer,
     "LinearAttentionLayer": LinearAttentionLayer,
     "LinearAttentionAndFullAttentionLayer": GrowingHybridLayer,
@@ -147,9 +220,13 @@ def growing_cache(model: PreTrainedModel | None = None) -> DynamicCache:
     cache = _own_class(model)()
     cache.layer_class_to_replicate = None
     for kind, layer in zip(kinds, theirs, strict=True):
-        num_states = getattr(layer, "number_of_states", 1)
-        cache.layers.append(layer if kind is None else kind(number_of_states=num_states))
+        cache.layers.append(layer if kind is None else kind(**_arguments(layer)))
     return cache
+
+
+def _arguments(layer: Any) -> dict[str, int]:
+    """What a layer of the same kind is made with."""
+    return {name: getattr(layer, name, 1) for name in ("number_of_states", "sliding_window")}
 
 
 def empty_like(cache: Any) -> Any:
@@ -157,7 +234,7 @@ def empty_like(cache: Any) -> Any:
     if cache.layer_class_to_replicate is not None or all(type(layer) is DynamicLayer for layer in cache.layers):
         return growing_cache()
     empty = copy.copy(cache)
-    empty.layers = [type(layer)(number_of_states=getattr(layer, "number_of_states", 1)) for layer in cache.layers]
+    empty.layers = [type(layer)(**_arguments(layer)) for layer in cache.layers]
     return empty
 
 
@@ -234,6 +311,19 @@ def set_column_states(layer: Any, states: Sequence[Tensor]) -> None:
         layer.indexer_keys = state[:, 0]
 
 
+def num_dropped(layer: Any) -> int:
+    """Columns that a layer has let go of, before those that it holds."""
+    return layer.num_dropped if isinstance(layer, WindowLayer) else 0
+
+
+def _plain_window(layer: WindowLayer, states: list[Tensor]) -> tuple[DynamicLayer, list[Tensor]]:
+    if not layer.num_dropped:
+        return DynamicLayer(), states  # as before, and it can be cropped to any length
+    plain = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    plain.cumulative_length = layer.get_seq_length()
+    return plain, [state[:, :, max(state.shape[2] - layer.sliding_window + 1, 0) :] for state in states]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def make_plain(cache: Any) -> None:
@@ -243,6 +333,8 @@ def make_plain(cache: Any) -> None:
     for index, layer in enumerate(cache.layers):
         states = [state.clone() for state in column_states(layer)]
         plain: Any = PLAIN[type(layer)]() if type(layer) in PLAIN else layer
+        if isinstance(layer, WindowLayer):
+            plain, states = _plain_window(layer, states)
         if isinstance(layer, LinearAttentionLayer):
             vars(plain).update({name: value for name, value in vars(layer).items() if name in vars(plain)})
             for kept in (plain.conv_states, plain.recurrent_states):

@@ -217,7 +217,7 @@ class GuardedRequest:
     def _recover(self, flag: Flag) -> list[Submission]:
         """Begins Safety Mode, where the row has been rolled back."""
         self._recovery = Recovery(flag, room_for_candidate(self.row, self.plan))
-        if self.plan.policy.keep_reflection and self._may_try(self._recovery):
+        if self.plan.policy.reflection_stays and self._may_try(self._recovery):
             insert_reflection(self.row, self.plan)
         return self._attempt(self._recovery)
 
@@ -241,7 +241,7 @@ class GuardedRequest:
     def _sample(self, recovery: Recovery, num: int, is_reread: bool = False) -> list[Submission]:
         """Candidates that are sampled together.
 
-        A reflection that the caller will not see is read while they are sampled, and at no other time.
+        A reflection that does not stay is read while they are sampled, and at no other time.
         """
         policy, row = self.plan.policy, self.row
         recovery.tried.append(Candidates(num, self.plan.risk_threshold))
@@ -267,7 +267,7 @@ class GuardedRequest:
 
     def _aside(self) -> list[int]:
         """The reflection, where candidates alone read it."""
-        return [] if self.plan.policy.keep_reflection else self.plan.reflection_ids
+        return [] if self.plan.policy.reflection_stays else self.plan.reflection_ids
 
     def _score(self, recovery: Recovery, is_reread: bool = False) -> list[Submission]:
         """Has candidates read as the answer would go on with them: after what was kept, and without the reflection."""

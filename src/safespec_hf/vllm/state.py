@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answer.pooling import own_share
+from ..answer.pooling import own_weight
 from ..answer.segments import Boundaries, Segments
 from ..config import SafeSpecConfig
 from ..heads.safety_head import SafetyHead
@@ -275,7 +275,7 @@ class RiskStates:
     ) -> Tensor:
         """Pools one more token of some requests; gives their new states."""
         decay, width = self.head.config.ewma_decay, hidden_BH.shape[1]
-        shares = [[0.0 if count is None else own_share(count, way, decay) for way in self._ways] for count in counts]
+        shares = [[0.0 if count is None else own_weight(count, way, decay) for way in self._ways] for count in counts]
         shares_BF = torch.tensor(shares, device=self.device).repeat_interleave(width, dim=1)
         own_BF = hidden_BH.float().repeat(1, len(self._ways))
         if len(which) == len(current_BF):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safespec_hf.decoding.transfer import pack, to_host, unpack
+from safespec_hf.engine.transfer import pack, to_host, unpack
 
 PARTS = [
     torch.tensor([[2**24 + 1, 2**53 + 1], [-1, 0]]),
