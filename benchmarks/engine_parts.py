@@ -180,6 +180,7 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
         "max_recoveries": 3,
         "max_segment_tokens": 12,
         "seed": 0,
+        "reflection_scope": "recovery",
     }
     done, figures = [], dict[str, Any]()
     for setting in ("plain", "ngram"):

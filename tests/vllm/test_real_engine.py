@@ -84,7 +84,7 @@ def test_candidates_are_as_likely_as_our_own_forward_says(parts, llm):
     generator = torch.Generator().manual_seed(5)
     long = [torch.randint(10, 39, (length,), generator=generator).tolist() for length in [*range(22, 46)] * 3]
     num_checked, num_cached = 0, 0
-    for output in answer(llm, long, max_recoveries=10, num_candidates=6):
+    for output in answer(llm, long, max_recoveries=10, num_candidates=6, reflection_scope="recovery"):
         events = output.events
         assert not any(math.isnan(log_prob) for event in events for log_prob in event.candidate_log_probs)
         if not events or events[-1].outcome != "recovered":
