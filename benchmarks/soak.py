@@ -138,6 +138,8 @@ class Soak:
         except FAILURES as error:  # whatever it is, it is what this looks for
             self.faults.append(Fault(number, f"{type(error).__name__}: {error}"))
         else:
+            if hook is not None:
+                hook.remove()  # it counts the forwards of this generation only
             self.faults += [Fault(number, what) for what in self.check(model, is_silent, arguments, output)]
         finally:
             if hook is not None:
