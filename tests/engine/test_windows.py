@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from test_cache import TOLERANCE, prefill, random_tokens
@@ -10,6 +11,7 @@ from tiny import CONFIGS, build_model
 
 from safespec_hf.engine import cache, growing
 from safespec_hf.engine.cache import CACHE_NAME, CachedModel
+from safespec_hf.engine.prompt import Prompt
 
 WINDOW = 8
 KINDS = [kind for kind in CONFIGS if kind in ("sliding", "alternating")]
@@ -138,3 +140,18 @@ def test_a_pretended_context_holds_no_more_than_the_window(margin):
     assert held == [WINDOW + margin + 2, 502]
     cached.keep([500, 500])
     assert cached.lengths == [500, 500]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_after_a_prompt_that_can_not_be_read_again_all_is_kept(kind, margin):
+    model, tokens = build_model(kind), random_tokens(random.Random(3), 90, 90)
+    cached = CachedModel(model, 1)
+    ids, is_real_BL = torch.tensor([tokens[:10]]), np.ones((1, 10), dtype=bool)
+    cached.prefill(Prompt(inputs={"input_ids": ids}, is_real_BL=is_real_BL, num_tokens=[10]))
+    for start in range(10, 90, 8):
+        cached.forward([tokens[start : start + 8]], 1)
+    cached.keep([30])
+    assert cached.lengths == [30]
+    logits_BTV = cached.forward([tokens[30:33]], 1).logits_BTV
+    torch.testing.assert_close(logits_BTV[0, -1], prefill(model, tokens[:33]), **TOLERANCE)

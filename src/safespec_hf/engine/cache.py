@@ -148,8 +148,8 @@ class CachedModel:
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
         reading = self._reading(added_BT, num_drafts, to_left)
-        if self.windows is not None:
-            self.windows.begin(may_drop=not is_shifted and self._after is None)  # a prompt of more can't be read again
+        if self.windows is not None and self._after is None:  # nothing of a prompt that is more can be read again
+            self.windows.begin(may_drop=not is_shifted)
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
         if self._keeps_logits:
