@@ -38,6 +38,17 @@ class Proposal(NamedTuple):
         return self.parents or [chain_parents(len(drafts)) for drafts in self.drafts]
 
 
+def worthwhile(length: DraftLength, drafts: Sequence[list[int]], kinds: Sequence[list[int]]) -> Proposal:
+    """Of chains of drafts, with the evidence for each, those that are worth verifying.
+
+    Args:
+        length ([`DraftLength`]): Decides how many.
+        drafts, kinds (`Sequence[list[int]]`): Of each row, equally long.
+    """
+    num = length.num_worthwhile(*kinds)
+    return Proposal([tokens[:num] for tokens in drafts], kinds=[row[:num] for row in kinds])
+
+
 class Found(NamedTuple):
     """What a lookup drafted, and what knows the chances of that."""
 

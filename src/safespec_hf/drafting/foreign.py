@@ -18,7 +18,7 @@ from ..answer.logits import process_rows
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
 from .draft_length import DraftLength, confidence_kind
-from .drafters import Found, Proposal, num_common
+from .drafters import Found, Proposal, num_common, worthwhile
 from .model import Guesses, ModelDrafter
 from .translation import TokenizerPair, Translation
 
@@ -93,8 +93,7 @@ class ForeignDrafter(ModelDrafter):
             return Proposal(drafts)
         for row_kinds in kinds:
             self.length.note(row_kinds)
-        kept = self.length.num_worthwhile(*kinds)
-        return Proposal([tokens[:kept] for tokens in drafts], kinds=[row_kinds[:kept] for row_kinds in kinds])
+        return worthwhile(self.length, drafts, kinds)
 
     def keep(self, lengths: Sequence[int]) -> None:
         for translation, length in zip(self._translations, lengths, strict=True):

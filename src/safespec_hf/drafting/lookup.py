@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..answer.rows import Row
 from .draft_length import DraftLength, match_kind
-from .drafters import Proposal
+from .drafters import Proposal, worthwhile
 from .ngrams import NgramSearch
 
 
@@ -31,8 +31,7 @@ class LookupDrafter:
             drafts.append(tokens)
             # tokens that go on with a match match ever more
             kinds.append([match_kind(size + index) for index in range(len(tokens))])
-        num = self.length.num_worthwhile(*kinds)
-        return Proposal([tokens[:num] for tokens in drafts], kinds=[row[:num] for row in kinds])
+        return worthwhile(self.length, drafts, kinds)
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Rolls back to the first `lengths[row]` context tokens of each row."""

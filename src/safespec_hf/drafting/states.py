@@ -18,7 +18,7 @@ from ..answer.rows import Row
 from ..engine.cache import CachedModel
 from ..engine.traits import CACHE_NAME
 from .draft_length import DraftLength, confidence_kind
-from .drafters import Found, Proposal
+from .drafters import Found, Proposal, worthwhile
 from .state_window import StateWindow
 
 
@@ -85,12 +85,9 @@ class StatesDrafter:
             kinds.append([confidence_kind(chance) for chance in chances[:num_sound]])
             # a later rollback goes back to what is final at the furthest
             window.forget_before(min(len(row.prompt) + row.num_final, row.num_context - 1) - 1 - self.lookback)
-        if not self.length.is_adaptive:
-            return Proposal(drafts)
         for row_kinds in kinds:
             self.length.note(row_kinds)
-        kept = self.length.num_worthwhile(*kinds)
-        return Proposal([tokens[:kept] for tokens in drafts], kinds=[row_kinds[:kept] for row_kinds in kinds])
+        return worthwhile(self.length, drafts, kinds)
 
     def _safe_guess(self, index: int, row: Row, num: int) -> Tensor:
         try:
