@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub import CommitOperationAdd, ModelCard
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, logging
 
-from ..errors import HeadFileError, SafeSpecError
+from ..errors import HeadFileError
 from ..heads.card import UNPUBLISHED, check_license
-from ..heads.loading import is_hub_reachable
-from ..heads.publishing import CARD, PICKLES, address_of, check_destination, is_named_like
+from ..heads.publishing import CARD, PICKLES, address_of, check_destination, destination, is_named_like
 from .export import CODE_FILES
 from .loading import load_head, load_tokenizer
 from .manifest import read_manifest
@@ -67,19 +65,9 @@ def push_guarded(
     """
     files = describe_files(folder, repo_id, license=license, revision=revision)
     if not dry_run:
-        api = HfApi(token=token)
-        if not is_hub_reachable():
-            raise SafeSpecError(f"Hub unreachable ({api.endpoint}): nothing was sent. Push again when it answers.")
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with destination(repo_id, private=private, token=token, revision=revision) as api:
             api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
-        except HfHubHTTPError:
-            raise
-        except HTTPError as error:
-            raise SafeSpecError(f"The connection to {api.endpoint} broke off ({error}). Push again.") from error
     return address_of(repo_id, revision)
 
 

@@ -81,21 +81,35 @@ def publish(
 ) -> str:
     """What `push_head` does; `commit_kwargs` go to the Hub's client."""
     check_destination(repo_id, revision)
-    api = HfApi(token=token)
     with publication(kind, head, repo_id, report, license, tags) as folder:
         if not dry_run:
-            if not is_hub_reachable():
-                raise SafeSpecError(f"Hub unreachable ({api.endpoint}): nothing was sent. Push again when it answers.")
-            try:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                if revision:
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+            with destination(repo_id, private=private, token=token, revision=revision) as api:
                 api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit_kwargs)
-            except HfHubHTTPError:
-                raise
-            except HTTPError as error:
-                raise SafeSpecError(f"The connection to {api.endpoint} broke off ({error}). Push again.") from error
     return address_of(repo_id, revision)
+
+
+@contextlib.contextmanager
+def destination(
+    repo_id: str, *, private: bool | None, token: str | bool | None, revision: str | None
+) -> Iterator[HfApi]:
+    """The Hub's client, for sending something into a repository and a branch, which are made if they are missing.
+
+    Raises:
+        SafeSpecError: If the Hub can't be reached, or the connection breaks off.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    api = HfApi(token=token)
+    if not is_hub_reachable():
+        raise SafeSpecError(f"Hub unreachable ({api.endpoint}): nothing was sent. Push again when it answers.")
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        yield api
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
+        raise SafeSpecError(f"The connection to {api.endpoint} broke off ({error}). Push again.") from error
 
 
 def check_destination(repo_id: str, revision: str | None = None) -> None:
