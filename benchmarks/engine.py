@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -28,8 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from engine_parts import PARTS, Bar
-from provenance import write_json
+from engine_parts import PARTS, hold
 
 
 def main() -> int:
@@ -40,21 +39,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine.json"))
     options = parser.parse_args()
-    chosen = options.only.split(",")
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
-    results: dict[str, Any] = {}
-    bars: list[Bar] = []
-    for name in chosen:
-        figures, found = PARTS[name](options)
-        results[name] = {"figures": figures, "bars": [bar._asdict() for bar in found]}
-        bars += found
-        print(f"{name}: {figures}")
-        for bar in found:
-            print(f"  {'ok  ' if bar.is_kept else 'MISS'} {bar.claim}: {bar.found}", flush=True)
-        write_json(options.out, results)
-    return 0 if all(bar.is_kept for bar in bars) else 1
+    return hold({name: partial(run, options) for name, run in PARTS.items()}, options.only, options.out)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine_sessions import BATCH, encode_prompts, session
 from prompts import PROMPTS
+from provenance import write_json
 
 SETTINGS = ("plain", "ngram", "draft", "chunked", "preempted")
 GREEDY = {"temperature": 0.0}
@@ -23,6 +25,22 @@ class Bar(NamedTuple):
     claim: str
     found: str
     is_kept: bool
+
+
+def hold(parts: Mapping[str, Callable[[], tuple[dict[str, Any], list[Bar]]]], chosen: str, out: Path) -> int:
+    """Runs the parts that are named, commas between them; writes and prints what came out; 1 if a bar is missed."""
+    names = chosen.split(",")
+    if unknown := sorted(set(names) - set(parts)):
+        raise SystemExit(f"no part {', '.join(unknown)}: there are {', '.join(parts)}")
+    results: dict[str, Any] = {}
+    for name in names:
+        figures, bars = parts[name]()
+        results[name] = {"figures": figures, "bars": [bar._asdict() for bar in bars]}
+        print(f"{name}: {figures}")
+        for bar in bars:
+            print(f"  {'ok  ' if bar.is_kept else 'MISS'} {bar.claim}: {bar.found}", flush=True)
+        write_json(out, results)
+    return int(not all(bar["is_kept"] for found in results.values() for bar in found["bars"]))
 
 
 def greedy(options: Any) -> list[dict[str, Any]]:

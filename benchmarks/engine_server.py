@@ -23,15 +23,15 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
-from engine_parts import Bar
+from engine_parts import Bar, hold
 from prompts import PROMPTS
-from provenance import write_json
 from transformers import AutoTokenizer
 
 from safespec_hf import SafeSpecConfig
@@ -264,19 +264,10 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny random target instead")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_server.json"))
     options = parser.parse_args()
-    results: dict[str, Any] = {}
-    bars: list[Bar] = []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), options.tiny)
-        for name in options.only.split(","):
-            figures, found = PARTS[name](run, options)
-            results[name] = {"figures": figures, "bars": [bar._asdict() for bar in found]}
-            bars += found
-            print(f"{name}: {figures}")
-            for bar in found:
-                print(f"  {'ok  ' if bar.is_kept else 'MISS'} {bar.claim}: {bar.found}", flush=True)
-            write_json(options.out, results)
-    return 0 if all(bar.is_kept for bar in bars) else 1
+        parts = {name: partial(part, run, options) for name, part in PARTS.items()}
+        return hold(parts, options.only, options.out)
 
 
 if __name__ == "__main__":
