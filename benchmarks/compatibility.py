@@ -35,6 +35,7 @@ from typing import Any
 
 import compatibility_drafts
 import torch
+from pages import update_page
 from provenance import write_json
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -219,12 +220,6 @@ def shortened(why: str) -> str:
     return text[:160] + ("..." if len(text) > 160 else "")
 
 
-def write_page(results: dict[str, Outcome]) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Guarded decoding on tiny models of all architectures.")
     parser.add_argument("names", nargs="*", help="architectures; default: all")
@@ -250,7 +245,7 @@ def main() -> int:
         write_json(RESULTS, dict(sorted(results.items())))
 
     run_all(names, save)
-    write_page(results)
+    update_page(PAGE, BEGIN, table(results), END)
     is_right = all(found["outcome"] != "WRONG" for found in results.values())
     if not is_partial and options.only is None:
         is_right &= compatibility_drafts.run()

@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from pages import update_page
 from provenance import write_json
 from scipy.stats import chisquare
 from torch import Tensor, nn
@@ -131,9 +132,7 @@ def run() -> bool:
         results[name] = check_refused(make)
         print(f"{name:60} {results[name]['outcome']}", flush=True)
     write_json(RESULTS, results)
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
+    update_page(PAGE, BEGIN, table(results), END)
     return all(found["outcome"] != "WRONG" for found in results.values())
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import update_page
 from provenance import write_json
 from transformers.utils import logging
 
@@ -122,12 +123,6 @@ def table(results: dict[str, Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_page(results: dict[str, Outcome]) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="An exported model in code that does not know us.")
     parser.add_argument("words", nargs="*", help="surfaces with one of these in their names; default: all")
@@ -150,7 +145,7 @@ def main() -> int:
             run(names, results)
         finally:
             stop_servers()
-    write_page(results)
+    update_page(PAGE, BEGIN, table(results), END)
     return int(any(not all(found["cells"].values()) for found in results.values()))
 
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from figures import Figure
+from pages import update_page
 from provenance import write_json
 from rich.console import Console
 from rich.table import Table
-from safety_bars import find_bars, to_page, update_page
+from safety_bars import BEGIN, END, find_bars, to_page
 from safety_parts import Part, load_guard, parts
 
 from safespec_hf import load_default
@@ -155,7 +156,7 @@ def main() -> int:
         rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]
         write_json(options.out / "safety.json", {"figures": rows, **results})
         if options.out.resolve() == (PAGE.parent / "results").resolve():
-            update_page(PAGE, to_page(figures, main_results))
+            update_page(PAGE, BEGIN, f"\n{to_page(figures, main_results)}\n", END)
     return 0 if options.short or all(figure.passes for figure in figures) else 1
 
 

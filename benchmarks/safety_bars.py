@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from figures import Figure
@@ -98,15 +97,6 @@ def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:
             + (to_table(recovery) if recovery else "Nothing was recovered."),
         ]
     )
-
-
-def update_page(page: Path, tables: str) -> None:
-    """Puts the tables between the page's markers."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} has no place for the tables: {BEGIN} and {END}.")
-    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
 
 
 def _as_text(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ import pytest
 from evaluated import answer_row
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from safety_bars import BEGIN, END, beaten, find_bars, to_page, update_page
+from pages import update_page
+from safety_bars import BEGIN, END, beaten, find_bars, to_page
 
 from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
 
@@ -71,7 +72,7 @@ def test_ours_is_held_against_baselines_that_refuse_no_more(results):
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
     page = tmp_path / "results.md"
     page.write_text(f"# Results\n\n{BEGIN}\nroses\n{END}\n\nThe end.\n")
-    update_page(page, to_page(find_bars(results, results, hours=1.0), results))
+    update_page(page, BEGIN, f"\n{to_page(find_bars(results, results, hours=1.0), results)}\n", END)
     text = page.read_text()
     assert text.startswith("# Results\n\n")
     assert text.endswith(f"{END}\n\nThe end.\n")
@@ -82,4 +83,4 @@ def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
 def test_a_page_without_a_place_for_them_is_told(tmp_path):
     (tmp_path / "results.md").write_text("# Results\n")
     with pytest.raises(SystemExit, match="no place"):
-        update_page(tmp_path / "results.md", "")
+        update_page(tmp_path / "results.md", BEGIN, "", END)
