@@ -142,9 +142,14 @@ def build_architecture(name: str, std: float = 0.25, **given: Any) -> PreTrained
     with torch.random.fork_rng():
         torch.manual_seed(0)  # for weights of one dimension, which stay as a model makes them
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+    spread(model, std)
     return model
+
+
+@torch.no_grad()
+def spread(model: PreTrainedModel, std: float) -> None:
+    """Draws all matrices of a model, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
