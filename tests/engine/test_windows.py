@@ -9,7 +9,7 @@ import torch
 from test_cache import TOLERANCE, prefill, random_tokens
 from tiny import CONFIGS, build_model
 
-from safespec_hf.engine import cache, growing
+from safespec_hf.engine import growing
 from safespec_hf.engine.cache import CACHE_NAME, CachedModel
 from safespec_hf.engine.prompt import Prompt
 
@@ -20,8 +20,7 @@ KINDS = [kind for kind in CONFIGS if kind in ("sliding", "alternating")]
 @pytest.fixture(params=[3, 16])
 def margin(request, monkeypatch):
     """Smaller than the longest rollbacks, and larger."""
-    for module in (growing, cache):
-        monkeypatch.setattr(module, "MARGIN", request.param)
+    monkeypatch.setattr(growing, "MARGIN", request.param)
     monkeypatch.setattr(growing, "ROOM", 2)
     return request.param
 

@@ -72,8 +72,7 @@ class CallersCache:
             decoder.target.begin_with(states, used_columns(self._is_real[:, : self.num_cached]))
         if self._is_laid_out(decoder):
             decoder.finished = {}
-            # layers keep all: rows are cut back to where the first of them ends
-            decoder.target.windows = None
+            decoder.target.keep_all()  # rows are cut back to where the first of them ends
 
     def take_back(self, decoder: Decoder) -> Any:
         """What the caller gets after the call; a cache of the caller's is filled in any case."""

@@ -22,14 +22,11 @@ from .blocks import Usage as Usage
 from .blocks import attention_mask, shift_right
 from .columns import Columns, align_blocks
 from .growing import (
-    MARGIN,
-    WindowLayer,
     column_states,
     empty_like,
     growing_cache,
     has_columns,
     make_plain,
-    num_dropped,
 )
 from .mixers import mixers_of
 from .private_names import keeps_logits
@@ -41,7 +38,7 @@ from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
 from .traits import check_prompt_columns, has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
-from .windows import Windows, copy_columns, crop, move_columns, put_row, row_states, set_layer
+from .windows import Windows, copy_columns, crop, fill_with_zeros, move_columns, put_row, row_states, set_layer
 
 UNLIMITED = 2**31
 
@@ -148,7 +145,7 @@ class CachedModel:
         self._close_holes(width)
         is_shifted = to_left and not isinstance(added_BT, tuple)
         reading = self._reading(added_BT, num_drafts, to_left)
-        if self.windows is not None and self._after is None:  # nothing of a prompt that is more can be read again
+        if self.windows is not None:
             self.windows.begin(may_drop=not is_shifted)
         positions_BT = self.columns.extend(added_BT)
         arguments = self._arguments(input_ids, positions_BT, parents)
@@ -177,6 +174,7 @@ class CachedModel:
         Raises:
             UnsupportedRequestError: If a layer keeps something else of them than a column for each place.
         """
+        self.keep_all()  # nothing of them can be read again
         start, width = time.perf_counter(), prompt.is_real_BL.shape[1]
         added_BT: Any = prompt.is_real_BL.shape if prompt.is_real_BL.all() else prompt.is_real_BL
         reading = self._reading(added_BT, None, False)
@@ -340,19 +338,17 @@ class CachedModel:
         self._read[row] = other._read[other_row]
 
     def states_of(self, row: int, layer: int) -> list[Tensor]:
-        """What a layer keeps of a row's tokens, one column each: keys and values of shape `(1, H, L, C)`."""
-        columns, held = self.columns.of(row), self.cache.layers[layer]
-        states = row_states(held, row, columns)
-        gone = int((columns < num_dropped(held)).sum())  # zeros stand for what a window has let go of
-        return [torch.nn.functional.pad(state, (0, 0, gone, 0)) for state in states] if gone else states
+        """What a layer keeps of a row's tokens, a window of the last ones: keys and values of shape `(1, H, L, C)`."""
+        return row_states(self.cache.layers[layer], row, self.columns.of(row))
+
+    def keep_all(self) -> None:
+        """Has layers with a window keep all that they read, because it will be wanted or can't be read again."""
+        self.windows = None
 
     def pretend(self, length: int) -> None:
         """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
         self.columns, self._read = Columns.filled(len(self.lengths), length), [length] * len(self.lengths)
-        for index, layer in enumerate(self.cache.layers):
-            held = min(length, layer.sliding_window + MARGIN) if isinstance(layer, WindowLayer) else length
-            states = [state.new_zeros(*state.shape[:2], held, state.shape[3]) for state in column_states(layer)]
-            set_layer(self.cache, index, states, length)
+        fill_with_zeros(self.cache, length)
         if self.recurrent is not None:
             self.recurrent.pretend(length)
 
@@ -360,7 +356,8 @@ class CachedModel:
         """Goes on with a cache of one row that the caller filled."""
         length = cache.get_seq_length()
         self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
-        self._read, self.windows = [length], None
+        self._read = [length]
+        self.keep_all()
 
     def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
         """Makes of empty rows ones whose first tokens have been read, given each layer's states of all rows."""

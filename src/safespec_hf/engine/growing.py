@@ -138,9 +138,14 @@ class WindowLayer(GrowingLayer):
             self.drop()
         return states
 
+    @property
+    def num_kept(self) -> int:
+        """Columns that stay when it drops others."""
+        return self.sliding_window + MARGIN
+
     def drop(self) -> None:
         """Drops what is not needed, once that is worth copying the rest."""
-        num_kept = self.sliding_window + MARGIN
+        num_kept = self.num_kept
         num = self.num_held - num_kept
         if num < MARGIN:
             return

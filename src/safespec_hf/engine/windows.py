@@ -116,6 +116,14 @@ def move_columns(cache: Any, columns_BL: np.ndarray, num_columns: int) -> None:
         set_layer(cache, index, moved, num_columns)
 
 
+def fill_with_zeros(cache: Any, num_columns: int) -> None:
+    """Makes of a cache in which something has been read one of so many columns of zeros."""
+    for index, layer in enumerate(cache.layers):
+        held = min(num_columns, layer.num_kept) if isinstance(layer, WindowLayer) else num_columns
+        states = [state.new_zeros(*state.shape[:2], held, state.shape[3]) for state in column_states(layer)]
+        set_layer(cache, index, states, num_columns)
+
+
 def copy_columns(cache: Any, source: Any, place: Any) -> None:
     """Copies columns of all rows to others, in every layer."""
     for layer in cache.layers:
