@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from . import ragged
 from .blocks import BlockOutput as BlockOutput
 from .blocks import Usage as Usage
 from .blocks import attention_mask, shift_right
 from .columns import Columns, align_blocks
-from .growing import (
-    column_states,
-    empty_like,
-    growing_cache,
-    has_columns,
-    make_plain,
-)
+from .growing import column_states, empty_like, growing_cache, has_columns, make_plain
 from .mixers import mixers_of
 from .private_names import keeps_logits
 from .prompt import AfterPrompt, Prompt
@@ -83,6 +78,7 @@ class CachedModel:
         # whether all rows are in one row of the cache, which holds what they have in common once
         self._is_shared = False
         self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
+        self._may_divide = self._has_columns and ragged.can_be_divided(model, self.cache)
         # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
         self._masks_itself = self._device.type != "cpu" and takes_trees(model)
 
@@ -123,6 +119,12 @@ class CachedModel:
         """
         if self._is_shared:
             return self._forward_shared(blocks, num_logits)
+        is_first = self._may_divide and self.columns.num == 0 and parents is None and states_BTF is None
+        if is_first and not isinstance(blocks, Tensor) and len(groups := ragged.divide(list(map(len, blocks)))) > 1:
+            make = functools.partial(CachedModel, self.model, layers=self.layers, usage=self.usage)
+            output, states, used_BL = ragged.read_in_groups(make, blocks, groups, num_logits)
+            self.begin_with(states, used_BL)
+            return output
         if self._after is None or isinstance(blocks, Tensor) or not self._after.is_last_in(self.lengths):
             return self._forward(blocks, num_logits, num_drafts, states_BTF, parents)
         read = functools.partial(self._forward, states_BTF=states_BTF, parents=parents)
