@@ -219,15 +219,17 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
         figures[setting] = {"prefix_cache_hit_share": share, "failures": report["failures"]}
     num_recoveries = sum(event.outcome == "recovered" for _, _, answer in done for event in answer["events"])
     num_attempts = sum(len(answer["events"]) for _, _, answer in done)
-    same_end, differences = 0, []
+    same_end, differences, near_ties = 0, list[Any](), list[str]()
     with session("own") as own:
         for index, chosen, answer in done:
             try:
-                found = own("recover", prompts[index], options.tokens, chosen, answer["candidates"])
+                picked = [event.chosen for event in answer["events"]]
+                found = own("recover", prompts[index], options.tokens, chosen, answer["candidates"], picked)
             except EOFError:
                 differences.append((index, "our own decoding wanted other candidates"))
                 break
-            tokens, events, reason, num_left = found
+            tokens, events, reason, num_left, ties = found
+            near_ties += ties
             outcomes = [(event.outcome, event.chosen, event.position) for event in events]
             expected = [(event.outcome, event.chosen, event.position) for event in answer["events"]]
             is_same = (
@@ -238,10 +240,15 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
                 differences.append((index, outcomes, expected, tokens == answer["tokens"]))
     figures |= {"answers": len(done), "recoveries": num_recoveries, "events": num_attempts}
     figures["differences"] = [str(one) for one in differences]
+    figures["near_ties"] = near_ties
     shares = ", ".join(f"{figures[one]['prefix_cache_hit_share']:.0%} {one}" for one in ("plain", "ngram"))
     return figures, [
         Bar("forced recoveries", f"{num_recoveries}, {num_attempts} events", num_recoveries >= 100),
-        Bar("answers that end as ours would", f"{same_end} of {len(done)}", same_end == len(done)),
+        Bar(
+            "answers that end as ours would",
+            f"{same_end} of {len(done)}, {len(near_ties)} near-ties taken as the engine took them",
+            same_end == len(done),
+        ),
         Bar("prefix-cache hits", shares, True),
     ]
 

@@ -10,9 +10,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from safespec_hf import SafeSpecConfig
+from safespec_hf.answer.recovery import Choice, choose
 from safespec_hf.defaults.default_target import DEFAULT_HEAD, cache_root, find_target
 
 MAX_LEN, BATCH, BLOCK, NUM_DRAFTS = 1024, 8, 32, 4
+ROUNDING = 1e-4
+"""What risks, of themselves, and mean log-probabilities, in nats, of two engines may be apart."""
 
 
 @cache
@@ -173,22 +176,37 @@ class OwnSession:
     def all_risks(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         return [self.risks(prompt, tokens) for prompt, tokens in zip(prompts, answers, strict=True)]
 
-    def recover(self, prompt: list[int], num_tokens: int, policy: dict[str, Any], tried: list[list[list[int]]]) -> Any:
-        """Our own decoding, whose candidates are given: the tokens, and what it did."""
+    def recover(
+        self,
+        prompt: list[int],
+        num_tokens: int,
+        policy: dict[str, Any],
+        tried: list[list[list[int]]],
+        picked: list[Any],
+    ) -> Any:
+        """Our own decoding, whose candidates are given: the tokens, what it did, and near-ties, taken as `picked`."""
         from unittest.mock import patch
 
         import torch
 
+        from safespec_hf.decoding import safety_mode
         from safespec_hf.decoding.safety_mode import SafetyMode
 
-        left = list(tried)
+        left, near_ties, others = list(tried), list[str](), iter(picked)
+
+        def choose_alike(risks: Any, log_probs: Any, threshold: float, safe_enough: float | None = None) -> Choice:
+            choice, other = choose(risks, log_probs, threshold, safe_enough), next(others, None)
+            if other in (None, choice.candidate) or not is_near_tie(other, risks, log_probs, threshold, safe_enough):
+                return choice
+            near_ties.append(f"{choice.candidate} or {other} of risks {risks}, log-probabilities {log_probs}")
+            return Choice(other, risks[other], risks[other] < threshold)
 
         def sample(mode: Any, index: int, row: Any, flag: Any, max_tokens: int, scores: Any, num: int) -> Any:
             if not left:
                 raise LookupError("our own decoding wants more candidates than the engine's")
             return watch_and_read(mode, index, row, scores, left.pop(0))
 
-        with patch.object(SafetyMode, "_sample", sample):
+        with patch.object(SafetyMode, "_sample", sample), patch.object(safety_mode, "choose", choose_alike):
             output = self.model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -197,7 +215,19 @@ class OwnSession:
                 do_sample=False,
                 return_dict_in_generate=True,
             )
-        return output.sequences[0, len(prompt) :].tolist(), output.events[0], output.finish_reasons[0], len(left)
+        tokens = output.sequences[0, len(prompt) :].tolist()
+        return tokens, output.events[0], output.finish_reasons[0], len(left), near_ties
+
+
+def is_near_tie(
+    other: int, risks: list[float], log_probs: list[float], threshold: float, safe_enough: float | None
+) -> bool:
+    """Whether a candidate would be chosen if all figures were off by what two engines round differently."""
+    signs = [-1 if index == other else 1 for index in range(len(risks))]
+    # risks are as exact as their logits: relative to themselves, however low
+    rounded = [risk * (1 + sign * ROUNDING) for risk, sign in zip(risks, signs, strict=True)]
+    likely = [value - sign * ROUNDING for value, sign in zip(log_probs, signs, strict=True)]
+    return choose(rounded, likely, threshold, safe_enough).candidate == other
 
 
 def watch_and_read(mode: Any, index: int, row: Any, scores: Any, segments: list[list[int]]) -> Any:

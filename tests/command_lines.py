@@ -26,6 +26,17 @@ NO_IDS = ["", "name", "bad id/x", "owner/", "/name", "a/b/c", "owner/na me", "ow
 NO_BRANCHES = ["", "a b", "a..b", "/a", "a/", "-a", "a.lock", "a~b", "a\0b"]
 NO_LICENSES = ["", "Apache 2.0", "MIT", "-", "a\nb"]
 
+NO_POLICIES = [
+    *["", " ", "nowhere.json", "{empty}", "{blank}", "a\0b", "~nobody-has-this-home/p.json", "x" * 300],
+    *[" {", " []", "[]", "null", ' {"a": 1}', ' {"a": ' * 5_000, ' {"num_candidates": 0}', ' {"num_candidates": "4"}'],
+    *[
+        ' {"risk_threshold": NaN}',
+        ' {"risk_threshold": Infinity}',
+        ' {"policy": "observe"}',
+        ' {"seed": -1}',
+    ],
+]
+
 COMMANDS = {
     "collect": ["{prompts}", "--out", "{new}/a.jsonl", "--label", "safe", "--target", "{target}"],
     "features": ["{data}", "--target", "{target}", "--cache", "{new}"],
@@ -40,6 +51,7 @@ COMMANDS = {
     "export": ["{new}", "--target", "{target}", "--head", "{head}"],
     "push": ["{head}", "owner/name", "--license", "mit", "--dry-run"],
     "show": ["{head}"],
+    "serve": ["{target}", "--head", "{head}"],
 }
 NO_TEMPLATES = ["", "a\0b", "nowhere.jinja", "{empty}", "{blank}", "x" * 300, "plain"]  # the target has another one
 MODEL = {"--target": NO_MODELS, "--dtype": CHOICES, "--chat-template": NO_TEMPLATES}
@@ -141,6 +153,7 @@ OPTIONS = {
     },
     "push": {"--revision": NO_BRANCHES, "--license": NO_LICENSES, "--report": [*NO_FOLDERS, "{empty}", "{target}"]},
     "show": {},
+    "serve": {"--head": NO_HEADS, "--policy": NO_POLICIES, "--reports": CHOICES},
 }
 ARGUMENTS = {
     "collect": [NO_DATA],
@@ -155,4 +168,5 @@ ARGUMENTS = {
     "export": [[*NO_FOLDERS, "{target}"]],
     "push": [NO_HEADS, NO_IDS],
     "show": [NO_HEADS],
+    "serve": [NO_MODELS],
 }

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny
+from command_lines import NO_POLICIES
 from samples import make_examples, run, write_lines
 
 from safespec_hf import SafetyHead, __version__, cli
@@ -160,6 +161,14 @@ def test_a_head_may_be_told_to_read_several_poolings(target_folder, tmp_path):
 @pytest.mark.parametrize("policy", ["{", "[1]", "no/such/file.json", "3"])
 def test_a_policy_to_serve_with_is_read_before_anything_is_loaded(policy):
     with pytest.raises(SafeSpecError, match="--policy"):
+        run("serve", "no/such-model", "--head", "no/such-head", "--policy", policy)
+
+
+@pytest.mark.parametrize("policy", NO_POLICIES)
+def test_no_policy_that_guards_nothing_or_is_none_waits_for_vllm(policy, monkeypatch):
+    """Which may not be installed: then that would be told instead."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SafeSpecError, match="policy"):
         run("serve", "no/such-model", "--head", "no/such-head", "--policy", policy)
 
 

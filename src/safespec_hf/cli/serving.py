@@ -39,22 +39,25 @@ def serve(
     """
     if target.startswith("-"):
         raise typer.BadParameter(f"the target comes first, before {target}.")
-    fields = _read_policy(policy)
+    from ..vllm.parameters import read_policy
+
+    chosen = read_policy(_read_fields(policy))  # before vLLM is imported, which takes its time
     from ..vllm.runner import check_version
 
     check_version()  # before more of vLLM is imported, of which another version has other parts
     from ..vllm.server import serve as run
 
-    run(target, head, fields, context.args, reports)
+    run(target, head, chosen, context.args, reports)
 
 
-def _read_policy(text: str | None) -> dict[str, object]:
+def _read_fields(text: str | None) -> dict[str, object]:
     """The fields of a policy, from JSON or from a file with it."""
     if text is None:
         return {}
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).expanduser().read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    # a home that nobody has, and nesting without end, are both a RuntimeError
+    except (OSError, ValueError, RuntimeError) as error:
         raise SafeSpecError(f"`--policy` is neither an object in JSON nor a file with one: {error}") from error
     if not isinstance(found, dict):
         raise SafeSpecError(f"`--policy` must be an object in JSON, but it is a {type(found).__name__}.")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import UnsupportedRequestError
+from ..config import SafeSpecConfig
+from ..errors import SafeSpecError, UnsupportedRequestError
 
 EXTENSION = "safespec"
 """The field by which a client asks for more caution, and in which an answer tells what was done."""
@@ -117,3 +118,18 @@ def _stricter(asked: Any, risk_threshold: float) -> float:
 def _named(asked: Any) -> str:
     names: Iterable[str] = map(str, asked) if isinstance(asked, Mapping) else ()
     return f"one with {', '.join(names)}" if names and asked else f"a {type(asked).__name__}"
+
+
+def read_policy(policy: Mapping[str, Any]) -> SafeSpecConfig:
+    """The policy of a server, which has to guard.
+
+    Raises:
+        SafeSpecError: If a field is unknown or out of range, or nothing would be guarded.
+    """
+    try:
+        config = SafeSpecConfig.from_dict(policy)
+    except (TypeError, ValueError) as error:
+        raise SafeSpecError(f"The policy is not one: {error}") from error
+    if config.policy == "observe":
+        raise UnsupportedRequestError("A server guards: `policy='observe'` would let through what it flags.")
+    return config

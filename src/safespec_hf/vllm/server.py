@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
-from typing import Any
 
 import uvloop
 from fastapi import FastAPI
@@ -23,7 +22,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ..config import SafeSpecConfig
-from ..errors import SafeSpecError, UnsupportedRequestError
+from ..errors import UnsupportedRequestError
 from .guard import Guard
 from .metrics import Metrics
 from .reports import Reports
@@ -49,15 +48,13 @@ REFUSED = {
 """Options of vLLM's server that are refused; those of its engine are in [`Guard.engine_args`]."""
 
 
-def serve(
-    target: str, head: str, policy: Mapping[str, Any], arguments: Sequence[str], reports: Reports = "full"
-) -> None:
+def serve(target: str, head: str, policy: SafeSpecConfig, arguments: Sequence[str], reports: Reports = "full") -> None:
     """Serves until it is stopped.
 
     Args:
         target (`str`): Folder or Hub id of the target.
         head (`str`): Folder or Hub id of a head that was trained for it.
-        policy (`Mapping[str, Any]`): Fields of [`SafeSpecConfig`].
+        policy ([`SafeSpecConfig`]): What follows a flag; one that guards, as [`read_policy`] gives it.
         arguments (`Sequence[str]`): Options of vLLM's own server.
         reports (`"full"`, `"outcome"` or `"none"`): See [`GuardedServing`].
 
@@ -65,28 +62,12 @@ def serve(
         SafeSpecError: If something is asked for that can't be guarded; nothing has been loaded by then.
     """
     cli_env_setup()
-    config = read_policy(policy)
     args = read_arguments(target, arguments)
     # vLLM's "auto" is -1: then it is what the target was made for
     longest = args.max_model_len if (args.max_model_len or 0) > 0 else None
-    guard = Guard.load(target, head, tokenizer=args.tokenizer, policy=config, max_model_len=longest)
+    guard = Guard.load(target, head, tokenizer=args.tokenizer, policy=policy, max_model_len=longest)
     engine_args = guarded_args(guard, args)
     uvloop.run(_serve(guard, args, engine_args, reports))
-
-
-def read_policy(policy: Mapping[str, Any]) -> SafeSpecConfig:
-    """The policy of a server, which has to guard.
-
-    Raises:
-        SafeSpecError: If a field is unknown or out of range, or nothing would be guarded.
-    """
-    try:
-        config = SafeSpecConfig.from_dict(policy)
-    except (TypeError, ValueError) as error:
-        raise SafeSpecError(f"The policy is not one: {error}") from error
-    if config.policy == "observe":
-        raise UnsupportedRequestError("A server guards: `policy='observe'` would let through what it flags.")
-    return config
 
 
 def read_arguments(target: str, arguments: Sequence[str]) -> Namespace:
