@@ -182,6 +182,8 @@ def write_mtp(folder: Path, target: Any, num_layers: int = 2) -> Path:
     save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     target.config.save_pretrained(folder)
     target.config.name_or_path = str(folder)
+    if not hasattr(target, "_weight_conversions"):  # what loading leaves in older releases
+        target._weight_conversions = []
     return folder
 
 

@@ -17,11 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..engine.growing import is_recurrent
 from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
-from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, has_windows, input_device, min_window, takes_positions
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .support import (
-    CACHE_NAMES,
     KNOWN_INPUTS,
     KNOWN_MODEL_KWARGS,
     FilledCache,
@@ -33,6 +32,8 @@ from .support import (
     refuse_changed,
 )
 
+OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""What some releases of transformers leave as long as the whole text, though a forward reads its end only."""
 OF_IMAGES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "spatial_shapes", "per_layer_inputs")
 """What models are shown again with every token, though it is about the prompt alone."""
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
@@ -250,7 +251,8 @@ def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     changed += [] if mask is None or _is_equal(inputs.get("attention_mask"), mask) else ["attention_mask"]
     changed += [] if any(cache is kwargs[CACHE_NAME] for cache in caches) else [CACHE_NAME]
     refuse_changed(model, changed)
-    return inputs
+    cut = {name: inputs[name][..., -num_new:] for name in OF_TOKENS if isinstance(inputs.get(name), Tensor)}
+    return inputs | cut
 
 
 def _next_positions(one: Tensor | None, two: Tensor | None, num_rows: int) -> Tensor | None:

@@ -25,6 +25,7 @@ from ..engine.growing import column_states
 from ..engine.private_names import attention_name
 from ..engine.tap import main_stream, read_tap
 from ..engine.traits import (
+    CACHE_NAMES,
     input_device,
     is_offloaded,
     is_plain,
@@ -324,7 +325,7 @@ def check_signature(model: PreTrainedModel) -> None:
         UnsupportedRequestError: Names what is missing.
     """
     names = inspect.signature(model.forward).parameters
-    if names.keys().isdisjoint(("cache", "past_key_values")):
+    if names.keys().isdisjoint(CACHE_NAMES):
         raise UnsupportedRequestError(
             f"{type(model).__name__}.forward takes no `{CACHE_NAME}`, without which nothing can be rolled back."
         )

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.traits import CACHE_NAME, check_cache_layers
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, check_cache_layers
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -26,7 +26,6 @@ KNOWN_MODEL_KWARGS = {
     "output_attentions",
     "output_hidden_states",
 }
-CACHE_NAMES = ("cache", "past_key_values")
 KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
 WINDOW_MAKERS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
 CHANGING_ROPES = ("dynamic", "longrope")
