@@ -10,7 +10,7 @@ from tiny import VOCAB_SIZE, is_before, since
 from transformers.cache_utils import LinearAttentionLayer
 
 from safespec_hf import UnsupportedRequestError
-from safespec_hf.engine.cache import CachedModel
+from safespec_hf.engine.cache import CACHE_NAME, CachedModel
 from safespec_hf.engine.mixers import mixers_of
 from safespec_hf.engine.recurrent import SPAN, Copy, thin
 
@@ -197,7 +197,7 @@ def test_a_forward_that_fails_halfway_leaves_a_way_back(models):
     length = cached.cache.get_seq_length()
     assert length > 0
     rest = torch.tensor([[11, 12, 13, 14, 15][length:]])
-    logits_V = model(rest, cache=cached.give_cache()).logits[0, -1]
+    logits_V = model(rest, **{CACHE_NAME: cached.give_cache()}).logits[0, -1]
     torch.testing.assert_close(logits_V, prefill(model, [11, 12, 13, 14, 15]), **TOLERANCE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -37,6 +37,25 @@ def cache_argument(model: PreTrainedModel) -> str:
     """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAME)
+
+
+def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with their cache under one name, whatever the model calls it.
+
+    Example:
+
+        >>> list(with_cache_name({"cache_params": None, "use_cache": True})) == [CACHE_NAME, "use_cache"]
+        True
+    """
+    return {CACHE_NAME if name in CACHE_NAMES else name: value for name, value in arguments.items()}
+
+
+def prepare_inputs(model: Any, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+    """What a model's own `prepare_inputs_for_generation` makes of the arguments of a forward."""
+    names = inspect.signature(model.prepare_inputs_for_generation).parameters
+    if "cache_params" in names and CACHE_NAME in arguments.keys() - names.keys():
+        arguments["cache_params"] = arguments.pop(CACHE_NAME)
+    return dict(model.prepare_inputs_for_generation(input_ids, **arguments))
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
