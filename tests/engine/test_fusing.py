@@ -20,6 +20,7 @@ from safespec_hf.engine.cache import CachedModel
 from safespec_hf.engine.fusing import Fused, fast_layers, fused_layers
 
 PROMPT = torch.tensor([[12, 18, 24, 13]])
+EVEN = ([[5, 6], [7, 8]], [[3], [4]], [[9], [10]])  # nothing is masked in blocks of a token
 BLOCKS = ([[5, 6, 7, 8, 9], [10, 11]], [[3], [4]], [[12, 13, 14], [15, 16, 17]], [[20] * 70, [21] * 3])
 ALL = 4  # of two layers: attention and MLP
 
@@ -35,12 +36,14 @@ def layers(model):
 
 @torch.no_grad()
 def answers(model, is_fused, is_packed=True):
-    """Logits of ragged blocks, with a rollback between them."""
-    cached, found = CachedModel(model, 2), []
+    """Logits of ragged blocks with a rollback between them, and of even ones."""
+    found = []
     with fast_layers([model], is_packed, False, is_fused):
-        for block in BLOCKS:
-            found.append(cached.forward(block, 1).logits_BTV)
-            cached.keep([length - 1 for length in cached.lengths])
+        for blocks, num_taken_back in ((BLOCKS, 1), (EVEN, 0)):
+            cached = CachedModel(model, 2)
+            for block in blocks:
+                found.append(cached.forward(block, 1).logits_BTV)
+                cached.keep([length - num_taken_back for length in cached.lengths])
     return torch.stack(found)
 
 

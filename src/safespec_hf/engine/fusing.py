@@ -261,8 +261,9 @@ class FusedAttention(Fused):
         both_BHTC = both_BHTC * cos_BTC[:, None] + torch.cat((-right, left), dim=-1) * sin_BTC[:, None]
         queries_BHTC, keys_BKTC = both_BHTC.split((num_queries, num_keys), dim=1)
         keys_BKLC, values_BKLC = cache.update(keys_BKTC, values_BKTC, module.layer_idx)
-        is_grouped = 1 < width <= MAX_GROUPED and num_keys < num_queries
-        if is_grouped and mask_B1TL is not None and mask_B1TL.shape[1] == 1:
+        # a token alone needs no mask if all sees all
+        is_masked = width == 1 if mask_B1TL is None else mask_B1TL.shape[1] == 1
+        if is_masked and width <= MAX_GROUPED and num_keys < num_queries:
             mixed_BTHC = _attend_in_groups(queries_BHTC, keys_BKLC, values_BKLC, mask_B1TL, module.scaling)
         else:
             mixed_BTHC, _ = sdpa_attention_forward(
@@ -300,7 +301,7 @@ def _are_known(arguments: Mapping[str, Any]) -> bool:
 
 
 def _attend_in_groups(
-    queries_BHTC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, mask_B1TL: Tensor, scaling: float
+    queries_BHTC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, mask_B1TL: Tensor | None, scaling: float
 ) -> Tensor:
     """Attention in which the heads of a group are rows of one head, since they read the same keys and values."""
     (num_rows, num_queries, width, size), num_keys = queries_BHTC.shape, keys_BKLC.shape[1]
@@ -309,7 +310,7 @@ def _attend_in_groups(
         queries_BHTC.reshape(num_rows, num_keys, num_shared * width, size),
         keys_BKLC,
         values_BKLC,
-        attn_mask=_repeated(mask_B1TL, num_shared, queries_BHTC.dtype),
+        attn_mask=None if mask_B1TL is None else _repeated(mask_B1TL, num_shared, queries_BHTC.dtype),
         scale=scaling,
     )
     return mixed_BKNC.reshape(num_rows, num_queries, width, size).transpose(1, 2)
