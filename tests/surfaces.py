@@ -34,6 +34,9 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Surface(NamedTuple):
@@ -187,7 +190,7 @@ def turns_with_a_cache(folder: Path) -> list[str]:
             inputs = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-            sequences = model.generate(**inputs, **GREEDY, cache=cache)
+            sequences = model.generate(**inputs, **GREEDY, **{CACHE_NAME: cache})
             said = tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             chat += [{"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
         assert cache.get_seq_length() > 0

@@ -5,7 +5,10 @@ import functools
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -75,6 +78,16 @@ CONFIGS = {
 def _built(kind: str, seed: int, config: tuple[tuple[str, object], ...]) -> PreTrainedModel:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[kind](**dict(config)), dtype=torch.float32).eval()
+
+
+def is_before(version: str) -> bool:
+    """Whether the installed transformers is older."""
+    return Version(transformers.__version__) < Version(version)
+
+
+def since(version: str, reason: str, *values: Any) -> Any:
+    """Values of a parametrized test that older releases of transformers do not have."""
+    return pytest.param(*values, marks=pytest.mark.skipif(is_before(version), reason=reason))
 
 
 def build_model(kind: str = "llama", seed: int = 0, **config: object) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from architectures import build_architecture, tiny_config
-from tiny import build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, perturb
+from tiny import build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, is_before, perturb, since
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -46,24 +46,53 @@ def agrees(model, prompt=PROMPT, **arguments):
 
 
 REFUSED = {
-    "openai-gpt": "takes no `cache`",
-    "reformer": "takes no `cache`",
+    "openai-gpt": f"takes no `{CACHE_NAME}`",
+    "reformer": f"takes no `{CACHE_NAME}`",
     "xlm": "fails with a cache",
     "blt": "config has no 'hidden_size'",
     "longcat_flash": "returns 3 hidden states, but a head counts on 5",
     "git": "differ from those of the tokens alone",
+    "mpt": "differ from those of the tokens alone",
     "bart": "returns 3 hidden states, but a head counts on 13",
-    "recurrent_gemma": "are not in its cache",
+    "recurrent_gemma": "are not in its cache|can't be rolled back .stateful.",
     "rwkv": "can't be rolled back .stateful.",
     "deepseek_v4": "can't be rolled back .DeepseekV4",
     "moshi": "no mask for it",
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+READS_RIGHTLY = since("5.20", "it reads rightly there, and is accepted", "git")
+
+
+@pytest.mark.parametrize("name", [READS_RIGHTLY, *(name for name in REFUSED if name != "git")])
 def test_what_would_be_wrong_or_crash_is_refused_when_a_head_is_attached(name):
     with pytest.raises(UnsupportedRequestError, match=REFUSED[name]):
         check_model(build_architecture(name))
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "config"), [("doge", {"keep_window_size": 6}), ("mpt", {}), ("roformer", {})])
+def test_neither_few_tokens_nor_rounding_hide_a_fault(name, config, dtype):
+    model = build_architecture(name, **config).to(dtype)
+    before = state_of(model)
+    with pytest.raises(UnsupportedRequestError, match="differ from those of the tokens alone"):
+        check_model(model)
+    assert str(state_of(model)) == str(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_an_attention_that_picks_is_asked_to_pick(name, dtype):
+    model = build_architecture(name, index_topk=128).to(dtype)
+    if not is_before("5.20"):
+        check_model(model)
+        assert {module.index_topk for module in model.modules() if "index_topk" in vars(module)} == {128}
+        return
+    with pytest.raises(UnsupportedRequestError, match="differ from those of the tokens alone"):
+        check_model(model)
 
 
 @pytest.mark.parametrize("std", [0.02, 0.25])
@@ -100,6 +129,20 @@ class Few(LlamaForCausalLM):
         return outputs
 
 
+class OnlyCache(LlamaForCausalLM):
+    def forward(self, input_ids, position_ids=None, cache=None, attention_mask=None, use_cache=None, **kwargs):
+        assert "past_key_values" not in kwargs
+        given = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        return super().forward(input_ids, **given, **{CACHE_NAME: cache}, **kwargs)
+
+
+class OnlyPastKeyValues(LlamaForCausalLM):
+    def forward(self, input_ids, position_ids=None, past_key_values=None, attention_mask=None, **kwargs):
+        assert "cache" not in kwargs
+        given = {"position_ids": position_ids, "attention_mask": attention_mask}
+        return super().forward(input_ids, **given, **{CACHE_NAME: past_key_values}, **kwargs)
+
+
 class Noisy(LlamaForCausalLM):
     def forward(self, input_ids, position_ids=None, cache=None, **kwargs):
         outputs = super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache}, **kwargs)
@@ -120,6 +163,14 @@ def rebuilt(cls):
 def test_code_that_only_looks_right_is_found_out(cls):
     with pytest.raises(UnsupportedRequestError, match=WRONG[cls]):
         check_model(rebuilt(cls))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cls", [OnlyCache, OnlyPastKeyValues])
+def test_a_cache_is_given_under_the_name_that_forward_takes(cls, target, tokenizer):
+    plain, model = target.generate(PROMPT, **SHORT), attach(rebuilt(cls), tokenizer)
+    for extra in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": perturb(target)}):
+        assert torch.equal(model.generate(PROMPT, **SHORT, **extra, safespec=CONSTANT), plain)
 
 
 def test_a_draft_needs_no_hidden_states():

@@ -6,17 +6,18 @@ import threading
 import pytest
 import torch
 from architectures import build_architecture
-from tiny import VOCAB_SIZE
+from tiny import VOCAB_SIZE, is_before, since
 from transformers.cache_utils import LinearAttentionLayer
 
 from safespec_hf import UnsupportedRequestError
-from safespec_hf.engine.cache import CachedModel
+from safespec_hf.engine.cache import CACHE_NAME, CachedModel
 from safespec_hf.engine.mixers import mixers_of
 from safespec_hf.engine.recurrent import SPAN, Copy, thin
 
 # one of each kind of state: linear attention, state spaces that go on from a state and such that don't, with and
 # without attention beside them or in the same layer, convolutions, shared keys and values, an indexer's keys
 KINDS = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "minimax", "zaya", "gemma3n_text", "deepseek_v32"]
+READS_WRONGLY = "it reads blocks after a cache wrongly there, and is refused"
 # The same float32 sums in another order, and scans in another order than steps.
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}
 
@@ -83,7 +84,7 @@ class History:
             torch.testing.assert_close(logits_V, prefill(self.model, row), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS[:-1], since("5.20", READS_WRONGLY, "deepseek_v32")])
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
 def test_any_history_leaves_what_a_prefill_gives(name, num_rows, models):
@@ -196,10 +197,11 @@ def test_a_forward_that_fails_halfway_leaves_a_way_back(models):
     length = cached.cache.get_seq_length()
     assert length > 0
     rest = torch.tensor([[11, 12, 13, 14, 15][length:]])
-    logits_V = model(rest, cache=cached.give_cache()).logits[0, -1]
+    logits_V = model(rest, **{CACHE_NAME: cached.give_cache()}).logits[0, -1]
     torch.testing.assert_close(logits_V, prefill(model, [11, 12, 13, 14, 15]), **TOLERANCE)
 
 
+@pytest.mark.skipif(is_before("5.23"), reason="by its class's word it is refused before anything is read")
 def test_states_outside_of_the_cache_are_refused_by_name():
     with pytest.raises(UnsupportedRequestError, match="are not in its cache, so they can't be rolled back"):
         mixers_of(build_architecture("recurrent_gemma"))

@@ -11,7 +11,7 @@ from hub_server import TOKEN
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.torch import load_file, save_file
-from tiny import build_head, build_model
+from tiny import build_head, build_model, is_before
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -98,6 +98,7 @@ def test_pushing_a_branch_twice_adds_to_it(hub, head):
     assert hub.files(ID) == {}
 
 
+@pytest.mark.skipif(is_before("5.21"), reason="transformers loses the token on the way to a config")
 def test_a_private_head_needs_the_token(hub, head):
     push_head(head, ID, token=TOKEN, private=True)
     assert same_weights(SafetyHead.from_pretrained(ID, token=TOKEN), head)

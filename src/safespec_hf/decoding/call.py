@@ -29,7 +29,7 @@ from ..engine.inference import inference_mode
 from ..engine.private_names import pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.speeds import spent
-from ..engine.traits import input_device
+from ..engine.traits import input_device, with_cache_name
 from ..heads.safety_head import SafetyHead, check_usable
 from ..outputs import SafeSpecOutput
 from .adapters import warn_of_changes
@@ -80,7 +80,7 @@ class GuardedCall:
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> SafeSpecOutput | Tensor:
-        self.has_run = True
+        self.has_run, model_kwargs = True, with_cache_name(model_kwargs)
         check_weights(model)
         attachment: Attachment = model._safespec
         callers = CallersCache(model, generation_config, input_ids, model_kwargs)

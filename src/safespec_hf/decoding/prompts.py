@@ -17,11 +17,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..engine.growing import is_recurrent
 from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
-from ..engine.traits import CACHE_NAME, has_windows, input_device, min_window, takes_positions
+from ..engine.traits import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    has_windows,
+    input_device,
+    min_window,
+    prepare_inputs,
+    takes_positions,
+)
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .support import (
-    CACHE_NAMES,
     KNOWN_INPUTS,
     KNOWN_MODEL_KWARGS,
     FilledCache,
@@ -33,6 +40,8 @@ from .support import (
     refuse_changed,
 )
 
+OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""What some releases of transformers leave as long as the whole text, though a forward reads its end only."""
 OF_IMAGES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "spatial_shapes", "per_layer_inputs")
 """What models are shown again with every token, though it is about the prompt alone."""
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
@@ -100,7 +109,7 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
         return None
     given = Given(prompt_ids, model_kwargs, extras, is_real)
     _check_given(model, given, embedded)
-    inputs = model.prepare_inputs_for_generation(prompt_ids, is_first_iteration=True, **model_kwargs)
+    inputs = prepare_inputs(model, prompt_ids, is_first_iteration=True, **model_kwargs)
     _check_first(model, given, inputs)
     nums = is_real.sum(dim=1).tolist() if prompt_ids.shape[1] else [0] * len(prompt_ids)
     inputs = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
@@ -244,13 +253,14 @@ def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
         kwargs = next_model_kwargs(model, kwargs)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])
     ids = torch.cat([given.ids, given.ids.new_full((len(given.ids), num_new), FILLER)], dim=1)
-    inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=num_new, **kwargs)
+    inputs = prepare_inputs(model, ids, next_sequence_length=num_new, **kwargs)
     mask, caches = kwargs.get("attention_mask"), [inputs.get(name) for name in CACHE_NAMES]
     changed = [] if _is_equal(inputs.get("input_ids"), ids[:, -num_new:]) else ["input_ids"]
     changed += [] if mask is None or _is_equal(inputs.get("attention_mask"), mask) else ["attention_mask"]
     changed += [] if any(cache is kwargs[CACHE_NAME] for cache in caches) else [CACHE_NAME]
     refuse_changed(model, changed)
-    return inputs
+    cut = {name: inputs[name][..., -num_new:] for name in OF_TOKENS if isinstance(inputs.get(name), Tensor)}
+    return inputs | cut
 
 
 def _next_positions(one: Tensor | None, two: Tensor | None, num_rows: int) -> Tensor | None:

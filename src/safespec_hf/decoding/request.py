@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -201,10 +201,21 @@ def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
         # one number holds for any number of continuations, a tensor for as many as it has entries
         return _with(processor, prompt_ignore_length=int(processor.prompt_ignore_length[row]))
     if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
-        return _with(processor, encoder_input_ids=processor.encoder_input_ids[row : row + 1])
+        return _EachRow(_with(processor, encoder_input_ids=processor.encoder_input_ids[row : row + 1]))
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[row]])
     return processor
+
+
+class _EachRow(LogitsProcessor):
+    """A processor for one row, for any number of its continuations: older ones would take the first of them only."""
+
+    def __init__(self, of_row: LogitsProcessor):
+        self.of_row = of_row
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        pairs: Any = zip(input_ids.split(1), scores.split(1), strict=True)
+        return cast("torch.FloatTensor", torch.cat([self.of_row(*pair) for pair in pairs]))
 
 
 def _with(processor: LogitsProcessor, **fields: Any) -> LogitsProcessor:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from ..engine.growing import model_layers
 from ..engine.private_names import next_model_kwargs
-from ..engine.traits import CACHE_NAME
+from ..engine.traits import CACHE_NAME, prepare_inputs
 from ..outputs import SafeSpecOutput
 
 NAMES = ("scores", "logits", "attentions", "hidden_states")
@@ -113,7 +113,7 @@ def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model
         if (embedded := given.get("inputs_embeds")) is not None:
             new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
             given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)
-    inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)
+    inputs = prepare_inputs(model, ids, is_first_iteration=True, **given)
     return model(
         **inputs,
         return_dict=True,

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.traits import CACHE_NAME, check_cache_layers
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, check_cache_layers, prepare_inputs
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -26,7 +26,6 @@ KNOWN_MODEL_KWARGS = {
     "output_attentions",
     "output_hidden_states",
 }
-CACHE_NAMES = ("cache", "past_key_values")
 KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
 WINDOW_MAKERS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
 CHANGING_ROPES = ("dynamic", "longrope")
@@ -180,7 +179,8 @@ def changed_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, An
     cache, num_tokens = model_kwargs.get(CACHE_NAME), prompt_ids.shape[1]
     num_cached = num_columns(cache) if isinstance(cache, DynamicCache) else 0
     prompt = dict(model_kwargs)
-    inputs = model.prepare_inputs_for_generation(
+    inputs = prepare_inputs(
+        model,
         prompt_ids,
         next_sequence_length=num_tokens - num_cached if num_cached else None,
         is_first_iteration=True,
@@ -194,9 +194,8 @@ def changed_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, An
     for name, step in (("attention_mask", 0), ("position_ids", 1)):
         if (values := prompt.get(name)) is not None:
             after[name] = torch.cat([values, values[..., -1:] + step], dim=-1)
-    inputs = model.prepare_inputs_for_generation(
-        torch.cat([prompt_ids, prompt_ids[:, -1:]], dim=1), next_sequence_length=1, **after
-    )
+    longer = torch.cat([prompt_ids, prompt_ids[:, -1:]], dim=1)
+    inputs = prepare_inputs(model, longer, next_sequence_length=1, **after)
     return changed | _changed(inputs, prompt_ids[:, -1:], after, [filled])
 
 

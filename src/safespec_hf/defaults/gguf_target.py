@@ -79,9 +79,19 @@ def convert(gguf: Path, folder: Path, mend: Mend | None = None) -> None:
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
+    _keep_beginning(tokenizer, gguf)
     if mend is not None:
         mend(tokenizer)
     tokenizer.save_pretrained(folder)
+
+
+def _keep_beginning(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Has texts begin with the token that they begin with by the file's own word, which older loaders forget."""
+    from gguf import GGUFReader
+
+    says = GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
+    if says is not None and says.contents() and tokenizer.bos_token_id not in tokenizer("").input_ids:
+        tokenizer.add_bos_token = True
 
 
 def _dense_weights() -> dict[str, Any]:

@@ -71,7 +71,7 @@ def pad_token_id(config: GenerationConfig) -> int | None:
 
 def mark_user_cache(kwargs: Mapping[str, Any]) -> None:
     """Marks a cache among the arguments of `generate` as the caller's, as not every release does by itself."""
-    for name in ("cache", "past_key_values"):
+    for name in ("cache", "past_key_values", "cache_params"):
         if isinstance(kwargs.get(name), Cache):
             kwargs[name]._is_user_defined = True
 

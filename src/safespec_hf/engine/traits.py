@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -22,6 +22,8 @@ from .private_names import attention_name, buffers_of, is_stateful, moving_hook
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forwards call it, and have called it; the last one is of state-space models."""
 WHOLE_CONTEXT = {"full_attention", "global", "indexed_attention"}
 """What configs call a layer that attends to all tokens before."""
 NO_CONTEXT = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
@@ -34,14 +36,33 @@ MAX_OFFSET = 8
 def cache_argument(model: nn.Module) -> str:
     """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
     names = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAME)
+
+
+def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with their cache under one name, whatever the model calls it.
+
+    Example:
+
+        >>> list(with_cache_name({"cache_params": None, "use_cache": True})) == [CACHE_NAME, "use_cache"]
+        True
+    """
+    return {CACHE_NAME if name in CACHE_NAMES else name: value for name, value in arguments.items()}
+
+
+def prepare_inputs(model: Any, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+    """What a model's own `prepare_inputs_for_generation` makes of the arguments of a forward."""
+    names = inspect.signature(model.prepare_inputs_for_generation).parameters
+    if "cache_params" in names and CACHE_NAME in arguments.keys() - names.keys():
+        arguments["cache_params"] = arguments.pop(CACHE_NAME)
+    return dict(model.prepare_inputs_for_generation(input_ids, **arguments))
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether a model's forward names `position_ids`; one that takes any argument is given them as well."""
     parameters = inspect.signature(model.forward).parameters
     has_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    return "position_ids" in parameters or (has_any and parameters.keys().isdisjoint(("cache", "past_key_values")))
+    return "position_ids" in parameters or (has_any and parameters.keys().isdisjoint(CACHE_NAMES))
 
 
 def input_device(model: nn.Module) -> torch.device:
