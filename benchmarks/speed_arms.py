@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safespec_hf import SafeSpecConfig, SafeSpecOutput
 from safespec_hf.engine.cache import CACHE_NAME
-from safespec_hf.engine.packing import packed_weights
+from safespec_hf.engine.fusing import fast_layers
 from safespec_hf.modeling import GuardedCall
 
 RAW_REPEATS = 3
@@ -218,7 +218,7 @@ def time_raw_forwards(
     context_ids = torch.cat([prompt_ids, half], dim=1)
     plain_blocks, plain_prefill = time_blocks(model, context_ids, [1]), time_prefill(model, prompt_ids)
     drafts = [ours.assistant] if isinstance(ours.assistant, nn.Module) else []
-    with torch.inference_mode(), packed_weights([model, *drafts], ours.policy.pack_weights):  # as our arm ran
+    with torch.inference_mode(), fast_layers([model, *drafts], ours.policy.pack_weights):  # as our arm ran
         blocks, prefill = time_blocks(model, context_ids, sorted({1, *own.blocks})), time_prefill(model, prompt_ids)
         draft_seconds, source = raw_draft_seconds(ours.assistant, context_ids, own)
     return {

@@ -18,7 +18,7 @@ from speed_parts import Target, load_prompts
 from speed_statistics import bootstrap_median, ratios, summarise_arm
 
 from safespec_hf.engine import speeds
-from safespec_hf.engine.packing import packed_weights
+from safespec_hf.engine.fusing import fast_layers
 
 BATCH_SIZES = (2, 4, 8, 16)
 RAW_WIDTHS = (1, 2, 5, 9, 17)
@@ -55,7 +55,7 @@ def measure_raw(target: Target, _: Log) -> dict[str, Any]:
     ids = target.encode(PROMPTS[0])["input_ids"]
     seconds = {}
     for name, is_packed in (("as it is", False), ("packed", True)):
-        with torch.inference_mode(), packed_weights([target.model], is_packed):
+        with torch.inference_mode(), fast_layers([target.model], is_packed):
             seconds[name] = time_blocks(target.model, ids, RAW_WIDTHS, repeats=5)
     return {"seconds": seconds, "dtype": target.dtype}
 

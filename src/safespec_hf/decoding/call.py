@@ -24,8 +24,8 @@ from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
 from ..engine.compiling import compiled_forwards
 from ..engine.evaluating import evaluating
+from ..engine.fusing import fast_layers
 from ..engine.inference import inference_mode
-from ..engine.packing import packed_weights
 from ..engine.private_names import pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.speeds import spent
@@ -181,9 +181,10 @@ class GuardedCall:
         draft = self.draft.model
         models = [model] if draft is None else [model, draft]
         is_own = self.draft.is_part or self.draft.make_drafter is not None
+        packed, is_measured = [model] if is_own else models, self.policy.costs == "measured"
         with (
             evaluating([*models, head]),
-            packed_weights([model] if is_own else models, self.policy.pack_weights, self.policy.costs == "measured"),
+            fast_layers(packed, self.policy.pack_weights, is_measured, not self.policy.compile),
             compiled_forwards([model] if self.draft.make_drafter else models, self.policy.compile),
             inference_mode([*models, head]),
         ):

@@ -9,7 +9,6 @@ does [`release_packed`].
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import weakref
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .fingerprints import fingerprint
 from .products import DTYPES, LAYOUTS, PLAIN, WIDTHS, fastest_layouts, usual_layouts, width_index
 from .sharing import Shared, ThreadSwitch
 from .speeds import describe, is_timed, remembered
@@ -31,24 +31,6 @@ MAX_AUTO_BYTES = 2**30
 """Packed weights take as much memory again. Up to this size nobody has to be asked."""
 SPARE = "blocks"
 """For float32 weights that do not fit into the layout that was chosen."""
-_WIDTH, _NUM_ROWS = 1024, 256  # weights are read for a fingerprint in rows, of which so many stay in a core's cache
-
-
-@dataclass(slots=True)
-class _Copies:
-    """Of one weight: by the name of the layout, `None` where it can't be kept in it; and the products in use."""
-
-    fingerprint: int
-    end: weakref.finalize[[Any, None], Any]
-    matrices: dict[str, Any] = field(default_factory=dict)
-    in_use: list[Product | None] = field(default_factory=list)
-
-    def products(self, layouts: Sequence[str]) -> list[Product | None]:
-        """For each of [`WIDTHS`] what multiplies, or `None` where that is the layer itself."""
-        found = {
-            name: Product(LAYOUTS[name].multiply, copy) for name, copy in self.matrices.items() if copy is not None
-        }
-        return [None if name == PLAIN else found.get(name, found.get(SPARE)) for name in layouts]
 
 
 class Product(NamedTuple):
@@ -58,28 +40,95 @@ class Product(NamedTuple):
     matrix: Any
 
 
-_COPIES: dict[tuple[object, ...], _Copies] = {}
-"""By the place of the original: torch.compile can't trace tensors of such layouts, so compiled code looks here."""
+@dataclass(slots=True)
+class _Copies:
+    """Of a stack's weights: by the name of the layout, `None` where they can't be kept in it; and those in use."""
+
+    fingerprints: list[int]
+    ends: list[weakref.finalize[[Any, None], Any]]
+    matrices: dict[str, Any] = field(default_factory=dict)
+    in_use: list[Product | None] = field(default_factory=list)
+
+    def products(self, layouts: Sequence[str]) -> list[Product | None]:
+        """For each of [`WIDTHS`] what multiplies, or `None` where that is the layers themselves."""
+        found = {
+            name: Product(LAYOUTS[name].multiply, copy) for name, copy in self.matrices.items() if copy is not None
+        }
+        return [None if name == PLAIN else found.get(name, found.get(SPARE)) for name in layouts]
+
+    def end(self) -> None:
+        """Lets go of them."""
+        for end in self.ends:
+            end()
+
+
+_COPIES: dict[tuple[tuple[object, ...], ...], _Copies] = {}
+"""By the places of the originals: torch.compile can't trace tensors of such layouts, so compiled code looks here."""
 # One for each layer: compiled code remembers which one it saw
 _FORWARDS: weakref.WeakKeyDictionary[nn.Module, PackedLinear] = weakref.WeakKeyDictionary()
 _PATCHES = Shared()
 _PACKS = ThreadSwitch()
 
 
-class PackedLinear:
-    """The forward of a linear layer: with packed weights in the threads that want it, elsewhere the layer's own.
+class Stack:
+    """Linear layers that read the same inputs: with packed weights, one product with the rows of all of them.
 
     It holds weights for the time of calls only, so that it keeps none in memory.
+
+    Args:
+        layers (`Sequence[torch.nn.Linear]`): One or more.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self.bias: Tensor | None = None
+        self.products: list[Product | None] = []
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers."""
+        return [layer() for layer in self._layers]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What they have now."""
+        return [layer.weight for layer in self.layers]
+
+    def update(self, products: list[Product | None]) -> None:
+        """Takes the products of the weights that the layers have now, for [`WIDTHS`]."""
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if len(biases) > 1 else next(iter(biases), None)
+        self.products = products
+
+    def clear(self) -> None:
+        """Lets go of them."""
+        self.bias, self.products = None, []
+
+    def product(self, inputs: Tensor) -> Product | None:
+        """What multiplies inputs in this thread; `None` where that is the layers themselves."""
+        is_on = _PACKS.is_on and not torch.is_autocast_enabled("cpu")
+        return _choose(self.products, inputs) if is_on else None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The outputs of all layers, one after the other in the last dimension."""
+        product = self.product(inputs)
+        if product is None:
+            outputs = [layer(inputs) for layer in self.layers]
+            return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return product.multiply(inputs, product.matrix, self.bias)
+
+
+class PackedLinear(Stack):
+    """The forward of a linear layer: with packed weights in the threads that want it, elsewhere the layer's own.
 
     Args:
         layer (`torch.nn.Linear`): On a CPU.
     """
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = weakref.ref(layer)
+    def __init__(self, layer: nn.Module):
+        super().__init__([layer])
+        self.layer = self._layers[0]
         self.weight: Any = None
-        self.bias: Tensor | None = None
-        self.products: list[Product | None] = []
 
     def put_on(self) -> Callable[[], None]:
         """Becomes the layer's forward; returns what undoes it."""
@@ -89,14 +138,13 @@ class PackedLinear:
 
     def _take_off(self) -> None:
         vars(self.layer()).pop("forward", None)
-        self.weight = self.bias = None
-        self.products = []
+        self.weight = None
+        self.clear()
 
     def update(self, products: list[Product | None]) -> None:
-        """Takes the weights that the layer has now, and their products for [`WIDTHS`]."""
+        super().update(products)
         layer: Any = self.layer()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.products = products
+        self.weight = layer.weight
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's outputs."""
@@ -104,22 +152,23 @@ class PackedLinear:
             if torch.is_grad_enabled():
                 return nn.functional.linear(inputs, self.weight, self.bias)
             return torch.ops.safespec_hf.multiply(inputs, self.weight, self.bias)
-        product = _choose(self.products, inputs) if _PACKS.is_on else None
-        if product is None or torch.is_autocast_enabled("cpu"):
+        product = self.product(inputs)
+        if product is None:
             return nn.Linear.forward(self.layer(), inputs)  # type: ignore[arg-type]  # who calls has it
         return product.multiply(inputs, product.matrix, self.bias)
 
     def __reduce__(self) -> Any:
         # a copy of the model that is made while a call runs gets the layer's own forward, of its own layer
-        return _own_forward, (self.layer(),)
+        return own_forward, (self.layer(),)
 
 
 def _choose(products: Sequence[Product | None], inputs: Tensor) -> Product | None:
     return products[width_index(inputs.numel() // inputs.shape[-1])] if products else None
 
 
-def _own_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return types.MethodType(nn.Linear.forward, layer)
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class, for this one."""
+    return types.MethodType(type(module).forward, module)
 
 
 _LIBRARY = torch.library.Library("safespec_hf", "DEF")
@@ -127,7 +176,7 @@ _LIBRARY.define("multiply(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def _multiply_compiled(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    known = _COPIES.get(_place(weight))
+    known = _COPIES.get((_place(weight),))
     product = None if known is None else _choose(known.in_use, inputs)
     if product is None:  # such as in somebody else's compiled forward, which was traced while a call was running
         return nn.functional.linear(inputs, weight, bias)
@@ -144,7 +193,10 @@ torch.library.register_fake("safespec_hf::multiply", _shape_compiled, lib=_LIBRA
 
 @contextmanager
 def packed_weights(
-    models: Sequence[nn.Module], is_wanted: bool | None = None, is_measured: bool = True
+    models: Sequence[nn.Module],
+    is_wanted: bool | None = None,
+    is_measured: bool = True,
+    stacks: Sequence[Stack] = (),
 ) -> Iterator[None]:
     """Runs the linear layers of models with packed weights, in this thread.
 
@@ -157,39 +209,61 @@ def packed_weights(
         is_wanted (`bool`, *optional*): `None` packs if the copies take at most 1 GiB.
         is_measured (`bool`, defaults to `True`):
             Whether to choose layouts by measurement, once on a machine, instead of by the kind of its CPU.
+        stacks (`Sequence[Stack]`, *optional*): Of these layers the weights are packed together.
     """
-    plans: list[tuple[Any, tuple[str, ...]]] = []
-    if is_wanted is not False and not torch.is_autocast_enabled("cpu"):
-        plans = _plan(models, math.inf if is_wanted else MAX_AUTO_BYTES, is_measured)
-    with (
-        _PATCHES.held({id(layer): _forward_of(layer).put_on for layer, _ in plans}),
-        _PACKS.turned(bool(plans)),
-    ):
-        copies = _find_copies([(layer.weight, layouts) for layer, layouts in plans])
-        for (layer, layouts), found in zip(plans, copies, strict=True):
+    plans = _plan(models, stacks, is_wanted, is_measured)
+    alone = [stack for stack, _ in plans if isinstance(stack, PackedLinear)]
+    with _PATCHES.held({id(stack.layer()): stack.put_on for stack in alone}), _PACKS.turned(bool(plans)):
+        copies = _find_copies([(stack.weights, layouts) for stack, layouts in plans])
+        for (stack, layouts), found in zip(plans, copies, strict=True):
             found.in_use = found.products(layouts)
-            _forward_of(layer).update(found.in_use)
+            stack.update(found.in_use)
         yield
 
 
-def _plan(models: Sequence[nn.Module], most_bytes: float, is_measured: bool) -> list[tuple[Any, tuple[str, ...]]]:
-    """Layers to pack, and the layouts of each for [`WIDTHS`]."""
-    layers: list[list[Any]] = [[each for each in model.modules() if _is_plain_linear(each)] for model in models]
-    least = sum(2 * layer.weight.numel() for some in layers for layer in some)
-    if least > most_bytes:
+def _plan(
+    models: Sequence[nn.Module], stacks: Sequence[Stack], is_wanted: bool | None, is_measured: bool
+) -> list[tuple[Stack, tuple[str, ...]]]:
+    """What to pack, and the layouts of each for [`WIDTHS`]."""
+    if not may_pack(models, is_wanted):
         return []
-    plans = []
+    most_bytes = math.inf if is_wanted else MAX_AUTO_BYTES
+    layers = [_plain_layers(model) for model in models]
+    plans: list[tuple[Stack, tuple[str, ...]]] = []
     for model, some in zip(models, layers, strict=True):
         for dtype in {layer.weight.dtype for layer in some}:
             own = [layer for layer in some if layer.weight.dtype == dtype]
             is_worth_it = is_measured and is_timed(model, sum(layer.weight.numel() for layer in own))
             layouts = _layouts(model, own, dtype) if is_worth_it else usual_layouts(dtype)
-            plans += [(layer, layouts) for layer in own]
+            plans += [(stack, layouts) for stack in _divide(own, stacks)]
     if _num_bytes(plans) > most_bytes:
         # rather one copy than none: that for a few tokens, which most forwards are over
-        plans = [(layer, (layouts[1],) * len(layouts)) for layer, layouts in plans]
-    plans = [(layer, layouts) for layer, layouts in plans if set(layouts) != {PLAIN}]
+        plans = [(stack, (layouts[1],) * len(layouts)) for stack, layouts in plans]
+    plans = [(stack, layouts) for stack, layouts in plans if set(layouts) != {PLAIN}]
     return plans if _num_bytes(plans) <= most_bytes else []
+
+
+def may_pack(models: Sequence[nn.Module], is_wanted: bool | None = None) -> bool:
+    """Whether weights of models are packed where that is faster, for `is_wanted` of [`packed_weights`]."""
+    if is_wanted is not None or torch.is_autocast_enabled("cpu"):
+        return bool(is_wanted) and not torch.is_autocast_enabled("cpu")
+    return sum(2 * layer.weight.numel() for model in models for layer in _plain_layers(model)) <= MAX_AUTO_BYTES
+
+
+def _plain_layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if _is_plain_linear(layer)]
+
+
+def _divide(layers: Sequence[Any], stacks: Sequence[Stack]) -> list[Stack]:
+    """The stacks that consist of some of these layers, and each of the others for itself."""
+    free = {id(layer): layer for layer in layers}
+    found = []
+    for stack in stacks:
+        if all(id(layer) in free for layer in stack.layers):  # a draft may be the target itself
+            found.append(stack)
+            for layer in stack.layers:
+                del free[id(layer)]
+    return [*found, *map(_forward_of, free.values())]
 
 
 def _layouts(model: nn.Module, layers: Sequence[Any], dtype: torch.dtype) -> tuple[str, ...]:
@@ -207,8 +281,13 @@ def _read_layouts(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _num_bytes(plans: Sequence[tuple[Any, tuple[str, ...]]]) -> int:
-    return sum(LAYOUTS[name].num_bytes(layer.weight) for layer, names in plans for name in {*names} - {PLAIN})
+def _num_bytes(plans: Sequence[tuple[Stack, tuple[str, ...]]]) -> int:
+    return sum(
+        LAYOUTS[name].num_bytes(weight)
+        for stack, names in plans
+        for name in {*names} - {PLAIN}
+        for weight in stack.weights
+    )
 
 
 def release_packed(model: nn.Module) -> None:
@@ -217,10 +296,10 @@ def release_packed(model: nn.Module) -> None:
     Args:
         model (`torch.nn.Module`): The model.
     """
-    for layer in model.modules():
-        known = _COPIES.get(_place(layer.weight)) if isinstance(layer, nn.Linear) else None
-        if known is not None:
-            known.end()
+    places = {_place(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    for place, copies in tuple(_COPIES.items()):
+        if not places.isdisjoint(place):
+            copies.end()
 
 
 def _forward_of(layer: nn.Linear) -> PackedLinear:
@@ -242,25 +321,25 @@ def _place(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
-def _find_copies(weights: Sequence[tuple[Tensor, Sequence[str]]]) -> list[_Copies]:
+def _find_copies(weights: Sequence[tuple[list[Tensor], Sequence[str]]]) -> list[_Copies]:
     """Those that are there, and those that are not yet: packed side by side, as each takes one core."""
-    found = [_copies_of(weight) for weight, _ in weights]
+    found = [_copies_of(some) for some, _ in weights]
     pairs = list(zip(found, weights, strict=True))
-    _fill([(copies, weight, name) for copies, (weight, layouts) in pairs for name in {*layouts} - {PLAIN}])
+    _fill([(copies, some, name) for copies, (some, layouts) in pairs for name in {*layouts} - {PLAIN}])
     # layouts are chosen for models of a kind, and those of another one may hold numbers that do not fit in
     _fill(
         [
-            (copies, weight, SPARE)
-            for copies, (weight, layouts) in pairs
-            if weight.dtype == torch.float32 and any(copies.matrices.get(name, weight) is None for name in layouts)
+            (copies, some, SPARE)
+            for copies, (some, layouts) in pairs
+            if some[0].dtype == torch.float32 and any(copies.matrices.get(name, some) is None for name in layouts)
         ]
     )
     return found
 
 
-def _fill(wanted: Sequence[tuple[_Copies, Tensor, str]]) -> None:
+def _fill(wanted: Sequence[tuple[_Copies, list[Tensor], str]]) -> None:
     # tied weights are there once
-    missing = {(id(copies), name): (copies, weight, name) for copies, weight, name in wanted}
+    missing = {(id(copies), name): (copies, weights, name) for copies, weights, name in wanted}
     missing = {key: each for key, each in missing.items() if key[1] not in each[0].matrices}
     if not missing:
         return
@@ -269,57 +348,20 @@ def _fill(wanted: Sequence[tuple[_Copies, Tensor, str]]) -> None:
             copies.matrices[name] = matrix
 
 
-def _pack(missing: tuple[_Copies, Tensor, str]) -> Any:
-    _, weight, name = missing
-    return LAYOUTS[name].pack(weight)
+def _pack(missing: tuple[_Copies, list[Tensor], str]) -> Any:
+    _, weights, name = missing
+    return LAYOUTS[name].pack(torch.cat([weight.detach() for weight in weights]) if weights[1:] else weights[0])
 
 
-def _copies_of(weight: Tensor) -> _Copies:
-    place, now = _place(weight), fingerprint(weight)
-    known = _COPIES.get(place)
-    if known is not None and known.fingerprint != now:
+def _copies_of(weights: list[Tensor]) -> _Copies:
+    places, now = tuple(map(_place, weights)), list(map(fingerprint, weights))
+    known = _COPIES.get(places)
+    if known is not None and known.fingerprints != now:
         known.end()
         known = None
     if known is None:
-        end = weakref.finalize(weight.untyped_storage(), _COPIES.pop, place, None)
-        end.atexit = False
-        known = _COPIES[place] = _Copies(now, end)
+        ends = [weakref.finalize(weight.untyped_storage(), _COPIES.pop, places, None) for weight in weights]
+        for end in ends:
+            end.atexit = False
+        known = _COPIES[places] = _Copies(now, ends)
     return known
-
-
-def fingerprint(weight: Tensor) -> int:
-    """A number that changes with any bit of a matrix and with the order of its numbers, at the speed of reading them.
-
-    The version counter would not do: merging an adapter, or whatever else writes through `.data`, leaves it as it is.
-
-    Example:
-
-        >>> import torch
-        >>> rows = torch.eye(3)
-        >>> fingerprint(rows) == fingerprint(rows.clone()), fingerprint(rows) == fingerprint(rows[[1, 0, 2]])
-        (True, False)
-    """
-    bits = weight.detach().reshape(-1).view(torch.int16)
-    num = bits.numel() // 4 * 4  # as 64-bit numbers they are read as fast as memory can
-    words = bits[:num].view(torch.int64)
-    num_rows, num_rest = divmod(words.numel(), _WIDTH)
-    rows = words[: num_rows * _WIDTH].view(num_rows, _WIDTH)
-    # A number counts as often as the multipliers of its row and its column say, together: whatever is swapped, the sum
-    # changes. Sums over rows and columns need no product of 64-bit numbers, which is slow, for every one of them.
-    # Odd multipliers lose no bit, and sums are taken modulo 2**64.
-    column_W, row_R = _multipliers(_WIDTH), _multipliers(num_rows + 2)
-    total = torch.zeros((), dtype=torch.int64)
-    for start in range(0, num_rows, _NUM_ROWS):
-        part = rows[start : start + _NUM_ROWS]
-        total += torch.dot(part.sum(dim=1), row_R[start : min(start + _NUM_ROWS, num_rows)])
-        # the multipliers together are even where both are odd: those of columns are made even, so that none is lost
-        total += torch.dot(part.sum(dim=0), column_W - 1)
-    rest = torch.dot(words[num_rows * _WIDTH :], column_W[:num_rest]) * row_R[num_rows]
-    end = torch.dot(bits[num:].to(torch.int64), column_W[: bits.numel() - num]) * row_R[num_rows + 1]
-    return int(total + rest + end)
-
-
-@functools.lru_cache(maxsize=256)
-def _multipliers(num: int) -> Tensor:
-    generator = torch.Generator().manual_seed(num)
-    return torch.randint(-(2**62), 2**62, (num,), generator=generator, dtype=torch.int64).mul_(2).add_(1)

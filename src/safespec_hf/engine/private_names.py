@@ -19,6 +19,7 @@ import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
+from torch.nn.modules import module as module_functions
 from transformers import (
     Cache,
     GenerationConfig,
@@ -152,9 +153,20 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after a module's forward, of its own or of all modules'."""
+    own = (module._forward_hooks, module._forward_pre_hooks)
+    return any(own) or bool(module_functions._global_forward_hooks or module_functions._global_forward_pre_hooks)
+
+
 def uncompiled(module: nn.Module) -> nn.Module | None:
     """The module that `torch.compile` wrapped; `None` if this one is no such wrapping."""
     return dict(module.named_children()).get("_orig_mod")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go through something that was put there, as `Module.compile` does."""
+    return module._compiled_call_impl is not None
 
 
 def set_compiled_call(model: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
@@ -267,6 +279,9 @@ NAMES = (
     PrivateName("torch.nn.Module", "_buffers", nn.Module),
     PrivateName("torch.nn.Module", "_modules", nn.Module),
     PrivateName("torch.nn.Module", "_forward_pre_hooks", nn.Module),
+    PrivateName("torch.nn.Module", "_forward_hooks", nn.Module),
+    PrivateName("torch.nn.modules.module", "_global_forward_hooks", lambda: module_functions),
+    PrivateName("torch.nn.modules.module", "_global_forward_pre_hooks", lambda: module_functions),
     PrivateName("torch.nn.Module", "_compiled_call_impl", nn.Module),
     PrivateName("torch.nn.Module", "_call_impl", nn.Module),
     PrivateName("torch.compile(module)", "_orig_mod", _compiled),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def width_index(num_tokens: int) -> int:
         >>> [width_index(num) for num in (1, 2, 8, 9, 500)]
         [0, 1, 1, 2, 3]
     """
-    return sum(num_tokens >= narrowest for narrowest in _NARROWEST[1:])
+    return bisect_right(_NARROWEST, num_tokens, lo=1) - 1
 
 
 def usual_layouts(dtype: torch.dtype) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ from torch import nn
 from .private_names import attention_name
 from .traits import is_plain, sharing_groups
 
-FORMAT = 1
-"""Of the files; those of another one are measured anew."""
+FORMAT = 3
+"""Of the files, and of the forwards that were timed; those of another one are measured anew."""
 MIN_TIMED_WEIGHTS = 2**23
 """A model of fewer is not timed: whatever is decided, it saves next to nothing."""
 CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")

@@ -31,7 +31,7 @@ MAX_OFFSET = 8
 """Rows that a table of positions may have beyond those that can be used; OPT's has 2."""
 
 
-def cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: nn.Module) -> str:
     """What a model's forward calls its cache; one that takes any argument is left to the installed transformers."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
