@@ -162,9 +162,6 @@ class SafeSpecConfig:
         carried_risk (`float`, defaults to 0.0):
             Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): the threshold is lowered by
             this share of it.
-        threshold_after_flag (`float`, defaults to 1.0):
-            Once something was flagged, the rest of that answer, and candidates for it, are held to this share of the
-            threshold, in (0, 1]: an answer that has gone wrong once is watched more strictly.
         num_draft_tokens (`int`, *optional*):
             Draft tokens per round at most, >= 1. Default: `prompt_lookup_num_tokens` or `num_assistant_tokens` if
             `generate` got it as an argument or in a generation config, the draft model's own included, else 8.
@@ -255,7 +252,6 @@ class SafeSpecConfig:
     risk_threshold: float | None = None
     operating_point: str | None = None
     carried_risk: float = 0.0
-    threshold_after_flag: float = 1.0
     num_draft_tokens: int | None = None
     adaptive_drafts: bool = True
     costs: Costs = "measured"
@@ -292,7 +288,6 @@ class SafeSpecConfig:
         is_one = threshold is None or self.operating_point is None
         check_value("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
         check_value("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
-        check_value("threshold_after_flag", self.threshold_after_flag, 0 < self.threshold_after_flag <= 1, "in (0, 1]")
         check_value("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
         check_value("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
         check_value("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")

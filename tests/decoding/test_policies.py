@@ -5,20 +5,8 @@ import math
 
 import pytest
 import torch
-from scripted import TURNS, ScriptedModel, answer, count_after, count_up, probe, tokens_of
-from tiny import (
-    DRAFTING,
-    NO,
-    POLICY,
-    THANKS,
-    THINK,
-    Recorder,
-    attach,
-    build_model,
-    build_noisy_head,
-    build_tokenizer,
-    drafting,
-)
+from scripted import TURNS, ScriptedModel, answer, count_after, probe, tokens_of
+from tiny import DRAFTING, NO, POLICY, THANKS, THINK, Recorder, attach, build_model, build_noisy_head, drafting
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import Provenance, SafeSpecConfig, UnsupportedRequestError
@@ -224,54 +212,3 @@ def test_a_model_that_is_always_guarded_can_not_be_observed_only(tokenizer):
     attach(model, tokenizer, probe(model), always=True)
     with pytest.raises(UnsupportedRequestError, match="'observe'` guards nothing"):
         model.generate(torch.tensor([[10]]), max_new_tokens=2, safespec=observe)
-
-
-@pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["alone", "drafted"])
-@pytest.mark.parametrize("verification", ["token", "segment"])
-def test_an_answer_that_was_flagged_is_watched_more_strictly(tokenizer, draft, verification):
-    # after the flag of 15 it goes on with 20, and comes to 22, of which nobody is sure
-    if verification == "segment":
-        tokenizer, draft = build_tokenizer(has_digits=True), draft or count_after(TURNS)
-    arguments = {"draft": draft, "script": count_after({THINK: 20, 13: {14: 0.98, 12: 0.02}}), "max_recoveries": 1}
-    arguments |= {"verification": verification, "quality_threshold": 0.0, "candidate_source": "target"}
-    risks = {15: 0.9, 22: 0.3}
-    for share, is_flagged in ((1.0, False), (0.7, False), (0.6, True), (0.5, True)):
-        output = answer(tokenizer, risks, threshold_after_flag=share, **arguments)
-        assert output.events[0][0].position == 4
-        assert (22 in tokens_of(output)) is not is_flagged
-        assert len(output.events[0]) == 1 + is_flagged
-        assert output.risks[0].nan_to_num().max() < 0.5 * (share if is_flagged else 1)
-    # nothing was flagged, so nothing is stricter
-    output = answer(
-        tokenizer,
-        {22: 0.3},
-        threshold_after_flag=0.1,
-        **{**arguments, "script": count_up, "draft": draft and count_up},
-        max_new_tokens=14,
-    )
-    assert 22 in tokens_of(output)
-
-
-def test_candidates_are_held_to_the_stricter_threshold_too(tokenizer):
-    # of the continuations 20 and 30, 20 is below the threshold, but not below the half of it
-    for share, allowed in ((1.0, {20, 30}), (0.5, {30})):
-        output = answer(
-            tokenizer,
-            {15: 0.9, 20: 0.3},
-            threshold_after_flag=share,
-            candidate_choice="likeliest_safe",
-            safe_margin=0.0,
-            seed=3,
-        )
-        assert output.events[0][0].outcome == "recovered"
-        assert tokens_of(output)[3] in allowed
-
-
-def test_each_row_of_a_batch_has_the_threshold_of_its_own_flags(tokenizer):
-    script = count_after({THINK: 26})
-    output = answer(
-        tokenizer, {15: 0.9, 28: 0.3}, script=script, prompt=[[10], [20]], threshold_after_flag=0.5, max_new_tokens=9
-    )
-    assert 28 not in tokens_of(output, 0)  # flagged before, at 15
-    assert 28 in tokens_of(output, 1)
-    assert [len(events) > 0 for events in output.events] == [True, False]

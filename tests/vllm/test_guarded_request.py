@@ -74,9 +74,9 @@ def read_once(mode, index, row, scores, segments):
 @pytest.mark.parametrize(
     ("scope", "caches"), [("recovery", True), ("recovery", False), ("answer", True)], ids=["", "not cached", "stays"]
 )
-@pytest.mark.parametrize(("choice", "share"), [("likeliest_safe", 1.0), ("safest", 1.0), ("safest", 0.98)])
+@pytest.mark.parametrize("choice", ["likeliest_safe", "safest"])
 def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
-    target, head, tokenizer, monkeypatch, choice, share, scope, caches
+    target, head, tokenizer, monkeypatch, choice, scope, caches
 ):
     is_read_again = scope == "recovery" or choice == "likeliest_safe"
     tried, name = {}, "_score" if is_read_again else "_judge"
@@ -91,7 +91,7 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
     engine = FakeEngine(target, head, tokenizer, caches=caches)
     # risks of a tiny head lie close together: no margin, or nothing would be safe enough
     chosen = {"max_recoveries": 1, "candidate_choice": choice, "num_candidates": 4, "safe_margin": 0.0}
-    chosen |= {"reflection_scope": scope, "threshold_after_flag": share}
+    chosen["reflection_scope"] = scope
     # forwards of other shapes round otherwise, and candidates that begin alike are often as risky as each other
     for module in (safety_mode, request):
         monkeypatch.setattr(module, "choose", choose_roughly)

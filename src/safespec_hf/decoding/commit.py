@@ -82,15 +82,14 @@ class Committer:
             if self.plan.monitor is None:
                 row.num_settled = len(row.tokens)
             return Pending(reason, None)
-        unsafe = [] if self.plan.observes else self._unsafe(row, risks)
+        unsafe = [] if self.plan.observes else self._unsafe(risks)
         num_safe = unsafe[0] if unsafe else len(risks)
         row.settle(risks[:num_safe], pooled_TF[:num_safe])
         return Pending(reason, risks[num_safe] if unsafe else None)
 
-    def _unsafe(self, row: Row, risks: Sequence[float]) -> list[int]:
+    def _unsafe(self, risks: Sequence[float]) -> list[int]:
         # not "risk >= threshold": a nan must never pass for safe
-        threshold = self.plan.threshold_of(row)
-        return [index for index, risk in enumerate(risks) if not risk < threshold]
+        return [index for index, risk in enumerate(risks) if not risk < self.plan.risk_threshold]
 
     def report(self) -> None:
         """Where risks are only observed: makes events of what is unsafe in the finished answers."""
@@ -98,7 +97,7 @@ class Committer:
             return
         for row in self.rows:
             # nothing was inserted, so every token is visible
-            for index in self._unsafe(row, row.risks[: row.num_settled]):
+            for index in self._unsafe(row.risks[: row.num_settled]):
                 row.events.append(SafeSpecEvent(index, row.risks[index], index + 1, 0, outcome="observed"))
             self.statistics.num_flags += len(row.events)
 

@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         policy ([`SafeSpecConfig`]): What to do on risk, resolved.
         monitor ([`RiskMonitor`], *optional*): Scores the risk. `None` decodes unguarded, to measure what safety costs.
-        risk_threshold (`float`): A token is unsafe iff its risk is >= this, up to a first flag: see `threshold_of`.
+        risk_threshold (`float`): A token is unsafe iff its risk is >= this.
         num_draft_tokens (`int`): Drafts per round at most.
         do_sample (`bool`): Speculative sampling instead of greedy acceptance.
         eos_ids (`frozenset[int]`): Tokens that end an answer.
@@ -59,14 +59,12 @@ class Plan:
         """Whether risks are only reported."""
         return self.policy.policy == "observe"
 
-    def threshold_of(self, row: Row) -> float:
-        """A token that a row gets now is unsafe iff its risk is >= this: after a flag it may be lower."""
-        return self.risk_threshold * (self.policy.threshold_after_flag if row.num_recoveries else 1.0)
-
-    def safe_enough(self, row: Row) -> float | None:
+    @property
+    def safe_enough(self) -> float | None:
         """Up to which risk the likeliest candidate is taken instead of the safest, if at all."""
-        is_likeliest = self.policy.candidate_choice == "likeliest_safe"
-        return self.threshold_of(row) * (1 - self.policy.safe_margin) if is_likeliest else None
+        policy = self.policy
+        is_likeliest = policy.candidate_choice == "likeliest_safe"
+        return self.risk_threshold * (1 - policy.safe_margin) if is_likeliest else None
 
 
 def check_context(rows: Sequence[Row], plan: Plan) -> None:

@@ -72,12 +72,11 @@ class SafetyMode:
     def _resample(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """One attempt: sample, score, choose. Returns whether a safe continuation was found."""
         plan, tried, choice = self.plan, list[CandidateScores](), Choice(0, 1.0, False)
-        threshold, safe_enough = plan.threshold_of(row), plan.safe_enough(row)
         for num in batch_sizes(plan.policy.num_candidates, plan.policy.candidates_per_batch):
-            scores = CandidateScores(row, self.monitor, threshold, safe_enough)
+            scores = CandidateScores(row, self.monitor, plan.risk_threshold, plan.safe_enough)
             scorer = self._sample(index, row, flag, max_tokens, scores, num)
             tried.append(scores)
-            choice = choose(scores.worst(), scores.log_probs, threshold, safe_enough)
+            choice = choose(scores.worst(), scores.log_probs, plan.risk_threshold, plan.safe_enough)
             if choice.is_safe:
                 row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate))
                 self._take(index, row, scores, scorer, choice.candidate)

@@ -193,7 +193,7 @@ class SegmentDecoder(Decoder):
         plan, risk = self.plan, worst_risk(reading.risks[-len(turn.tokens) :])
         if flag is not None or row.finish_reason is not None:
             outcome = "dropped"
-        elif plan.monitor is not None and not plan.observes and not risk < plan.threshold_of(row):
+        elif plan.monitor is not None and not plan.observes and not risk < plan.risk_threshold:
             outcome, unsafe_risk = "flagged", self._add(row, turn.tokens, reading).unsafe_risk
             assert unsafe_risk is not None
             flag = self.commits.roll_back(row, row.num_settled, unsafe_risk)

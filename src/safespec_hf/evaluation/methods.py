@@ -124,7 +124,6 @@ class Forced:
     def answer(self, engine: Engine, turn: Turn) -> list[Reply]:
         """Guarded greedy answers, each with a flag, unless it ends before."""
         head, replies = ForcedHead.like(check_guarded(engine.model).safety.head), []
-        head.is_exact = self.policy.threshold_after_flag < 1
         for number, chat in enumerate(turn.chats):
             last = max(FIRST_FORCED_CALL, engine.max_new_tokens // 8)
             head.fire_at(random.Random(turn.seed + number).randint(FIRST_FORCED_CALL, last))
@@ -134,15 +133,7 @@ class Forced:
 
 
 class ForcedHead(SafetyHead):
-    """Calls the first token that it reads in one of its calls unsafe, and nothing else.
-
-    Attributes:
-        is_exact (`bool`):
-            Whether its other risks are the real ones, as far as they are below the threshold, because a lower one is
-            in force after a flag; else they are scaled to what is below the threshold.
-    """
-
-    is_exact = False
+    """Calls the first token that it reads in one of its calls unsafe, and nothing else."""
 
     @classmethod
     def like(cls, head: SafetyHead) -> ForcedHead:
@@ -157,8 +148,7 @@ class ForcedHead(SafetyHead):
 
     def risk(self, features: Tensor) -> Tensor:
         """Risks below the threshold, in the order of the real ones; but for the one."""
-        real, below = super().risk(features), 0.99 * self.config.risk_threshold
-        risks = real.clamp(max=below) if self.is_exact else real * below
+        risks = super().risk(features) * 0.99 * self.config.risk_threshold
         self.calls_left -= 1
         if self.calls_left == 0 and risks.numel():
             risks[0] = 1.0

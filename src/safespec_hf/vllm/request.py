@@ -184,7 +184,7 @@ class GuardedRequest:
                 continue
             row.risks[index] = record.risk(position, token)
             # not "risk >= threshold": a nan must never pass for safe
-            is_unsafe = not row.risks[index] < self.plan.threshold_of(row)
+            is_unsafe = not row.risks[index] < self.plan.risk_threshold
             if is_unsafe and not self.plan.observes and first_flagged is None:
                 first_flagged = index
         return first_flagged
@@ -244,7 +244,7 @@ class GuardedRequest:
         A reflection that does not stay is read while they are sampled, and at no other time.
         """
         policy, row = self.plan.policy, self.row
-        recovery.tried.append(Candidates(num, self.plan.threshold_of(row)))
+        recovery.tried.append(Candidates(num, self.plan.risk_threshold))
         recovery.is_scoring = False
         if not is_reread:
             self.statistics.num_candidates += num
@@ -323,7 +323,7 @@ class GuardedRequest:
             is_read_again = bool(num_aside) or plan.policy.candidate_choice == "likeliest_safe"
             if is_read_again and any(batch.segments):
                 return self._score(recovery)
-        choice = choose(batch.worst(), batch.log_probs, plan.threshold_of(self.row), plan.safe_enough(self.row))
+        choice = choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.safe_enough)
         if choice.is_safe:
             return self._take(recovery, choice)
         if recovery.sizes:
@@ -381,7 +381,7 @@ class GuardedRequest:
             secret=self.secret,
             start=start,
             inserted=inserted,
-            threshold=None if self.plan.observes else self.plan.threshold_of(row),
+            threshold=None if self.plan.observes else self.plan.risk_threshold,
             segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
             candidate=order,
         )
