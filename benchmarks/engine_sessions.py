@@ -43,6 +43,7 @@ def engine_options(setting: str) -> dict[str, Any]:
         "dtype": "float32",
         "max_num_seqs": BATCH,
         "block_size": BLOCK,
+        "max_model_len": MAX_LEN,
         "enforce_eager": True,
         "disable_log_stats": False,
         "seed": 0,
@@ -63,7 +64,7 @@ def engine_options(setting: str) -> dict[str, Any]:
     elif setting == "chunked":
         options |= {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
     elif setting == "preempted":
-        options["num_gpu_blocks_override"] = 22
+        options |= {"num_gpu_blocks_override": 22, "max_model_len": 20 * BLOCK}
     return options
 
 
@@ -74,7 +75,7 @@ class PlainSession:
         from vllm import LLM
 
         options = engine_options(setting)
-        self.llm = LLM(model=target_folder(), max_model_len=MAX_LEN, async_scheduling=False, **options)
+        self.llm = LLM(model=target_folder(), async_scheduling=False, **options)
 
     def answer(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
         from vllm import SamplingParams
@@ -93,7 +94,7 @@ class GuardedSession(PlainSession):
     def __init__(self, setting: str):
         from safespec_hf.vllm.controller import GuardedLLM
 
-        self.llm: Any = GuardedLLM(target_folder(), DEFAULT_HEAD, max_model_len=MAX_LEN, **engine_options(setting))
+        self.llm: Any = GuardedLLM(target_folder(), DEFAULT_HEAD, **engine_options(setting))
         self.largest = 0
         self.candidates: dict[str, list[list[list[int]]]] = {}
         self._watch()
