@@ -249,7 +249,9 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
             f"{same_end} of {len(done)}, {len(near_ties)} near-ties taken as the engine took them",
             same_end == len(done),
         ),
-        Bar("prefix-cache hits", shares, True),
+        Bar(
+            "prefix-cache hits", shares, all(figures[one]["prefix_cache_hit_share"] > 0 for one in ("plain", "ngram"))
+        ),
     ]
 
 

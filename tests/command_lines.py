@@ -26,16 +26,10 @@ NO_IDS = ["", "name", "bad id/x", "owner/", "/name", "a/b/c", "owner/na me", "ow
 NO_BRANCHES = ["", "a b", "a..b", "/a", "a/", "-a", "a.lock", "a~b", "a\0b"]
 NO_LICENSES = ["", "Apache 2.0", "MIT", "-", "a\nb"]
 
-NO_POLICIES = [
-    *["", " ", "nowhere.json", "{empty}", "{blank}", "a\0b", "~nobody-has-this-home/p.json", "x" * 300],
-    *[" {", " []", "[]", "null", ' {"a": 1}', ' {"a": ' * 5_000, ' {"num_candidates": 0}', ' {"num_candidates": "4"}'],
-    *[
-        ' {"risk_threshold": NaN}',
-        ' {"risk_threshold": Infinity}',
-        ' {"policy": "observe"}',
-        ' {"seed": -1}',
-    ],
-]
+NO_POLICIES = ["", " ", "nowhere.json", "{empty}", "{blank}", "a\0b", "~nobody-has-this-home/p.json", "x" * 300]
+NO_POLICIES += [" {", " []", "[]", "null", ' {"a": 1}', ' {"a": ' * 5_000]
+NO_POLICIES += [' {"num_candidates": 0}', ' {"num_candidates": "4"}', ' {"policy": "observe"}', ' {"seed": -1}']
+NO_POLICIES += [' {"risk_threshold": NaN}', ' {"risk_threshold": Infinity}']
 
 COMMANDS = {
     "collect": ["{prompts}", "--out", "{new}/a.jsonl", "--label", "safe", "--target", "{target}"],

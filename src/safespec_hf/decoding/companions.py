@@ -15,9 +15,9 @@ from ..drafting.draft_length import DraftCosts, DraftLength
 from ..drafting.router import MakeDrafter
 from ..drafting.states import DFlashDrafter, MtpDrafter, SharedKvDrafter
 from ..engine.evaluating import evaluating
+from ..engine.traits import FAILURES
 from ..errors import UnsupportedRequestError
 from .assistant import Draft
-from .proof import FAILURES
 
 SHARED_KV = ("gemma4_assistant", "gemma4_unified_assistant")
 """Model types of assistants that read the target's keys and values."""

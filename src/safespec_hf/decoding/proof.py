@@ -26,6 +26,7 @@ from ..engine.private_names import attention_name
 from ..engine.tap import main_stream, read_tap
 from ..engine.traits import (
     CACHE_NAMES,
+    FAILURES,
     input_device,
     is_offloaded,
     is_plain,
@@ -40,8 +41,6 @@ NUM_TOKENS, NUM_WRONG = 6, 2
 EXACT, ROUGH = 0.01, 0.25
 """Largest error, relative to the values: in float32, TF32 included, of every position; in coarser formats, where a
 token may be routed to other experts, of the best one of the later half: the first ones have little to read wrongly."""
-FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What the code of a model raises that is given something it does not know."""
 PICKED = {"index_topk": 3, "keep_window_size": 3, "topk_blocks": 2}
 """What modules call the number of places that their attention picks of all before, and how many they may in the proof:
 of thousands a few tokens are all picked, and whether the right ones are would not show."""

@@ -24,18 +24,18 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .packing import Stack, may_pack, own_forward, packed_weights
+from .packing import Stack, is_plain_linear, may_pack, own_forward, packed_weights
 from .private_names import attention_name, has_hooks, is_compiled
 from .sharing import Shared, ThreadSwitch
-from .traits import cache_argument, is_plain
+from .traits import CACHE_NAMES, FAILURES, cache_argument
 
 MAX_GROUPED = 64
 """Tokens of a block up to which heads share keys without a copy: a prompt has kernels of its own."""
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
-_READ = {"hidden_states", "position_embeddings", "attention_mask", "cache", "past_key_values"}
 # of positions only the embeddings count, which the proof makes sure of
-_OF_NO_EFFECT = {"position_ids", "cache_position", "use_cache", "output_hidden_states"}
+_KNOWN = {"hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"}
+_KNOWN |= {*CACHE_NAMES, "use_cache", "output_hidden_states"}
 _FAR = 10**7  # positions at which the proof looks, where whatever depends on them shows
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _PATCHES = Shared()
@@ -111,19 +111,13 @@ def _kind_of(module: nn.Module) -> type[Fused] | None:
     forward = vars(module).get("forward")
     is_free = forward is None or isinstance(forward, kind)  # of another thread's call
     has_own = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
-    is_usual = is_free and not has_own and _agree(first)
-    return kind if is_usual and all(map(_is_plain_linear, [*first, *last])) else None
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or has_hooks(layer):
-        return False
-    return all(is_plain(weight) and weight.device.type == "cpu" for weight in layer.parameters())
+    is_usual = is_free and not has_own
+    are_plain = all(is_plain_linear(layer) and not has_hooks(layer) for layer in [*first, *last])
+    return kind if is_usual and are_plain and _agree(first) else None
 
 
 def _agree(layers: Sequence[Any]) -> bool:
-    kinds = {(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in layers}
-    return len(kinds) == 1 and layers[0].weight.dtype in _TOLERANCE
+    return len({(layer.weight.dtype, layer.weight.shape[1], layer.bias is None) for layer in layers}) == 1
 
 
 class Fused:
@@ -182,7 +176,7 @@ class Fused:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _FUSES.turned(True):
             try:
                 own, ours = self._try_both(module, functools.partial(_draw, generator, weight.dtype), weight.shape[1])
-            except Exception:  # noqa: BLE001  # whatever such a module may want that it was not given
+            except FAILURES:
                 return False
         return all(_is_near(*pair) for pair in zip(own, ours, strict=True))
 
@@ -295,9 +289,7 @@ class FusedAttention(Fused):
 
 
 def _are_known(arguments: Mapping[str, Any]) -> bool:
-    return all(
-        name in _READ or name in _OF_NO_EFFECT or value is None or value is False for name, value in arguments.items()
-    )
+    return all(name in _KNOWN or value is None or value is False for name, value in arguments.items())
 
 
 def _attend_in_groups(

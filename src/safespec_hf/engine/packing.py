@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,10 +225,10 @@ def _plan(
     models: Sequence[nn.Module], stacks: Sequence[Stack], is_wanted: bool | None, is_measured: bool
 ) -> list[tuple[Stack, tuple[str, ...]]]:
     """What to pack, and the layouts of each for [`WIDTHS`]."""
-    if not may_pack(models, is_wanted):
+    layers = [_plain_layers(model) for model in models]
+    if not _may_pack(layers, is_wanted):
         return []
     most_bytes = math.inf if is_wanted else MAX_AUTO_BYTES
-    layers = [_plain_layers(model) for model in models]
     plans: list[tuple[Stack, tuple[str, ...]]] = []
     for model, some in zip(models, layers, strict=True):
         for dtype in {layer.weight.dtype for layer in some}:
@@ -245,13 +245,17 @@ def _plan(
 
 def may_pack(models: Sequence[nn.Module], is_wanted: bool | None = None) -> bool:
     """Whether weights of models are packed where that is faster, for `is_wanted` of [`packed_weights`]."""
+    return _may_pack(map(_plain_layers, models), is_wanted)
+
+
+def _may_pack(layers: Iterable[Sequence[Any]], is_wanted: bool | None) -> bool:
     if is_wanted is not None or torch.is_autocast_enabled("cpu"):
         return bool(is_wanted) and not torch.is_autocast_enabled("cpu")
-    return sum(2 * layer.weight.numel() for model in models for layer in _plain_layers(model)) <= MAX_AUTO_BYTES
+    return sum(2 * layer.weight.numel() for some in layers for layer in some) <= MAX_AUTO_BYTES
 
 
 def _plain_layers(model: nn.Module) -> list[Any]:
-    return [layer for layer in model.modules() if _is_plain_linear(layer)]
+    return [layer for layer in model.modules() if is_plain_linear(layer)]
 
 
 def _divide(layers: Sequence[Any], stacks: Sequence[Stack]) -> list[Stack]:
@@ -307,7 +311,7 @@ def _forward_of(layer: nn.Linear) -> PackedLinear:
     return _FORWARDS.setdefault(layer, PackedLinear(layer)) if known is None else known
 
 
-def _is_plain_linear(layer: Any) -> bool:
+def is_plain_linear(layer: Any) -> bool:
     """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return False

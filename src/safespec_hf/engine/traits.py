@@ -24,6 +24,8 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecod
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What forwards call it, and have called it; the last one is of state-space models."""
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What the code of a model raises that is given something it does not know."""
 WHOLE_CONTEXT = {"full_attention", "global", "indexed_attention"}
 """What configs call a layer that attends to all tokens before."""
 NO_CONTEXT = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
