@@ -190,8 +190,7 @@ class GuardedLLM(LLM):
             for index, (prompt, of_prompt, its_policy) in enumerate(zip(given, all_params, policies, strict=True))
         ]
         for of_prompt in all_params:
-            read = SamplingParams(**of_prompt) if isinstance(of_prompt, Mapping) else of_prompt
-            verify_params(read or SamplingParams(), self.llm_engine.vllm_config)
+            verify_params(of_prompt, self.llm_engine.vllm_config)
         return answers
 
     def _encode(self, prompt: Any) -> list[int]:

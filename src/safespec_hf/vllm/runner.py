@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -11,6 +12,7 @@ import vllm
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMClientError
 
 from ..errors import UnsupportedRequestError
 from .entries import StepRow
@@ -60,13 +62,17 @@ def check_config(config: VllmConfig) -> None:
             raise UnsupportedRequestError(f"Guarded decoding in vLLM does not support {what}.")
 
 
-def verify_params(params: SamplingParams, config: VllmConfig) -> None:
+def verify_params(params: SamplingParams | Mapping[str, Any] | None, config: VllmConfig) -> None:
     """Has vLLM check parameters that it would else check with the first submission, when a stream has begun.
 
     Raises:
-        ValueError: vLLM's own, which names the parameter.
+        UnsupportedRequestError: With vLLM's own words, which name the parameter.
     """
-    params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+    try:
+        read = params if isinstance(params, SamplingParams) else SamplingParams(**(params or {}))
+        read.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+    except (VLLMClientError, TypeError) as error:
+        raise UnsupportedRequestError(str(error)) from error
 
 
 def read_rows(runner: Any, scheduler_output: Any) -> list[StepRow]:
