@@ -123,7 +123,7 @@ def mend_cpu_sampling() -> None:
 
 
 def set_generators_aside(runner: Any) -> dict[int, torch.Generator]:
-    """Takes away the generators of requests that will draw nothing in this step, on CPUs; put them back before the next.
+    """Takes away the generators of requests that will draw nothing in this step. Put them back before the next one.
 
     While a prompt is read in pieces, 0.32.0 draws a token after each, throws it away and winds the request's generator
     back. Generators of CPUs can't be wound back: it raises, and the engine dies of any seeded request.
