@@ -47,7 +47,9 @@ ABLATIONS = (
     "safespec:policy=recover_unreflected",
     "safespec:rollback_segments=0",
     "safespec:candidate_choice=likeliest_safe",
-    "safespec:reflection_scope=recovery,recovery_temperature=0.7",
+    "safespec:false_alarm_margin=null",
+    "safespec:recovery_temperature=1.0",
+    "safespec:reflection_scope=recovery",
 )
 SENSITIVITY = (
     "safespec:num_candidates=20",
@@ -60,7 +62,8 @@ FORCED = (
     "forced",
     "forced:policy=recover_unreflected",
     "forced:candidate_choice=likeliest_safe",
-    "forced:reflection_scope=recovery,recovery_temperature=0.7",
+    "forced:false_alarm_margin=null",
+    "forced:reflection_scope=recovery",
 )
 # the paper's own acceptance, which takes a draft that is a language model
 SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
