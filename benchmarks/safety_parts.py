@@ -57,6 +57,7 @@ SENSITIVITY = (
     "safespec:operating_point=permissive",
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
+EXACT = "float32"  # in bfloat16 drafts change roundings, and now and then a word, with or without a head
 # what a false alarm costs, by how the answer goes on
 FORCED = (
     "forced",
@@ -79,6 +80,8 @@ class Part(NamedTuple):
     batch_size: int
     draft: str | None = None
     """A language model that drafts instead of the default draft."""
+    dtype: str | None = None
+    """Of target and draft, where it is not that of the others."""
 
 
 class WordGuard:
@@ -141,5 +144,8 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     # files of their own: what goes together in a batch is part of an answer's settings
     singly = {name: [*prompts] for name, prompts in of("attacks", "benign", limit=options.single).items()}
     yield part("singly", SINGLY, singly, 1)
+    if options.dtype != EXACT:
+        own = [spec for spec in SINGLY if not options.method or spec in options.method]
+        yield Part("agreement", "agreement.jsonl", tuple(own), of("benign", "tasks"), 8, dtype=EXACT)
     if options.segment_draft is not None:
         yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)
