@@ -254,6 +254,62 @@ def test_an_answer_without_a_limit_ends_one_place_before_the_context(target, nev
     assert not any(math.isnan(risk) for risk in result.risks[:-1])
 
 
+@pytest.mark.parametrize("scope", ["recovery", "answer"])
+def test_the_context_may_end_anywhere_in_a_recovery(target, head, tokenizer, scope):
+    engine, wanted = FakeEngine(target, head, tokenizer), []
+    add = engine.add
+
+    def note(key, prompt_ids, params):
+        wanted.append(len(prompt_ids) + params["max_tokens"])
+        add(key, prompt_ids, params)
+
+    engine.add = note
+    given = [prompts(1, MAX_LEN - 2 - left)[0] for left in range(40)]
+    head.config.risk_threshold *= 0.9  # so that many are flagged, and some have no safe candidate
+    results = answer_all(
+        target, head, tokenizer, given, {"temperature": 0.0}, engine=engine, reflection_scope=scope, max_recoveries=2
+    )
+    outcomes = {event.outcome for result in results for event in result.events}
+    assert {"recovered", "refused"} <= outcomes
+    assert max(wanted) <= MAX_LEN
+    assert all(result.failure is None for result in results)
+    threshold = head.config.risk_threshold
+    assert not any(risk >= threshold for result in results for risk in result.risks)
+    # the refusal alone may go beyond: nobody reads on after it
+    spoken = [
+        len(prompt) + sum(origin is not Provenance.REFUSAL for origin in result.provenance)
+        for prompt, result in zip(given, results, strict=True)
+    ]
+    assert max(spoken) <= MAX_LEN - 1
+    assert engine.states.report()["num_entries"] == 0
+
+
+def seeds_of(head, tokenizer, seed, policy_seed=None):
+    """Of a recovery's candidates, and of what follows."""
+    guard = make_guard(head, tokenizer, **POLICY | {"seed": policy_seed, "reflection_scope": "answer"})
+    answer = guard.request("a", prompts(1)[0], {"max_tokens": 30, "temperature": 1.0, "seed": seed})
+    (first,) = answer.begin()
+    answer.feed(first.key, [11, RESERVED])
+    sampled = answer.advance({first.key: record([11], [0.99])})
+    return [first.params.get("seed"), *(one.params["seed"] for one in sampled)]
+
+
+def test_what_follows_a_flag_is_drawn_from_the_seed_of_the_request_unless_the_policy_has_one(head, tokenizer):
+    assert seeds_of(head, tokenizer, 7) == seeds_of(head, tokenizer, 7) == [7, 8, 9, 10]
+    assert seeds_of(head, tokenizer, 7, policy_seed=100) == [7, 101, 102, 103]
+    assert seeds_of(head, tokenizer, None) != seeds_of(head, tokenizer, None)
+
+
+def test_a_policy_that_the_engine_cant_sample_is_refused(head, tokenizer):
+    with pytest.raises(UnsupportedRequestError, match="recovery_temperature"):
+        make_guard(head, tokenizer, recovery_temperature=2.5).request("a", prompts(1)[0], GREEDY)
+
+
+def test_an_empty_stop_text_is_refused(head, tokenizer):
+    with pytest.raises(UnsupportedRequestError, match="`stop`"):
+        make_guard(head, tokenizer).request("a", prompts(1)[0], GREEDY | {"stop": ["w10", ""]})
+
+
 def test_a_stop_string_ends_the_answer_after_the_token_that_completes_it(target, never, tokenizer):
     (plain,) = answer_all(target, never, tokenizer, prompts(1))
     word = tokenizer.decode([plain.token_ids[3]])

@@ -30,7 +30,7 @@ from ..decoding.outcome import attempt_event, end_answer, insert_reflection, roo
 from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecStatistics
 from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, risks_of, why_untrusted
-from .sampling import Sampling
+from .sampling import Sampling, shifted_seed
 from .spec import ARGUMENT, LOST_STATE, CandidateOrder, RiskRecord
 
 MAX_REREADS = 2
@@ -252,11 +252,11 @@ class GuardedRequest:
             steer_ids=sorted(row.flagged_first_tokens.get(recovery.flag.kept, ())),
             penalty=policy.flagged_token_penalty,
         )
-        seed = self.plan.seeds[0] + self._num_submitted
         arguments = self.sampling.arguments | {"temperature": policy.recovery_temperature, "logprobs": 0}
+        seeds = [shifted_seed(self.plan.seeds[0], self._num_submitted + number) for number in range(num)]
         return [
-            self._submit(number, recovery.room + 1, arguments | {"seed": seed + number}, order, aside, is_reread)
-            for number in range(num)
+            self._submit(number, recovery.room + 1, arguments | {"seed": seed}, order, aside, is_reread)
+            for number, seed in enumerate(seeds)
         ]
 
     def _aside(self) -> list[int]:
@@ -355,7 +355,7 @@ class GuardedRequest:
         self._num_before, self._is_forced = row.num_settled, False
         arguments = dict(self.sampling.arguments)
         if self.sampling.seed is not None and not self.sampling.is_greedy:
-            arguments["seed"] = self.sampling.seed + self._num_submitted
+            arguments["seed"] = shifted_seed(self.sampling.seed, self._num_submitted)
         # one token more than there is room for: that it comes tells that the last one is safe
         room = min(row.room, self.plan.max_context - row.num_context)
         return [self._submit(-1, 1 + max(room, 0), arguments, None, [], is_reread)]
