@@ -126,13 +126,13 @@ def run_evaluation(
 
 
 def warm_up(engine: Engine, methods: Sequence[Method]) -> None:
-    """A short answer by each guarded method.
+    """A short answer by each method, but for those that only read what the target alone said.
 
     What a first call does once, such as packing weights, is no answer's cost; and a policy that this target and draft
-    can't have is told now, not after hours.
+    can't have, or an expert that does not fit, is told now, not after hours.
     """
     short = replace(engine, max_new_tokens=2)
-    for method in {method.name: method for method in methods if method.needs_head}.values():
+    for method in {method.name: method for method in methods if not method.uses_undefended}.values():
         method.answer(short, Turn([[{"role": "user", "content": WARM_UP}]], [WARM_UP], 0, []))
 
 
