@@ -15,6 +15,7 @@ from safespec_hf.evaluation.methods import Turn
 from safespec_hf.evaluation.safedecoding import ExpertMixture, load_expert, mix
 from safespec_hf.evaluation.specs import parse_method
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft
 CHATS = [[{"role": "user", "content": text}] for text in ("w10 think", "w11 w12 w13 think", "w14")]
 LORA = {"task_type": "CAUSAL_LM", "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"], "r": 4}
 

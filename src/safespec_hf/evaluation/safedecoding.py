@@ -31,6 +31,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..decoding.assistant import check_tokenizers, fit, local_tokenizer
 from ..drafting.drafters import fit_vocabulary
+from ..engine.traits import CACHE_NAME
 from ..errors import SafeSpecError
 from ..heads.loading import explain_hub_error, hub_arguments
 from ..training.collect import pad_left
@@ -117,11 +118,11 @@ class ExpertMixture(LogitsProcessor):
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
-            past_key_values=self._cache,
             output_logits=True,
             return_dict_in_generate=True,
+            **({} if self._cache is None else {CACHE_NAME: self._cache}),
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE_NAME)
         expert_BV = fit_vocabulary(output.logits[0], scores.shape[1]).to(scores)
         return cast("torch.FloatTensor", mix(scores, expert_BV, self.alpha, self.num_common))
 
