@@ -40,18 +40,19 @@ def test_more_forwards_never_find_less(steep):
 
 
 def test_the_risk_is_that_of_the_guarded_loop_and_the_answer_the_target_s_own(steep):
-    found = search_suffix(steep, CHAT, SMALL)
+    policy = SafeSpecConfig(**tiny.FIELDS)
+    found = search_suffix(steep, CHAT, SMALL, policy)
     asked = [{"role": "user", "content": f"w10 think {found.best.text}"}]
     short = dataclasses.replace(steep, max_new_tokens=8)
     (plain,) = short.plain([asked])
-    (guarded,) = short.guarded([asked], SafeSpecConfig(**tiny.FIELDS, risk_threshold=found.best.risk + 1e-4))
+    (guarded,) = short.guarded([asked], dataclasses.replace(policy, risk_threshold=found.best.risk + 1e-4))
     assert guarded.tokens == plain.tokens  # nothing was flagged
     assert guarded.risk_max == pytest.approx(found.best.risk, abs=1e-5)
-    (flagged,) = short.guarded([asked], SafeSpecConfig(**tiny.FIELDS, risk_threshold=found.best.risk - 1e-4))
+    (flagged,) = short.guarded([asked], dataclasses.replace(policy, risk_threshold=found.best.risk - 1e-4))
     assert flagged.events
     example = Example(id="0", messages=tuple(asked), response=plain.text)
     head = steep.model.safety.head
-    ((_, risks),) = score_answers(steep.model, steep.tokenizer, head, [example])
+    ((_, risks),) = score_answers(steep.model, steep.tokenizer, head, [example], policy=policy)
     assert risks.max().item() == pytest.approx(found.best.risk, abs=1e-5)
 
 
