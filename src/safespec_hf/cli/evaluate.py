@@ -19,6 +19,7 @@ METHOD_HELP = (
 HEAD_HELP = "Folder or Hub id. Default: the default target's own, else none."
 GUARD_HELP = "For guard_finished and guard_every_n: as --judge of report-evaluation."
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
+DRAFT_HEAD_HELP = "Of --draft, a language model: sorts out candidates before the target reads them. Default: none."
 ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces, suffix. Repeatable."
 FORWARDS_HELP = "Of the target, for each prompt of --attacker suffix. Default: 300."
 JUDGE_HELP = (
@@ -48,6 +49,7 @@ SuffixForwards = Annotated[
 ]
 EvaluatedHead = Annotated[str | None, typer.Option(parser=parse_name, metavar="HEAD", help=HEAD_HELP)]
 Draft = Annotated[str | None, typer.Option(parser=parse_name, metavar="DRAFT", help=DRAFT_HELP)]
+DraftsHead = Annotated[str | None, typer.Option(parser=parse_name, metavar="HEAD", help=DRAFT_HEAD_HELP)]
 Guard = Annotated[str | None, typer.Option(parser=parse_name, metavar="JUDGE", help=GUARD_HELP)]
 
 
@@ -64,6 +66,7 @@ def evaluate(
     target: Target = None,
     head: EvaluatedHead = None,
     draft: Draft = None,
+    draft_head: DraftsHead = None,
     guard: Guard = None,
     chat_template: ChatTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Of an answer.")] = 128,
@@ -99,7 +102,7 @@ def evaluate(
     methods = [parse_method(spec, judge) for spec in method or DEFAULT_METHODS]
     check_writable_file(out)
     needs_head = searches or any(one.needs_head for one in methods)
-    engine = _load_engine(target, head, draft, dtype, chat_template, needs_head=needs_head)
+    engine = _load_engine(target, head, draft, draft_head, dtype, chat_template, needs_head=needs_head)
     engine.max_new_tokens = max_new_tokens
     if searches:
         sets |= attack_by_suffix(engine, plain, out.with_name(out.name + SUFFIXES), search)
@@ -111,6 +114,7 @@ def _load_engine(
     target: str | None,
     head: str | None,
     draft: str | None,
+    draft_head: str | None,
     dtype: str,
     chat_template: str | None,
     *,
@@ -126,13 +130,19 @@ def _load_engine(
         raise SafeSpecError(
             "Guarded methods and `--attacker suffix` need the target's head: `--head FOLDER`, or an id on the Hub."
         )
+    if draft_head is not None and (not needs_head or draft in (None, "lookup", "none")):
+        raise SafeSpecError(
+            "`--draft-head` needs a language model that drafts, `--draft MODEL`, and a guarded method."
+        )
+    screen = SafetyHead.from_pretrained(draft_head) if draft_head is not None else None
     processes()  # each process takes its own device, before anything is put on one
     safety_head = SafetyHead.from_pretrained(head) if head is not None else None
     model, tokenizer = load_target(target, dtype, chat_template)
-    if needs_head:
-        attach_safety_head(model, safety_head or load_default_head(), tokenizer=tokenizer)
     is_lookup = draft == "lookup"
     drafter = None if is_lookup else load_draft(draft, model, is_default_target=target is None)
+    if needs_head:
+        attached = {} if screen is None else {"draft": drafter, "draft_head": screen}
+        attach_safety_head(model, safety_head or load_default_head(), tokenizer=tokenizer, **attached)
     return Engine(model=model, tokenizer=tokenizer, draft=drafter, lookup_tokens=5 if is_lookup else None)
 
 

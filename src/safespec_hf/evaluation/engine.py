@@ -156,7 +156,8 @@ class Engine:
     def with_head(self, head: SafetyHead) -> Iterator[None]:
         """Another head on the target, for a while."""
         own = check_guarded(self.model).safety
-        known: Any = {"tokenizer": own.tokenizer, "policy": own.policy, "ignore_mismatches": own.ignore_mismatches}
+        names = ("tokenizer", "policy", "ignore_mismatches", "draft", "draft_head")
+        known: Any = {name: getattr(own, name) for name in names}
         attach_safety_head(self.model, head, **known)
         try:
             yield

@@ -157,7 +157,8 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """All that answers depend on: of all of them, of each method, and of each set."""
     model, draft = engine.model, engine.draft
-    head = model.safety.head if isinstance(model, GuardedModel) else None
+    heads = (model.safety.head, model.safety.draft_head) if isinstance(model, GuardedModel) else (None, None)
+    head, draft_head = (None if one is None else _describe_head(one) for one in heads)
     common = {
         **asdict(settings),
         "max_new_tokens": engine.max_new_tokens,
@@ -166,7 +167,8 @@ def describe(
         "weights": hash_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(str(engine.tokenizer.chat_template).encode()).hexdigest()[:16],
-        "head": None if head is None else _describe_head(head),
+        "head": head,
+        "draft_head": draft_head,
         "draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft),
     }
     return {
