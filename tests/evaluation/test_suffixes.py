@@ -6,14 +6,16 @@ import tiny
 import torch
 
 from safespec_hf import SafeSpecConfig, SafeSpecError
+from safespec_hf.answer.segments import find_boundaries
 from safespec_hf.evaluation import suffixes
 from safespec_hf.evaluation.attackers import SUFFIX, attack
 from safespec_hf.evaluation.suffixes import SuffixSettings, attack_by_suffix, search_suffix
-from safespec_hf.training.data import Example
-from safespec_hf.training.hidden import score_answers
+from safespec_hf.training.hidden import Encoded, score_texts
 
 CHAT = [{"role": "user", "content": "w10 think"}]
 SMALL = SuffixSettings(num_tokens=3, num_forwards=120, num_at_once=4, max_new_tokens=8, enough=0.0)
+
+FEW = dataclasses.replace(SMALL, num_forwards=30)
 
 
 @pytest.fixture
@@ -50,9 +52,8 @@ def test_the_risk_is_that_of_the_guarded_loop_and_the_answer_the_target_s_own(st
     assert guarded.risk_max == pytest.approx(found.best.risk, abs=1e-5)
     (flagged,) = short.guarded([asked], dataclasses.replace(policy, risk_threshold=found.best.risk - 1e-4))
     assert flagged.events
-    example = Example(id="0", messages=tuple(asked), response=plain.text)
-    head = steep.model.safety.head
-    ((_, risks),) = score_answers(steep.model, steep.tokenizer, head, [example], policy=policy)
+    text, boundaries = Encoded(short.encode([asked])[0], plain.tokens), find_boundaries(steep.tokenizer)
+    ((_, risks),) = score_texts(steep.model, [steep.model.safety.head], [text], boundaries, policy)
     assert risks.max().item() == pytest.approx(found.best.risk, abs=1e-5)
 
 
@@ -86,7 +87,7 @@ def test_a_suffix_has_no_special_token_and_no_broken_character(engine):
 
 def test_each_attack_is_asked_with_its_own_suffix_and_a_killed_search_goes_on(steep, sets, tmp_path, monkeypatch):
     cache = tmp_path / "suffixes.jsonl"
-    attacked = attack_by_suffix(steep, sets, cache, SMALL)
+    attacked = attack_by_suffix(steep, sets, cache, FEW)
     rows = [json.loads(line) for line in cache.read_text().splitlines()]
     assert list(attacked) == ["attack@suffix"]
     for plain, prompt, row in zip(sets["attack"], attacked["attack@suffix"], rows, strict=True):
@@ -97,9 +98,9 @@ def test_each_attack_is_asked_with_its_own_suffix_and_a_killed_search_goes_on(st
     cache.write_bytes(b"".join(lines[:3]) + lines[3][:20])
     searched = []
     monkeypatch.setattr(suffixes, "search_suffix", lambda *one: searched.append(one) or search_suffix(*one))
-    assert attack_by_suffix(steep, sets, cache, SMALL) == attacked
+    assert attack_by_suffix(steep, sets, cache, FEW) == attacked
     assert len(searched) == 2
-    attack_by_suffix(steep, sets, cache, dataclasses.replace(SMALL, num_forwards=40))
+    attack_by_suffix(steep, sets, cache, dataclasses.replace(FEW, num_forwards=18))
     assert len(searched) == 7  # another budget is another search
 
 
