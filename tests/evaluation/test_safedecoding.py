@@ -86,8 +86,10 @@ def test_the_first_tokens_are_those_of_the_mixture_and_the_others_the_target_s(e
     assert [reply.text for reply in replies] != [reply.text for reply in engine.plain(CHATS)]
 
 
-def test_padded_rows_have_the_positions_of_unpadded_ones():
+@pytest.mark.parametrize("kind_of_cache", [None, "static"])
+def test_padded_rows_have_the_positions_of_unpadded_ones(kind_of_cache):
     target, other = tiny.build_model("gpt2"), tiny.build_model("gpt2", seed=4)
+    other.generation_config.cache_implementation = kind_of_cache
     ids = torch.tensor([[0, 0, 11, 12], [13, 14, 15, 16]])
     mask = (ids > 0).long()
     mixture = LogitsProcessorList([ExpertMixture(other, mask, 3.0, 3, 5)])

@@ -122,7 +122,9 @@ class ExpertMixture(LogitsProcessor):
             return_dict_in_generate=True,
             **({} if self._cache is None else {CACHE_NAME: self._cache}),
         )
-        self._cache = getattr(output, CACHE_NAME)
+        # where a config names a kind of cache, `generate` takes no other and makes it no longer than this call needs
+        is_free = self.expert.generation_config.cache_implementation is None
+        self._cache = getattr(output, CACHE_NAME) if is_free else None
         expert_BV = fit_vocabulary(output.logits[0], scores.shape[1]).to(scores)
         return cast("torch.FloatTensor", mix(scores, expert_BV, self.alpha, self.num_common))
 
