@@ -141,7 +141,7 @@ def _load_engine(
     is_lookup = draft == "lookup"
     drafter = None if is_lookup else load_draft(draft, model, is_default_target=target is None)
     if needs_head:
-        attached = {} if screen is None else {"draft": drafter, "draft_head": screen}
+        attached: dict[str, Any] = {} if screen is None else {"draft": drafter, "draft_head": screen}
         attach_safety_head(model, safety_head or load_default_head(), tokenizer=tokenizer, **attached)
     return Engine(model=model, tokenizer=tokenizer, draft=drafter, lookup_tokens=5 if is_lookup else None)
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..decoding.assistant import check_tokenizers, fit, local_tokenizer
 from ..drafting.drafters import fit_vocabulary

@@ -175,7 +175,7 @@ def attack_by_suffix(
     """
     settings, path, state = settings or SuffixSettings(), Path(cache), processes()
     head = check_guarded(engine.model).safety.head
-    common = [asdict(settings), hash_weights(engine.model), hash_weights(head), str(engine.model.dtype)]
+    common: list[Any] = [asdict(settings), hash_weights(engine.model), hash_weights(head), str(engine.model.dtype)]
     common += [head.config.risk_threshold, engine.tokenizer.chat_template, engine.max_prompt_tokens]
     attacked = {name: prompts for name, prompts in sets.items() if prompts[0].kind == "attacks"}
     keys = {_key(common, prompt): prompt for prompts in attacked.values() for prompt in prompts}
