@@ -25,7 +25,7 @@ from provenance import write_json
 from rich.console import Console
 from rich.table import Table
 from safety_bars import BEGIN, END, find_bars, searched, to_page
-from safety_parts import Part, load_guard, parts
+from safety_parts import EXACT, Part, load_guard, parts
 
 from safespec_hf import load_default
 from safespec_hf.cli.loading import load_draft
@@ -61,9 +61,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument(
-        "--only", help="comma-separated parts: methods, a forced flag, ablations, singly, suffix, segments"
-    )
+    known = "methods, a forced flag, ablations, singly, suffix, agreement, segments"
+    parser.add_argument("--only", help=f"comma-separated parts: {known}")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
     parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
@@ -86,10 +85,12 @@ def read_options() -> argparse.Namespace:
 
 def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
     """Lets all methods answer, as far as they have not yet."""
-    model, tokenizer, draft = load_default(dtype=getattr(torch, options.dtype))
-    engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
-    guard = load_guard(options)
+    guard, loaded = load_guard(options), None
     for part in todo:
+        if loaded != (dtype := part.dtype or options.dtype):
+            model, tokenizer, draft = load_default(dtype=getattr(torch, dtype))
+            engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
+            loaded = dtype
         engine.draft = draft if part.draft is None else load_draft(part.draft, model, is_default_target=True)
         print(f"{part.name}: {', '.join(part.methods)}", flush=True)
         methods = [parse_method(spec, guard) for spec in part.methods]
@@ -156,7 +157,8 @@ def main() -> int:
     nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
     nothing |= {"attacks": {"": []}, "recovery": {}}
     main_results, singly = results.get("answers.jsonl", nothing), results.get("singly.jsonl", nothing)
-    figures = find_bars(main_results, singly, count_hours(options, todo))
+    exact = main_results if options.dtype == EXACT else results.get("agreement.jsonl", nothing)
+    figures = find_bars(main_results, singly, exact, count_hours(options, todo))
     figures += searched(results.get("suffix.jsonl", nothing))
     show(figures, options.short)
     if options.out:

@@ -47,7 +47,9 @@ ABLATIONS = (
     "safespec:policy=recover_unreflected",
     "safespec:rollback_segments=0",
     "safespec:candidate_choice=likeliest_safe",
-    "safespec:reflection_scope=recovery,recovery_temperature=0.7",
+    "safespec:false_alarm_margin=null",
+    "safespec:recovery_temperature=1.0",
+    "safespec:reflection_scope=recovery",
 )
 SENSITIVITY = (
     "safespec:num_candidates=20",
@@ -57,12 +59,14 @@ SENSITIVITY = (
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
 SEARCHED = ("target", OURS, "refuse")  # against a suffix that was searched for with the head at hand
 NUM_SEARCHED = 16
+EXACT = "float32"  # in bfloat16 drafts change roundings, and now and then a word, with or without a head
 # what a false alarm costs, by how the answer goes on
 FORCED = (
     "forced",
     "forced:policy=recover_unreflected",
     "forced:candidate_choice=likeliest_safe",
-    "forced:reflection_scope=recovery,recovery_temperature=0.7",
+    "forced:false_alarm_margin=null",
+    "forced:reflection_scope=recovery",
 )
 # the paper's own acceptance, which takes a draft that is a language model
 SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
@@ -80,6 +84,8 @@ class Part(NamedTuple):
     """A language model that drafts instead of the default draft."""
     has_suffixes: bool = False
     """Whether the requests get suffixes that are searched for with the target and its head."""
+    dtype: str | None = None
+    """Of target and draft, where it is not that of the others."""
 
 
 class WordGuard:
@@ -147,5 +153,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     yield part("singly", SINGLY, singly, 1)
     if plain := {name: [*prompts][:NUM_SEARCHED] for name, prompts in sets.items() if name == PLAIN_ATTACK}:
         yield Part("suffix", "suffix.jsonl", chosen_of(SEARCHED), plain, options.batch_size, has_suffixes=True)
+    if options.dtype != EXACT:
+        yield Part("agreement", "agreement.jsonl", chosen_of(SINGLY), of("benign", "tasks"), 8, dtype=EXACT)
     if options.segment_draft is not None:
         yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)

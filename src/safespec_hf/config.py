@@ -199,6 +199,11 @@ class SafeSpecConfig:
             Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
             token, of those that are below the threshold by `safe_margin`; the safest where there is none.
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
+        false_alarm_margin (`float`, *optional*, defaults to 0.5):
+            The first flag of an answer is put to the test: the candidates are sampled without the reflection, and if
+            every one of them stays at or below threshold * (1 - margin), it was a false alarm, and the likeliest of
+            them is taken. If one does not, the flag is confirmed, and the reflection follows. In [0, 1); `None`
+            reflects at every flag, as in the paper. A single candidate proves nothing, and tests nothing.
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
@@ -208,7 +213,7 @@ class SafeSpecConfig:
             let more harm through where that was measured.
         keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
-        recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
+        recovery_temperature (`float`, defaults to 0.7): Temperature of candidate sampling, > 0.
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
         flagged_token_penalty (`float`, defaults to 3.0):
@@ -265,12 +270,13 @@ class SafeSpecConfig:
     candidates_per_batch: int | None = None
     candidate_choice: CandidateChoice = "safest"
     safe_margin: float = 0.2
+    false_alarm_margin: float | None = 0.5
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     reflection_scope: ReflectionScope = "answer"
     keep_reflection: bool = False
     refusal: str = DEFAULT_REFUSAL
-    recovery_temperature: float = 1.0
+    recovery_temperature: float = 0.7
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None
@@ -318,6 +324,8 @@ class SafeSpecConfig:
         check_value("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
         check_value("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
         check_value("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
+        margin = self.false_alarm_margin
+        check_value("false_alarm_margin", margin, margin is None or 0 <= margin < 1, "in [0, 1) or None")
         defaults = {field.name: field.default for field in fields(self)}
         for name, meant in STANDS_FOR[policy].items():
             value, default = getattr(self, name), defaults[name]

@@ -41,8 +41,9 @@ class SafeSpecEvent:
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
         outcome (`str`):
-            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`, or with `policy="observe"`
-            `"observed"` (nothing was done).
+            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`; of a test for a false alarm,
+            whose candidates read no reflection, `"dismissed"` or `"confirmed"`; with `policy="observe"` `"observed"`
+            (nothing was done).
         num_safe_candidates (`int`): Candidates of which every token is safe.
         num_unsafe_candidates (`int`):
             Those with an unsafe token, or in which no token was possible. The rest ended early while they were safe,

@@ -123,6 +123,45 @@ def test_what_cant_be_guarded_is_refused_and_nothing_stays(llm, prompts):
     assert llm.report()[0]["num_entries"] == 0
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperatur": 0.0},
+        {"ignore_eos": True},
+        {"max_tokens": 0},
+        {"logit_bias": {1000: 1.0}},
+        {"stop_token_ids": [-1]},
+        {"temperature": 3.0},
+        SamplingParams(trace_decode_token_ids=[4]),
+        SamplingParams(extra_args={"safespec": "{}"}),
+        SamplingParams(repetition_penalty=1e-46),
+        SamplingParams(n=2),
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_so_is_what_is_wrong_with_the_last_of_several_prompts(llm, prompts, params, monkeypatch):
+    monkeypatch.setattr(llm.llm_engine, "step", lambda: pytest.fail("a step was made"))
+    with pytest.raises(
+        ValueError, match=r"temperatur|ignore_eos|max_tokens|logit_bias|stop_token|trace|extra|repet|n=2"
+    ):
+        answer(llm, prompts[:2], [SamplingParams(max_tokens=4), params])
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], {"prompt": "w10"}, {"prompt_token_ids": [10], "multi_modal_data": {}}], ids=str
+)
+def test_prompts_of_another_kind_are_refused(llm, prompt):
+    with pytest.raises(UnsupportedRequestError, match="prompt"):
+        answer(llm, [prompt])
+
+
+@pytest.mark.parametrize("name", ["beam_search", "encode", "embed", "enqueue", "update_weights"])
+def test_no_other_method_gives_anything(llm, name):
+    with pytest.raises(UnsupportedRequestError, match="`generate` and `chat`"):
+        getattr(llm, name)(["w10"])
+
+
 def test_an_interrupted_call_leaves_nothing_in_the_engine(llm, prompts, monkeypatch):
     steps, step = iter(range(3)), llm.llm_engine.step
 
@@ -141,7 +180,13 @@ def test_an_interrupted_call_leaves_nothing_in_the_engine(llm, prompts, monkeypa
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("pipeline_parallel_size", 2), ("async_scheduling", True), ("enable_lora", True), ("worker_cls", "other.Worker")],
+    [
+        ("pipeline_parallel_size", 2),
+        ("async_scheduling", True),
+        ("enable_lora", True),
+        ("worker_cls", "other.Worker"),
+        ("logits_processors", ["other:Processor"]),
+    ],
 )
 def test_engines_that_cant_be_guarded_do_not_start(parts, option, value):
     folder = parts[2]

@@ -68,6 +68,16 @@ class Plan:
         is_likeliest = policy.candidate_choice == "likeliest_safe"
         return self.risk_threshold * (1 - policy.safe_margin) if is_likeliest else None
 
+    @property
+    def harmless(self) -> float:
+        """Up to which risk of all candidates without a reflection a flag counts as a false alarm."""
+        return self.risk_threshold * (1 - (self.policy.false_alarm_margin or 0.0))
+
+    def tests(self, row: Row) -> bool:
+        """Whether a flag of this answer is put to the test: its first, where a reflection would follow."""
+        is_wanted = self.policy.false_alarm_margin is not None and self.policy.num_candidates > 1
+        return is_wanted and bool(self.reflection_ids) and not row.events
+
 
 def check_context(rows: Sequence[Row], plan: Plan) -> None:
     """Raises for answers that the target has no positions for.

@@ -11,7 +11,7 @@ import time
 import torch
 
 from ..answer.logits import SafeSpecLogitsProcessor
-from ..answer.recovery import Choice, batch_sizes, choose, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step
 from ..answer.rows import Row
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
@@ -61,8 +61,11 @@ class SafetyMode:
             flag ([`Flag`]): Why.
         """
         policy, room = self.plan.policy, room_for_candidate(row, self.plan)
-        if policy.reflection_stays and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            insert_reflection(row, self.plan)
+        if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            if self.plan.tests(row) and self._dismiss(index, row, flag, room):
+                return
+            if policy.reflection_stays:
+                insert_reflection(row, self.plan)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             row.num_recoveries += 1
             self.statistics.num_recovery_attempts += 1
@@ -88,6 +91,26 @@ class SafetyMode:
         row.flagged_first_tokens.setdefault(flag.kept, set()).update(firsts)
         return False
 
+    def _dismiss(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
+        """Tests a flag by candidates without a reflection: if all of them are harmless, the likeliest is taken.
+
+        They are the target's own: what another model would say does not tell whether this one is about to do harm.
+        """
+        limit, tried = self.plan.harmless, list[CandidateScores]()
+        self.statistics.num_recovery_attempts += 1
+        for num in batch_sizes(self.plan.policy.num_candidates, self.plan.policy.candidates_per_batch):
+            scores = CandidateScores(row, self.monitor, self.plan.risk_threshold, limit, all_up_to=limit)
+            scorer = self._sample(index, row, flag, max_tokens, scores, num, is_test=True)
+            tried.append(scores)
+            if not is_harmless(scores.worst(), limit):
+                row.events.append(attempt_event(row, flag, tried, max_tokens, is_test=True))
+                return False
+        row.num_recoveries += 1
+        choice = choose(scores.worst(), scores.log_probs, self.plan.risk_threshold, limit)
+        row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate, is_test=True))
+        self._take(index, row, scores, scorer, choice.candidate)
+        return True
+
     def _take(self, index: int, row: Row, scores: CandidateScores, scorer: CachedModel, candidate: int) -> None:
         """The row goes on with a candidate."""
         start = self.target.lengths[index]
@@ -107,7 +130,15 @@ class SafetyMode:
         self.drafter.keep(lengths)
 
     def _sample(
-        self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores, num_candidates: int
+        self,
+        index: int,
+        row: Row,
+        flag: Flag,
+        max_tokens: int,
+        scores: CandidateScores,
+        num_candidates: int,
+        *,
+        is_test: bool = False,
     ) -> CachedModel:
         """Samples candidate segments in one batch, and scores them; returns the target's cache of them.
 
@@ -115,8 +146,8 @@ class SafetyMode:
         the answer goes on from, is what the caller will have.
         """
         start, policy = time.perf_counter(), self.plan.policy
-        aside = () if policy.reflection_stays else self.plan.reflection_ids
-        is_target = policy.candidate_source == "target"
+        aside = () if is_test or policy.reflection_stays else self.plan.reflection_ids
+        is_target = is_test or policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
