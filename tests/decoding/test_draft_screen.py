@@ -17,7 +17,7 @@ from safespec_hf import (
 from safespec_hf.decoding import safety_mode
 from safespec_hf.decoding.draft_screen import DraftScreen, choose_promising
 
-MANY = dataclasses.replace(POLICY, num_candidates=8, recovery_temperature=2.0)
+MANY = dataclasses.replace(POLICY, num_candidates=8, recovery_temperature=2.0, false_alarm_margin=None)
 PROMPTS = torch.tensor([[12, 18, 24, 13], [20, 21, 30, 11], [33, 14, 15, 35]])
 
 
@@ -94,6 +94,15 @@ def test_candidates_in_batches_and_a_reflection_aside_are_screened_as_well(targe
     output = answer(target, tokenizer, noisy, draft, build_noisy_head(draft), policy)
     assert output.statistics.num_screened_candidates > 0
     assert not (output.risks >= noisy.config.risk_threshold).any()
+
+
+def test_candidates_by_which_a_flag_is_tested_are_all_read(target, tokenizer, noisy, draft):
+    head = build_noisy_head(draft)
+    head.config.risk_threshold = 1e-9
+    output = answer(target, tokenizer, noisy, draft, head, dataclasses.replace(MANY, false_alarm_margin=0.5))
+    tested, *later = output.events[0]
+    assert len(tested.candidate_risks) == 8
+    assert {len(event.candidate_risks) for event in later if event.outcome in ("retried", "recovered")} <= {1}
 
 
 @pytest.mark.parametrize("other", ["assistant_model", "prompt_lookup_num_tokens", "target"])
