@@ -64,6 +64,12 @@ def beaten(table: Table) -> list[Figure]:
     return figures
 
 
+def searched(results: Mapping[str, Any]) -> list[Figure]:
+    """What a suffix that was searched for with the head at hand gets through; nothing where none was."""
+    judged = next(iter(results["attacks"].values()))
+    return [Figure(f"ASR against a searched suffix, {row['method']}", _known(row["ASR"])) for row in judged]
+
+
 def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:
     """The tables of the page, from what is in the JSON."""
     verdicts = [

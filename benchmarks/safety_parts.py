@@ -57,6 +57,8 @@ SENSITIVITY = (
     "safespec:operating_point=permissive",
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
+SEARCHED = ("target", OURS, "refuse")  # against a suffix that was searched for with the head at hand
+NUM_SEARCHED = 16
 EXACT = "float32"  # in bfloat16 drafts change roundings, and now and then a word, with or without a head
 # what a false alarm costs, by how the answer goes on
 FORCED = (
@@ -80,6 +82,8 @@ class Part(NamedTuple):
     batch_size: int
     draft: str | None = None
     """A language model that drafts instead of the default draft."""
+    has_suffixes: bool = False
+    """Whether the requests get suffixes that are searched for with the target and its head."""
     dtype: str | None = None
     """Of target and draft, where it is not that of the others."""
 
@@ -132,20 +136,24 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     def part(
         name: str, methods: Sequence[str], chosen: dict[str, list[Prompt]], batch_size: int | None = None
     ) -> Part:
-        known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
-        known = [spec for spec in known if not options.method or spec in options.method]
         file = "answers" if batch_size is None else name
-        return Part(name, f"{file}.jsonl", tuple(known), chosen, batch_size or options.batch_size)
+        return Part(name, f"{file}.jsonl", chosen_of(methods), chosen, batch_size or options.batch_size)
 
-    yield part("methods", METHODS, sets)
+    def chosen_of(methods: Sequence[str]) -> tuple[str, ...]:
+        known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
+        return tuple(spec for spec in known if not options.method or spec in options.method)
+
+    expert = [] if options.expert is None else ["safedecoding:" + json.dumps({"expert": options.expert})]
+    yield part("methods", [*METHODS, *expert], sets)
     yield part("a forced flag", FORCED, of("benign"))
     if attacked := of("attacks", "borderline"):
         yield part("ablations", [*ABLATIONS, *SENSITIVITY], attacked)
     # files of their own: what goes together in a batch is part of an answer's settings
     singly = {name: [*prompts] for name, prompts in of("attacks", "benign", limit=options.single).items()}
     yield part("singly", SINGLY, singly, 1)
+    if plain := {name: [*prompts][:NUM_SEARCHED] for name, prompts in sets.items() if name == PLAIN_ATTACK}:
+        yield Part("suffix", "suffix.jsonl", chosen_of(SEARCHED), plain, options.batch_size, has_suffixes=True)
     if options.dtype != EXACT:
-        own = [spec for spec in SINGLY if not options.method or spec in options.method]
-        yield Part("agreement", "agreement.jsonl", tuple(own), of("benign", "tasks"), 8, dtype=EXACT)
+        yield Part("agreement", "agreement.jsonl", chosen_of(SINGLY), of("benign", "tasks"), 8, dtype=EXACT)
     if options.segment_draft is not None:
         yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)

@@ -8,7 +8,7 @@ from evaluated import answer_row
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from pages import update_page
-from safety_bars import BEGIN, END, beaten, find_bars, to_page
+from safety_bars import BEGIN, END, beaten, find_bars, searched, to_page
 
 from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
 
@@ -67,6 +67,13 @@ def test_ours_is_held_against_baselines_that_refuse_no_more(results):
     figures = by_name(beaten(results["overview"]))
     assert figures["ASR above ours, target"].measured == pytest.approx(0.5)
     assert "ASR above ours, refuse" not in figures  # it refuses most of what is borderline
+
+
+def test_what_a_searched_suffix_gets_through_is_told_where_it_was_asked(results):
+    figures = by_name(searched(results))
+    assert figures["ASR against a searched suffix, target"].measured == 0.6
+    assert figures["ASR against a searched suffix, safespec"].measured == 0.1
+    assert searched({"attacks": {"": []}}) == []
 
 
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):

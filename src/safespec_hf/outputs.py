@@ -107,6 +107,7 @@ class SafeSpecStatistics:
         num_recovery_attempts (`int`): Attempts at a safe continuation.
         num_candidates (`int`): Candidates sampled in them.
         num_candidate_batches (`int`): In so many batches.
+        num_screened_candidates (`int`): Candidates that a `draft_head` sorted out: the target read the others only.
         num_discarded_tokens (`int`): Generated tokens that were rolled back.
         num_new_tokens (`int`): Tokens returned after the prompts.
         target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
@@ -130,6 +131,7 @@ class SafeSpecStatistics:
     num_recovery_attempts: int = 0
     num_candidates: int = 0
     num_candidate_batches: int = 0
+    num_screened_candidates: int = 0
     num_discarded_tokens: int = 0
     num_new_tokens: int = 0
     target_seconds: float = 0.0

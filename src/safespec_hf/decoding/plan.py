@@ -34,6 +34,7 @@ class Plan:
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
         quality_ids (`list[int]`): The policy's quality prompt, tokenised; none where tokens are verified.
         digit_ids (`list[list[int]]`): Of each digit the tokens that spell it; none where tokens are verified.
+        draft_monitor ([`RiskMonitor`], *optional*): Of the draft's own head, which sorts candidates out.
     """
 
     policy: SafeSpecConfig
@@ -53,6 +54,7 @@ class Plan:
     pad_token_id: int = 0
     quality_ids: list[int] = field(default_factory=list)
     digit_ids: list[list[int]] = field(default_factory=list)
+    draft_monitor: RiskMonitor | None = None
 
     @property
     def observes(self) -> bool:

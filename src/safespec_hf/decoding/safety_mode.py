@@ -18,6 +18,7 @@ from ..engine.cache import CachedModel
 from ..outputs import Provenance
 from .candidate_scores import CandidateScores
 from .commit import Committer, Flag
+from .draft_screen import DraftScreen
 from .monitor import RiskMonitor
 from .outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from .plan import Plan
@@ -151,8 +152,11 @@ class SafetyMode:
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
+        monitor = self.plan.draft_monitor
+        screen = None if draft is None or monitor is None else DraftScreen(row, monitor)
+        layers = None if screen is None else screen.monitor.layers
         segments, scorer = sample_segments(
-            (self.target if draft is None else draft).fork(index, 1),
+            (self.target if draft is None else draft).fork(index, 1, layers),
             row,
             num_segments=num_candidates,
             max_tokens=max_tokens,
@@ -162,14 +166,17 @@ class SafetyMode:
             temperature=policy.test_temperature if is_test else policy.recovery_temperature,
             generator=self._generator(row),
             # the target's own forwards give the risks on the way, so hopeless segments end early
-            judge=scores.watch if draft is None else None,
+            judge=scores.watch if draft is None else None if screen is None else screen.watch,
             aside=aside,
         )
         if draft is not None:
             # it samples K segments for less than the target would take for one
             self.statistics.draft_seconds += time.perf_counter() - start
+        if screen is not None:
+            segments = [segments[k] for k in screen.promising(segments)]
+            self.statistics.num_screened_candidates += num_candidates - len(segments)
         if draft is not None or aside:
-            scorer = self.target.fork(index, num_candidates)
+            scorer = self.target.fork(index, len(segments))
             waiting = row.context(scorer.lengths[0])
             nums = [len(tokens) for tokens in segments]
             output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(nums), num_drafts=nums)
