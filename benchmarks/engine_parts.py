@@ -221,6 +221,7 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
         "max_segment_tokens": 12,
         "seed": 0,
         "reflection_scope": "recovery",
+        "false_alarm_margin": None,  # forced flags are believed: only so is there always a reflection
     }
     done, figures = [], dict[str, Any]()
     for setting in ("plain", "ngram"):

@@ -18,7 +18,7 @@ from safespec_hf.vllm.spec import LOST_STATE, RiskRecord
 
 GREEDY = {"temperature": 0.0, "max_tokens": 30}
 POLICY = {"max_segment_tokens": 5, "num_candidates": 3, "max_recoveries": 4, "seed": 0}
-POLICY |= {"candidate_choice": "safest", "recovery_temperature": 1.0}
+POLICY |= {"candidate_choice": "safest", "recovery_temperature": 1.0, "false_alarm_margin": None}
 
 
 def prompts(num, length=6):
@@ -109,7 +109,7 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
     monkeypatch.setattr(
         SafetyMode,
         "_sample",
-        lambda mode, index, row, flag, max_tokens, scores, num: read(mode, index, row, scores, left.pop(0)),
+        lambda mode, index, row, flag, max_tokens, scores, num, **_: read(mode, index, row, scores, left.pop(0)),
     )
     target.generation_config.eos_token_id = END
     model = attach_safety_head(target, head, tokenizer=tokenizer)
@@ -132,6 +132,42 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
             assert event.candidate_risks == pytest.approx(own.candidate_risks, abs=1e-5)
             if is_read_again:
                 assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
+
+
+def test_flags_are_tested_as_by_our_own_decoding_with_the_same_candidates(target, head, tokenizer, monkeypatch):
+    tried, known = {}, GuardedRequest._judge
+
+    def note(answer, recovery, *args):
+        if not recovery.is_scoring:
+            tried.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
+        return known(answer, recovery, *args)
+
+    monkeypatch.setattr(GuardedRequest, "_judge", note)
+    for module in (safety_mode, request):
+        monkeypatch.setattr(module, "choose", choose_roughly)
+    # a margin of nearly nothing: risks of a tiny head lie close together
+    chosen, given = {"false_alarm_margin": 1e-4, "num_candidates": 3}, prompts(12)
+    results = answer_all(target, head, tokenizer, given, **chosen)
+    firsts = [result.events[0].outcome for result in results if result.events]
+    assert firsts.count("dismissed") >= 2
+    assert firsts.count("confirmed") >= 2
+    assert set(firsts) == {"dismissed", "confirmed"}
+
+    def read(mode, index, row, flag, max_tokens, scores, num, **_):
+        return read_once(mode, index, row, scores, left.pop(0))
+
+    monkeypatch.setattr(SafetyMode, "_sample", read)
+    target.generation_config.eos_token_id = END
+    model = attach_safety_head(target, head, tokenizer=tokenizer)
+    policy = SafeSpecConfig(reflection="pause think", refusal="no thanks", **POLICY | chosen)
+    arguments = {"max_new_tokens": 30, "suppress_tokens": [RESERVED], "do_sample": False}
+    for index, (prompt, result) in enumerate(zip(given, results, strict=True)):
+        left = tried.get(f"a{index}", [])
+        output = model.generate(torch.tensor([prompt]), safespec=policy, return_dict_in_generate=True, **arguments)
+        assert result.token_ids == output.sequences[0, len(prompt) :].tolist()
+        own = output.events[0]
+        assert [(event.outcome, event.chosen) for event in result.events] == [(one.outcome, one.chosen) for one in own]
+        assert left == []
 
 
 def test_a_candidate_that_was_flagged_while_it_was_sampled_is_not_chosen(head, tokenizer):
