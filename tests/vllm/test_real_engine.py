@@ -43,6 +43,13 @@ def llm(parts):
 
 
 @pytest.fixture(scope="module")
+def in_pieces(parts, llm):
+    """One that reads prompts in pieces. It lives as long as the other: where an engine ends, all of a process end."""
+    folder, options = parts[2], OPTIONS | {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    return GuardedLLM(folder / "target", folder / "head", policy=SafeSpecConfig(**POLICY), **options)
+
+
+@pytest.fixture(scope="module")
 def prompts():
     return torch.randint(10, 39, (12, 7), generator=torch.Generator().manual_seed(9)).tolist()
 
@@ -102,13 +109,11 @@ def test_candidates_are_as_likely_as_our_own_forward_says(parts, llm):
     assert num_cached >= 3
 
 
-def test_prompts_read_in_pieces_draw_what_they_draw_when_read_at_once(parts, llm):
-    folder, generator = parts[2], torch.Generator().manual_seed(6)
+def test_prompts_read_in_pieces_draw_what_they_draw_when_read_at_once(llm, in_pieces):
+    generator = torch.Generator().manual_seed(6)
     long = torch.randint(10, 39, (6, 60), generator=generator).tolist()
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(6)]
     whole = answer(llm, long, params, risk_threshold=1.0)
-    options = OPTIONS | {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
-    in_pieces = GuardedLLM(folder / "target", folder / "head", policy=SafeSpecConfig(**POLICY), **options)
     found = answer(in_pieces, long, params, risk_threshold=1.0)
     assert [output.token_ids for output in found] == [output.token_ids for output in whole]
     # candidates have seeds, too, and read what comes before them
