@@ -69,8 +69,9 @@ class Run:
             save_target(self.target)
         self.folder = folder
         self.policy = TINY_POLICY if is_tiny else POLICY
-        self.flagged = save_word_head(folder / "head", self.target, TINY_SHARE if is_tiny else SHARE)
         tokenizer = AutoTokenizer.from_pretrained(self.target)
+        flagged = save_word_head(folder / "head", self.target, TINY_SHARE if is_tiny else SHARE)
+        self.flagged = flagged - {tokenizer.eos_token_id}  # which ends an answer, and by default has no risk
         refusal = SafeSpecConfig(**self.policy).refusal
         ids = [*tokenizer.encode(refusal, add_special_tokens=False), tokenizer.eos_token_id]
         self.endings = [ids, [*tokenizer.encode("\n\n", add_special_tokens=False), *ids]]
