@@ -3,6 +3,7 @@
 Nothing here knows of safespec-hf; see `surfaces`.
 """
 
+import asyncio
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,10 +67,17 @@ def serve(folder: Path, continuous_batching: bool = False) -> str:
     """Starts what `transformers serve` starts, on the loopback, until [`stop_servers`]; gives its address."""
     from transformers.cli.serve import Serve
 
+    class ClosedServe(Serve):
+        """Closes its event loop when it ends; that of transformers leaves it to the garbage collector."""
+
+        def start_server(self) -> None:
+            self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+            self._thread.start()
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Serve(
+    server = ClosedServe(
         str(folder),
         continuous_batching=continuous_batching,
         trust_remote_code=True,
@@ -90,7 +99,9 @@ def serve(folder: Path, continuous_batching: bool = False) -> str:
 def stop_servers() -> None:
     """Ends all servers; without it, the process would not end."""
     while _servers:
-        _servers.pop().kill_server()
+        server = _servers.pop()
+        server.kill_server()
+        server._thread.join(SECONDS)  # it waits for two seconds only, in which a busy machine may not get round to it
     serve.cache_clear()
 
 
@@ -98,6 +109,9 @@ def is_up(address: str) -> bool:
     try:
         with urlopen(f"{address}/health", timeout=2):
             return True
+    except HTTPError as error:
+        error.close()
+        return False
     except (URLError, OSError):
         return False
 
@@ -109,7 +123,8 @@ def post(address: str, body: dict[str, Any]) -> str:
         with urlopen(request, timeout=SECONDS) as reply:
             return reply.read().decode()
     except HTTPError as error:
-        return f"HTTP {error.code}: {error.read().decode()}"
+        with error:
+            return f"HTTP {error.code}: {error.read().decode()}"
 
 
 def events(reply: str) -> list[dict[str, Any]]:
@@ -147,11 +162,11 @@ def served_to_the_openai_client(folder: Path) -> list[str]:
     from openai import OpenAI
 
     address = serve(folder)
-    client = OpenAI(base_url=f"{address}/v1", api_key="none")
     texts = []
-    for prompt in PROMPTS:
-        stream = client.chat.completions.create(**chat_body(folder, prompt, stream=True))
-        texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
+    with OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        for prompt in PROMPTS:
+            with client.chat.completions.create(**chat_body(folder, prompt, stream=True)) as stream:
+                texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
     return texts
 
 

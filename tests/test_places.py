@@ -202,15 +202,24 @@ def test_an_adapter_that_was_there_when_the_head_was_attached_is_missed_when_it_
     assert "['default'] and are none" in warnings[0]
 
 
+LAUNCHERS = {
+    "sharing_processes.py": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    # `--cpu` starts one process only, where there is no MPI; this one asks for no GPU either
+    "launched_processes.py": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"],
+}
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
-def test_processes_that_share_a_model_take_the_same_decisions(target, tmp_path):
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_processes_that_share_a_model_or_have_one_each_are_guarded(script, target, tmp_path):
     target.save_pretrained(tmp_path)
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests), str(Path(sys.modules["safespec_hf"].__file__).parents[1]), *sys.path])
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", *LAUNCHERS[script]]
+    run += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"] * ("accelerate" in run[2])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*run, str(tests / "sharing_processes.py"), str(tmp_path)], env=environment, capture_output=True, timeout=300
+        [*run, str(tests / script), str(tmp_path)], env=environment, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr.decode()[-4000:]
 

@@ -204,6 +204,9 @@ class SafeSpecConfig:
             every one of them stays at or below threshold * (1 - margin), it was a false alarm, and the likeliest of
             them is taken. If one does not, the flag is confirmed, and the reflection follows. In [0, 1); `None`
             reflects at every flag, as in the paper. A single candidate proves nothing, and tests nothing.
+        test_temperature (`float`, defaults to 0.7):
+            Temperature at which the candidates of that test are sampled, > 0: below 1, since they ask where the target
+            itself would go, and one of them may be the answer.
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
@@ -213,7 +216,7 @@ class SafeSpecConfig:
             let more harm through where that was measured.
         keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
-        recovery_temperature (`float`, defaults to 0.7): Temperature of candidate sampling, > 0.
+        recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
         flagged_token_penalty (`float`, defaults to 3.0):
@@ -271,12 +274,13 @@ class SafeSpecConfig:
     candidate_choice: CandidateChoice = "safest"
     safe_margin: float = 0.2
     false_alarm_margin: float | None = 0.5
+    test_temperature: float = 0.7
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     reflection_scope: ReflectionScope = "answer"
     keep_reflection: bool = False
     refusal: str = DEFAULT_REFUSAL
-    recovery_temperature: float = 0.7
+    recovery_temperature: float = 1.0
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0
     seed: int | None = None
@@ -303,8 +307,9 @@ class SafeSpecConfig:
         check_value("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
         self._check_policy()
         check_value("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
-        temperature = self.recovery_temperature
-        check_value("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
+        for name in ("recovery_temperature", "test_temperature"):
+            temperature = getattr(self, name)
+            check_value(name, temperature, 0 < temperature < math.inf, "> 0")
         sources = get_args(CandidateSource)
         check_value("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         check_value("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")

@@ -107,3 +107,14 @@ def test_rows_of_a_batch_are_tested_as_they_would_be_alone(tokenizer):
     batch = ask(tokenizer, prompt=[[10], [16], [12]])
     assert [tokens_of(batch, row) for row in range(3)] == [tokens_of(one) for one in alone]
     assert batch.events == [one.events[0] for one in alone]
+
+
+def test_a_test_has_a_temperature_of_its_own(tokenizer):
+    fields = {"num_candidates": 16, "max_segment_tokens": 3}
+    cold = ask(tokenizer, test_temperature=1e-3, recovery_temperature=50.0, **fields)
+    assert len(set(cold.events[0][0].candidate_log_probs)) == 1
+    assert len(set(ask(tokenizer, test_temperature=1.0, **fields).events[0][0].candidate_log_probs)) > 1
+    # once the flag is confirmed it is that of recoveries
+    hot = ask(tokenizer, dict.fromkeys((30, 35), 0.4), test_temperature=1e-3, recovery_temperature=50.0, **fields)
+    assert [event.outcome for event in hot.events[0]][:1] == ["confirmed"]
+    assert len(set(hot.events[0][1].candidate_log_probs)) > 1

@@ -102,6 +102,19 @@ def test_candidates_are_as_likely_as_our_own_forward_says(parts, llm):
     assert num_cached >= 3
 
 
+def test_prompts_read_in_pieces_draw_what_they_draw_when_read_at_once(parts, llm):
+    folder, generator = parts[2], torch.Generator().manual_seed(6)
+    long = torch.randint(10, 39, (6, 60), generator=generator).tolist()
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(6)]
+    whole = answer(llm, long, params, risk_threshold=1.0)
+    options = OPTIONS | {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    in_pieces = GuardedLLM(folder / "target", folder / "head", policy=SafeSpecConfig(**POLICY), **options)
+    found = answer(in_pieces, long, params, risk_threshold=1.0)
+    assert [output.token_ids for output in found] == [output.token_ids for output in whole]
+    # candidates have seeds, too, and read the answer before them
+    assert any(event.outcome == "recovered" for output in answer(in_pieces, long) for event in output.events)
+
+
 def test_each_prompt_may_have_its_own_policy(llm, prompts):
     policies = [SafeSpecConfig(**POLICY, risk_threshold=1.0), SafeSpecConfig(policy="stop", risk_threshold=1e-6)]
     free, stopped = llm.generate(prompts[:2], GREEDY, safespec=policies, use_tqdm=False)

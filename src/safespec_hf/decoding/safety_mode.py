@@ -163,6 +163,7 @@ class SafetyMode:
             vocab_size=self.drafter.vocab_size,
             end_ids=self.plan.eos_ids,
             steer=steer,
+            temperature=policy.test_temperature if is_test else policy.recovery_temperature,
             generator=self._generator(row),
             # the target's own forwards give the risks on the way, so hopeless segments end early
             judge=scores.watch if draft is None else None if screen is None else screen.watch,

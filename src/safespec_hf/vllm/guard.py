@@ -295,11 +295,11 @@ def check_policy(policy: SafeSpecConfig) -> None:
             raise UnsupportedRequestError(
                 f"Guarded decoding in vLLM does not support {name}={refused!r}. Use {instead}."
             )
-    if policy.recovery_temperature > MOST_TEMPERATURE:
-        raise UnsupportedRequestError(
-            f"vLLM samples at temperatures up to {MOST_TEMPERATURE:g}, but `recovery_temperature` is "
-            f"{policy.recovery_temperature:g}."
-        )
+    for name in ("recovery_temperature", "test_temperature"):
+        if (temperature := getattr(policy, name)) > MOST_TEMPERATURE:
+            raise UnsupportedRequestError(
+                f"vLLM samples at temperatures up to {MOST_TEMPERATURE:g}, but `{name}` is {temperature:g}."
+            )
 
 
 def check_options(given: Mapping[str, Any]) -> None:

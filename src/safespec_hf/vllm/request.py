@@ -252,7 +252,8 @@ class GuardedRequest:
             steer_ids=sorted(row.flagged_first_tokens.get(recovery.flag.kept, ())),
             penalty=policy.flagged_token_penalty,
         )
-        arguments = self.sampling.arguments | {"temperature": policy.recovery_temperature, "logprobs": 0}
+        temperature = policy.test_temperature if recovery.is_test else policy.recovery_temperature
+        arguments = self.sampling.arguments | {"temperature": temperature, "logprobs": 0}
         seeds = [shifted_seed(self.plan.seeds[0], self._num_submitted + number) for number in range(num)]
         return [
             self._submit(number, recovery.room + 1, arguments | {"seed": seed}, order, aside, is_reread)

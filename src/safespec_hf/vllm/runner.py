@@ -122,6 +122,17 @@ def mend_cpu_sampling() -> None:
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
+def set_generators_aside(runner: Any) -> dict[int, torch.Generator]:
+    """Takes away the generators of requests that will draw nothing in this step. Put them back before the next one.
+
+    While a prompt is read in pieces, 0.32.0 draws a token after each, throws it away and winds the request's generator
+    back. Generators of CPUs can't be wound back: it raises, and the engine dies of any seeded request.
+    """
+    batch = runner.input_batch
+    discarded = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+    return {index: batch.generators.pop(index) for index in discarded if index in batch.generators}
+
+
 def expand_batch_to_tokens(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import BoolTensor, LongTensor
@@ -149,7 +149,7 @@ class StopTexts(RowCriterion):
 
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> BoolTensor:
         ends = [self._ends(row[self._num_prompt :][-self._num_looked_at :].tolist()) for row in input_ids]
-        return torch.tensor(ends)  # type: ignore[return-value]
+        return cast("BoolTensor", torch.tensor(ends))
 
     def _ends(self, tokens: list[int]) -> bool:
         # a character that is not whole yet counts as the last token's
