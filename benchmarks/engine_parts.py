@@ -117,6 +117,8 @@ def same(options: Any) -> tuple[dict[str, Any], list[Bar]]:
             bars.append(Bar(claim, f"{num} of {len(even)} the same; without us {own}", num == len(even)))
     num = known["preempted"]["num_preemptions"]
     bars.append(Bar("preemptions", f"{num}", num >= 20))
+    num = known["preempted"]["report"]["num_resumed"]
+    bars.append(Bar("of which resumed in the answer, from the prefix cache", f"{num}", num > 0))
     return figures, bars
 
 

@@ -111,8 +111,11 @@ def test_prompts_read_in_pieces_draw_what_they_draw_when_read_at_once(parts, llm
     in_pieces = GuardedLLM(folder / "target", folder / "head", policy=SafeSpecConfig(**POLICY), **options)
     found = answer(in_pieces, long, params, risk_threshold=1.0)
     assert [output.token_ids for output in found] == [output.token_ids for output in whole]
-    # candidates have seeds, too, and read the answer before them
-    assert any(event.outcome == "recovered" for output in answer(in_pieces, long) for event in output.events)
+    # candidates have seeds, too, and read what comes before them
+    known = torch.tensor([risk for output in found for risk in output.risks])
+    recovered = answer(in_pieces, long, params, risk_threshold=float(known.nanquantile(0.9)))
+    assert any(output.statistics.num_candidates for output in recovered)
+    assert all(output.failure is None for output in recovered)
 
 
 def test_each_prompt_may_have_its_own_policy(llm, prompts):

@@ -74,6 +74,7 @@ class RiskStates:
         self._released: OrderedDict[str, None] = OrderedDict()
         self.head_seconds = 0.0
         self.num_scored = 0
+        self.num_resumed = 0  # requests that went on from a copy: the tokens before came from the prefix cache
         self.failures: Counter[str] = Counter()
         self._ways = config.pooling.split("+")
         num_features, num_tapped = config.num_features, config.num_features // len(self._ways)
@@ -170,6 +171,7 @@ class RiskStates:
             "failures": dict(self.failures),
             "head_seconds": self.head_seconds,
             "num_scored_tokens": self.num_scored,
+            "num_resumed": self.num_resumed,
             "state_bytes": sum(sizes),
             "largest_state_bytes": max(sizes, default=0),
         }
@@ -232,6 +234,7 @@ class RiskStates:
             digest = digest_of(work.order, work.row.token_ids, first)
             copies = (other.copies.get(digest) for other in self._groups.get(work.order.group, []))
             work.before = next((copy for copy in copies if copy is not None), None)
+            self.num_resumed += work.before is not None
             return work.before is not None
         return True
 
