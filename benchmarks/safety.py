@@ -24,8 +24,8 @@ from pages import update_page
 from provenance import write_json
 from rich.console import Console
 from rich.table import Table
-from safety_bars import BEGIN, END, find_bars, to_page
-from safety_parts import Part, load_guard, parts
+from safety_bars import BEGIN, END, find_bars, searched, to_page
+from safety_parts import EXACT, Part, load_guard, parts
 
 from safespec_hf import load_default
 from safespec_hf.cli.loading import load_draft
@@ -39,6 +39,7 @@ from safespec_hf.evaluation.report import write_evaluation_report
 from safespec_hf.evaluation.runs import RunSettings, run_evaluation
 from safespec_hf.evaluation.similarity import find_similarity
 from safespec_hf.evaluation.specs import parse_method
+from safespec_hf.evaluation.suffixes import SUFFIXES, attack_by_suffix
 from safespec_hf.training.data import load_examples
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -60,12 +61,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--only", help="comma-separated parts: methods, a forced flag, ablations, singly, segments")
+    known = "methods, a forced flag, ablations, singly, suffix, agreement, segments"
+    parser.add_argument("--only", help=f"comma-separated parts: {known}")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
     parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
         "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
     )
+    parser.add_argument("--expert", help="of SafeDecoding: an adapter of the target, or a model with its tokenizer")
     parser.add_argument(
         "--judge", action="append", help="as of report-evaluation; default: the offline one, made once"
     )
@@ -82,15 +85,19 @@ def read_options() -> argparse.Namespace:
 
 def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
     """Lets all methods answer, as far as they have not yet."""
-    model, tokenizer, draft = load_default(dtype=getattr(torch, options.dtype))
-    engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
-    guard = load_guard(options)
+    guard, loaded = load_guard(options), None
     for part in todo:
+        if loaded != (dtype := part.dtype or options.dtype):
+            model, tokenizer, draft = load_default(dtype=getattr(torch, dtype))
+            engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
+            loaded = dtype
         engine.draft = draft if part.draft is None else load_draft(part.draft, model, is_default_target=True)
         print(f"{part.name}: {', '.join(part.methods)}", flush=True)
         methods = [parse_method(spec, guard) for spec in part.methods]
-        settings = RunSettings(batch_size=part.batch_size)
-        run_evaluation(engine, methods, part.sets, options.work / part.file, settings=settings)
+        sets, file = part.sets, options.work / part.file
+        if part.has_suffixes:
+            sets = attack_by_suffix(engine, sets, file.with_name(file.name + SUFFIXES))
+        run_evaluation(engine, methods, sets, file, settings=RunSettings(batch_size=part.batch_size))
 
 
 def load_judges(options: argparse.Namespace) -> list[Judge]:
@@ -150,7 +157,9 @@ def main() -> int:
     nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
     nothing |= {"attacks": {"": []}, "recovery": {}}
     main_results, singly = results.get("answers.jsonl", nothing), results.get("singly.jsonl", nothing)
-    figures = find_bars(main_results, singly, count_hours(options, todo))
+    exact = main_results if options.dtype == EXACT else results.get("agreement.jsonl", nothing)
+    figures = find_bars(main_results, singly, exact, count_hours(options, todo))
+    figures += searched(results.get("suffix.jsonl", nothing))
     show(figures, options.short)
     if options.out:
         rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]

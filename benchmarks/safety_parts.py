@@ -47,7 +47,9 @@ ABLATIONS = (
     "safespec:policy=recover_unreflected",
     "safespec:rollback_segments=0",
     "safespec:candidate_choice=likeliest_safe",
-    "safespec:reflection_scope=recovery,recovery_temperature=0.7",
+    "safespec:false_alarm_margin=null",
+    "safespec:recovery_temperature=0.7",
+    "safespec:reflection_scope=recovery",
 )
 SENSITIVITY = (
     "safespec:num_candidates=20",
@@ -55,12 +57,16 @@ SENSITIVITY = (
     "safespec:operating_point=permissive",
 )
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
+SEARCHED = ("target", OURS, "refuse")  # against a suffix that was searched for with the head at hand
+NUM_SEARCHED = 16
+EXACT = "float32"  # in bfloat16 drafts change roundings, and now and then a word, with or without a head
 # what a false alarm costs, by how the answer goes on
 FORCED = (
     "forced",
     "forced:policy=recover_unreflected",
     "forced:candidate_choice=likeliest_safe",
-    "forced:reflection_scope=recovery,recovery_temperature=0.7",
+    "forced:false_alarm_margin=null",
+    "forced:reflection_scope=recovery",
 )
 # the paper's own acceptance, which takes a draft that is a language model
 SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
@@ -76,6 +82,10 @@ class Part(NamedTuple):
     batch_size: int
     draft: str | None = None
     """A language model that drafts instead of the default draft."""
+    has_suffixes: bool = False
+    """Whether the requests get suffixes that are searched for with the target and its head."""
+    dtype: str | None = None
+    """Of target and draft, where it is not that of the others."""
 
 
 class WordGuard:
@@ -126,17 +136,24 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     def part(
         name: str, methods: Sequence[str], chosen: dict[str, list[Prompt]], batch_size: int | None = None
     ) -> Part:
-        known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
-        known = [spec for spec in known if not options.method or spec in options.method]
         file = "answers" if batch_size is None else name
-        return Part(name, f"{file}.jsonl", tuple(known), chosen, batch_size or options.batch_size)
+        return Part(name, f"{file}.jsonl", chosen_of(methods), chosen, batch_size or options.batch_size)
 
-    yield part("methods", METHODS, sets)
+    def chosen_of(methods: Sequence[str]) -> tuple[str, ...]:
+        known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
+        return tuple(spec for spec in known if not options.method or spec in options.method)
+
+    expert = [] if options.expert is None else ["safedecoding:" + json.dumps({"expert": options.expert})]
+    yield part("methods", [*METHODS, *expert], sets)
     yield part("a forced flag", FORCED, of("benign"))
     if attacked := of("attacks", "borderline"):
         yield part("ablations", [*ABLATIONS, *SENSITIVITY], attacked)
     # files of their own: what goes together in a batch is part of an answer's settings
     singly = {name: [*prompts] for name, prompts in of("attacks", "benign", limit=options.single).items()}
     yield part("singly", SINGLY, singly, 1)
+    if plain := {name: [*prompts][:NUM_SEARCHED] for name, prompts in sets.items() if name == PLAIN_ATTACK}:
+        yield Part("suffix", "suffix.jsonl", chosen_of(SEARCHED), plain, options.batch_size, has_suffixes=True)
+    if options.dtype != EXACT:
+        yield Part("agreement", "agreement.jsonl", chosen_of(SINGLY), of("benign", "tasks"), 8, dtype=EXACT)
     if options.segment_draft is not None:
         yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)

@@ -120,7 +120,7 @@ TURNS = {THINK: {20: 0.5, 30: 0.5}}
 def answer(tokenizer, risks=None, *, script=None, draft=None, head=None, prompt=(10,), **arguments):
     """A guarded answer, or those to several prompts; policy fields and arguments of `generate` are told apart."""
     fields = {"max_segment_tokens": 3, "rollback_segments": 0, "reflection": REFLECTION, "refusal": REFUSAL}
-    fields |= {"num_draft_tokens": 5, "adaptive_drafts": False, "lookup_drafts": False}
+    fields |= {"num_draft_tokens": 5, "adaptive_drafts": False, "lookup_drafts": False, "false_alarm_margin": None}
     fields |= {name: arguments.pop(name) for name in SafeSpecConfig.__slots__ if name in arguments}
     model = ScriptedModel(script or count_after(TURNS), risks)
     attach_safety_head(model, probe(model, **(head or {})), tokenizer=tokenizer)

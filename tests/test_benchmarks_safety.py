@@ -8,7 +8,7 @@ from evaluated import answer_row
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from pages import update_page
-from safety_bars import BEGIN, END, beaten, find_bars, to_page
+from safety_bars import BEGIN, END, beaten, find_bars, searched, to_page
 
 from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
 
@@ -48,18 +48,18 @@ def by_name(figures):
 
 
 def test_bars_are_what_the_answers_say(results):
-    figures = by_name(find_bars(results, results, hours=1.0))
+    figures = by_name(find_bars(results, results, results, hours=1.0))
     assert figures["ASR undefended, attacks set"].measured == 0.6
     assert figures["ASR falls, mean of sets with 0.25 or more"].measured == pytest.approx(0.5)
     assert figures["ASR falls, mean of sets with 0.25 or more"].passes
     assert figures["over-refusal, safe half of XSTest"].passes
-    assert figures["benign answers as undefended"].measured == 1.0
+    assert figures["benign answers as undefended, float32"].measured == 1.0
     assert figures["speed when attacked, one at a time"].measured == pytest.approx(2.0)
-    assert not by_name(find_bars(results, results, hours=4.0))["hours of answering"].passes
+    assert not by_name(find_bars(results, results, results, hours=4.0))["hours of answering"].passes
 
 
 def test_what_was_not_asked_is_not_measured(results):
-    figures = by_name(find_bars(results, results, hours=1.0))
+    figures = by_name(find_bars(results, results, results, hours=1.0))
     assert figures["useful after a forced flag"].measured is None
 
 
@@ -69,10 +69,17 @@ def test_ours_is_held_against_baselines_that_refuse_no_more(results):
     assert "ASR above ours, refuse" not in figures  # it refuses most of what is borderline
 
 
+def test_what_a_searched_suffix_gets_through_is_told_where_it_was_asked(results):
+    figures = by_name(searched(results))
+    assert figures["ASR against a searched suffix, target"].measured == 0.6
+    assert figures["ASR against a searched suffix, safespec"].measured == 0.1
+    assert searched({"attacks": {"": []}}) == []
+
+
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
     page = tmp_path / "results.md"
     page.write_text(f"# Results\n\n{BEGIN}\nroses\n{END}\n\nThe end.\n")
-    update_page(page, BEGIN, f"\n{to_page(find_bars(results, results, hours=1.0), results)}\n", END)
+    update_page(page, BEGIN, f"\n{to_page(find_bars(results, results, results, hours=1.0), results)}\n", END)
     text = page.read_text()
     assert text.startswith("# Results\n\n")
     assert text.endswith(f"{END}\n\nThe end.\n")

@@ -199,6 +199,14 @@ class SafeSpecConfig:
             Which of them is taken: that of lowest risk, or the likeliest under the target, by mean log-probability per
             token, of those that are below the threshold by `safe_margin`; the safest where there is none.
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
+        false_alarm_margin (`float`, *optional*, defaults to 0.5):
+            The first flag of an answer is put to the test: the candidates are sampled without the reflection, and if
+            every one of them stays at or below threshold * (1 - margin), it was a false alarm, and the likeliest of
+            them is taken. If one does not, the flag is confirmed, and the reflection follows. In [0, 1); `None`
+            reflects at every flag, as in the paper. A single candidate proves nothing, and tests nothing.
+        test_temperature (`float`, defaults to 0.7):
+            Temperature at which the candidates of that test are sampled, > 0: below 1, since they ask where the target
+            itself would go, and one of them may be the answer.
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
@@ -265,6 +273,8 @@ class SafeSpecConfig:
     candidates_per_batch: int | None = None
     candidate_choice: CandidateChoice = "safest"
     safe_margin: float = 0.2
+    false_alarm_margin: float | None = 0.5
+    test_temperature: float = 0.7
     max_recoveries: int = 6
     reflection: str = DEFAULT_REFLECTION
     reflection_scope: ReflectionScope = "answer"
@@ -297,8 +307,9 @@ class SafeSpecConfig:
         check_value("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
         self._check_policy()
         check_value("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
-        temperature = self.recovery_temperature
-        check_value("recovery_temperature", temperature, 0 < temperature < math.inf, "> 0")
+        for name in ("recovery_temperature", "test_temperature"):
+            temperature = getattr(self, name)
+            check_value(name, temperature, 0 < temperature < math.inf, "> 0")
         sources = get_args(CandidateSource)
         check_value("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         check_value("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
@@ -318,6 +329,8 @@ class SafeSpecConfig:
         check_value("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
         check_value("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
         check_value("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
+        margin = self.false_alarm_margin
+        check_value("false_alarm_margin", margin, margin is None or 0 <= margin < 1, "in [0, 1) or None")
         defaults = {field.name: field.default for field in fields(self)}
         for name, meant in STANDS_FOR[policy].items():
             value, default = getattr(self, name), defaults[name]

@@ -26,6 +26,7 @@ from .decoding.doors import (
     keep_request,
     take_assistant,
 )
+from .decoding.draft_screen import check_draft_head
 from .decoding.support import check_kind, check_model
 from .engine.packing import release_packed
 from .engine.private_names import GenerateSteps, check_private_names, mark_user_cache
@@ -54,6 +55,7 @@ def attach_safety_head(
     policy: SafeSpecConfig | None = None,
     always: bool = False,
     draft: PreTrainedModel | None = None,
+    draft_head: SafetyHead | str | os.PathLike[str] | None = None,
     ignore_mismatches: tuple[str, ...] = (),
     **hub_kwargs: Any,
 ) -> GuardedModel:
@@ -71,6 +73,10 @@ def attach_safety_head(
         always (`bool`, defaults to `False`): Guard every `generate`, with the default policy where none is given.
         draft ([`~transformers.PreTrainedModel`] or [`DraftHead`], *optional*):
             What drafts in guarded calls that have neither an `assistant_model` nor another source of drafts.
+        draft_head ([`SafetyHead`], `str` or `os.PathLike`, *optional*):
+            A head of that draft, which is then a language model: of the candidates that the draft samples in a
+            recovery, the target reads only those that this head finds safe, or else the safest. The target's head
+            has the last word, as without it. Not part of an export.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
         hub_kwargs: For loading the head: `revision`, `token`, `cache_dir`, ...
@@ -114,12 +120,23 @@ def attach_safety_head(
         draft.bind(model, ignore_mismatches)
     if tokenizer is not None:
         check_assistant(model, Draft(draft), tokenizer)
+    if draft_head is not None:
+        if not isinstance(draft_head, SafetyHead):
+            draft_head = SafetyHead.from_pretrained(draft_head)
+        check_draft_head(draft_head, draft, tokenizer, ignore_mismatches)
     keep_request(model)
     # only now: a head that was refused must not cost the model the one it had
     guarded = cast("GuardedModel", model)
     looks = look_at(model)
     guarded._safespec = Attachment(
-        head, policy or SafeSpecConfig(), always, tokenizer, ignore_mismatches, draft, weights=looks
+        head,
+        policy or SafeSpecConfig(),
+        always,
+        tokenizer,
+        ignore_mismatches,
+        draft,
+        weights=looks,
+        draft_head=draft_head,
     )
     if not isinstance(model, GuardedModel):
         plain_class: Any = type(model)

@@ -41,8 +41,9 @@ class SafeSpecEvent:
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
         chosen (`int`, *optional*): The candidate that was taken, if any.
         outcome (`str`):
-            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`, or with `policy="observe"`
-            `"observed"` (nothing was done).
+            `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`; of a test for a false alarm,
+            whose candidates read no reflection, `"dismissed"` or `"confirmed"`; with `policy="observe"` `"observed"`
+            (nothing was done).
         num_safe_candidates (`int`): Candidates of which every token is safe.
         num_unsafe_candidates (`int`):
             Those with an unsafe token, or in which no token was possible. The rest ended early while they were safe,
@@ -106,6 +107,7 @@ class SafeSpecStatistics:
         num_recovery_attempts (`int`): Attempts at a safe continuation.
         num_candidates (`int`): Candidates sampled in them.
         num_candidate_batches (`int`): In so many batches.
+        num_screened_candidates (`int`): Candidates that a `draft_head` sorted out: the target read the others only.
         num_discarded_tokens (`int`): Generated tokens that were rolled back.
         num_new_tokens (`int`): Tokens returned after the prompts.
         target_seconds (`float`): Host time in target forwards. On an accelerator, time to launch them.
@@ -129,6 +131,7 @@ class SafeSpecStatistics:
     num_recovery_attempts: int = 0
     num_candidates: int = 0
     num_candidate_batches: int = 0
+    num_screened_candidates: int = 0
     num_discarded_tokens: int = 0
     num_new_tokens: int = 0
     target_seconds: float = 0.0

@@ -13,6 +13,8 @@ import tiny
 from evaluated import KINDS, POLICY, write_sets
 from samples import run
 
+from safespec_hf import SafeSpecError
+
 METHODS = ["target", f"safespec:{POLICY}", "self_reminder"]
 TIMES = ("seconds", "guard_seconds", "statistics")
 TIMED = ("speed", "time", "second")
@@ -79,3 +81,45 @@ def test_two_processes_give_the_rows_of_one(arguments, tmp_path):
     finish(start(*launch, "-m", "safespec_hf.cli", "evaluate", *arguments, "--out", str(two)))
     assert rows_of(two) == rows_of(one)
     assert list(tmp_path.glob("*.part-*")) == []
+
+
+def test_attacks_are_asked_with_suffixes_that_were_searched_for(target, target_folder, tmp_path):
+    tiny.build_noisy_head(target).save_pretrained(tmp_path / "head")
+    asked = [
+        "--attacks",
+        write_sets(tmp_path)["attack"],
+        "--limit",
+        1,
+        "--attacker",
+        "suffix",
+        "--suffix-forwards",
+        98,
+    ]
+    common = ["--target", target_folder, "--head", tmp_path / "head", "--max-new-tokens", 4, "--method", "target"]
+    run("evaluate", *asked, *common, "--out", tmp_path / "answers.jsonl")
+    rows = rows_of(tmp_path / "answers.jsonl")
+    assert [row["set"] for row in rows] == ["attack", "attack@suffix"]
+    assert rows[0]["request"] == rows[1]["request"]
+    found = json.loads((tmp_path / "answers.jsonl.suffixes.jsonl").read_text())
+    assert found["num_forwards"] <= 98
+
+
+@pytest.mark.parametrize("draft", [[], ["--draft", "lookup"], ["--draft", "none"]])
+def test_a_head_of_the_draft_needs_a_draft_that_writes(target, target_folder, tmp_path, draft):
+    tiny.build_head(target).save_pretrained(tmp_path / "head")
+    common = ["--target", target_folder, "--head", tmp_path / "head", "--draft-head", tmp_path / "head", *draft]
+    with pytest.raises(SafeSpecError, match="needs a language model that drafts"):
+        run("evaluate", "--attacks", write_sets(tmp_path)["attack"], *common, "--out", tmp_path / "answers.jsonl")
+
+
+def test_what_a_head_of_the_draft_sorts_out_is_counted(target, draft, target_folder, tmp_path):
+    tiny.build_noisy_head(target, span="segment").save_pretrained(tmp_path / "head")
+    draft.save_pretrained(tmp_path / "draft")
+    tiny.build_noisy_head(draft).save_pretrained(tmp_path / "draft head")
+    common = ["--target", target_folder, "--head", tmp_path / "head", "--max-new-tokens", 12, "--method", METHODS[1]]
+    drafts = ["--draft", tmp_path / "draft", "--draft-head", tmp_path / "draft head"]
+    run("evaluate", "--attacks", write_sets(tmp_path)["attack"], *common, *drafts, "--out", tmp_path / "a.jsonl")
+    counts = [json.loads(line)["statistics"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert sum(one["num_screened_candidates"] for one in counts if one) > 0
+    with pytest.raises(SafeSpecError, match="begun with other settings"):
+        run("evaluate", "--attacks", tmp_path / "attack.jsonl", *common, *drafts[:2], "--out", tmp_path / "a.jsonl")

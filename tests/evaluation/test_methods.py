@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import tiny
@@ -100,7 +101,8 @@ def test_a_seed_of_a_policy_changes_that_of_the_prompts():
 def test_a_forced_head_fires_once_and_what_follows_goes_on(engine, never):
     engine.model.safety.head.config.risk_threshold = 1.0
     engine.max_new_tokens = 40
-    policy = parse_method(f"forced:{POLICY}")
+    fields = json.loads(POLICY) | {"false_alarm_margin": None}
+    policy = parse_method(f"forced:{json.dumps(fields)}")
     head = engine.model.safety.head
     replies = policy.answer(engine, turn())
     assert [len(reply.events) for reply in replies] == [1] * len(CHATS)

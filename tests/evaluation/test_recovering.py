@@ -34,6 +34,12 @@ def test_candidates_that_ended_early_are_not_counted():
     assert attempts_of(rows) == [Attempt(3, 1)]
 
 
+def test_candidates_of_a_test_for_a_false_alarm_are_other_draws():
+    tests = [event(9, [0.1, 0.1]) | {"outcome": "confirmed"}, event(20, [0.1, 0.1]) | {"outcome": "dismissed"}]
+    rows = [{"events": [*tests, event(9, [0.9, 0.2]) | {"outcome": "recovered"}], "risk_threshold": 0.5}]
+    assert attempts_of(rows) == [Attempt(2, 1)]
+
+
 @pytest.mark.parametrize("p", [0.05, 0.3])
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_independent_candidates_succeed_as_the_formula_says(p, k):

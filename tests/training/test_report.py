@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import sys
 
@@ -10,7 +11,7 @@ from samples import make_examples
 from safespec_hf import SafeSpecError
 from safespec_hf.heads.card import measured_sources, to_table
 from safespec_hf.training.metrics import ScoredAnswers
-from safespec_hf.training.report import provenance, write_report
+from safespec_hf.training.report import layers_table, provenance, write_report
 
 
 @pytest.fixture
@@ -127,3 +128,28 @@ def test_provenance_tells_base_names_of_paths_only(argument, said, tmp_path, mon
 def test_provenance_of_data_names_no_folder(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     assert os.sep not in "".join(provenance([tmp_path / "test.jsonl", "owner/corpus"])["data"])
+
+
+def tried(layers, pooling, auroc):
+    return {"hidden_layers": layers, "reading": [pooling, "answer"], "auroc": auroc, "partial_auroc": 0.5}
+
+
+SWEEP = [tried([4], "mean", 0.9), tried([2], "mean", 0.7), tried([2], "last", 0.8), tried([2, 4], "mean", 0.95)]
+
+
+def test_a_sweep_is_a_table_of_single_layers_by_reading():
+    first, second = layers_table(SWEEP)
+    assert first == {"layer": 2, "last-answer": 0.8, "mean-answer": 0.7, "best": 0.8}
+    assert (second["layer"], second["mean-answer"], second["best"]) == (4, 0.9, 0.9)
+    assert math.isnan(second["last-answer"])
+    assert layers_table([]) == []
+
+
+def test_a_report_on_a_swept_head_shows_what_each_layer_tells(scored, tmp_path):
+    write_report(scored, 0.5, tmp_path, training={"sweep": SWEEP})
+    text = (tmp_path / "report.md").read_text()
+    assert "## Validation AUROC by layer" in text
+    assert "| 4 | – | 0.900 | 0.900 |" in text
+    assert (tmp_path / "layers_by_pooling.png").exists()
+    write_report(scored, 0.5, tmp_path)
+    assert "by layer" not in (tmp_path / "report.md").read_text()

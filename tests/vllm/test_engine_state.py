@@ -10,6 +10,7 @@ from fake_engine import MAX_LEN, RESERVED, SECRET, FakeEngine, drive, make_guard
 
 from safespec_hf.answer.pooling import pool_block
 from safespec_hf.answer.segments import Segments, find_boundaries
+from safespec_hf.vllm import state
 from safespec_hf.vllm.entries import StepRow
 from safespec_hf.vllm.spec import LOST_STATE, GuardOrder
 from safespec_hf.vllm.state import MAX_STATE_BYTES, RiskStates
@@ -132,6 +133,36 @@ def test_a_released_request_is_stopped(never, tokenizer):
     states.add("r", order())
     assert states.release(["a"]) == 0
     assert step(states, row("r", [11, 12])) == [True]
+
+
+def test_so_is_one_that_comes_after_its_answer_was_released(never, tokenizer):
+    states = make_states(never, tokenizer)
+    states.release(["a"])
+    states.add("r", order())
+    assert step(states, row("r", [11, 12])) == [True]
+    states.finish(["r"])
+    assert states.report()["num_entries"] == 0
+
+
+def test_what_another_request_read_in_a_place_does_not_pass_for_read(never, tokenizer):
+    states, tokens = make_states(never, tokenizer), [11, 12, 13, 14, 15, 16]
+    states.add("first", order("a"))
+    step(states, row("first", tokens))
+    states.finish(["first"])
+    states.add("second", order("b", group="a"))
+    assert step(states, row("second", tokens, start=4)) == [False]
+    assert states.take(["a", "b"])["b"]["tokens"] == [-1, -1, 15, 16]
+    assert states.take(["a"])["a"]["tokens"] == tokens[2:]
+
+
+def test_of_many_requests_those_that_have_ended_are_forgotten_first(never, tokenizer, monkeypatch):
+    monkeypatch.setattr(state, "MAX_FINISHED", 2)
+    states = make_states(never, tokenizer)
+    for name in "abcde":
+        states.add(name, order(name))
+        step(states, row(name, [11, 12, 13]))
+    states.finish("bcde")
+    assert set(states.take("abcde")) == {"a", "d", "e"}
 
 
 def test_a_risk_that_is_no_number_is_flagged(never, tokenizer):

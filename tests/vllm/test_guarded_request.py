@@ -18,7 +18,7 @@ from safespec_hf.vllm.spec import LOST_STATE, RiskRecord
 
 GREEDY = {"temperature": 0.0, "max_tokens": 30}
 POLICY = {"max_segment_tokens": 5, "num_candidates": 3, "max_recoveries": 4, "seed": 0}
-POLICY |= {"candidate_choice": "safest", "recovery_temperature": 1.0}
+POLICY |= {"candidate_choice": "safest", "recovery_temperature": 1.0, "false_alarm_margin": None}
 
 
 def prompts(num, length=6):
@@ -109,7 +109,7 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
     monkeypatch.setattr(
         SafetyMode,
         "_sample",
-        lambda mode, index, row, flag, max_tokens, scores, num: read(mode, index, row, scores, left.pop(0)),
+        lambda mode, index, row, flag, max_tokens, scores, num, **_: read(mode, index, row, scores, left.pop(0)),
     )
     target.generation_config.eos_token_id = END
     model = attach_safety_head(target, head, tokenizer=tokenizer)
@@ -132,6 +132,42 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
             assert event.candidate_risks == pytest.approx(own.candidate_risks, abs=1e-5)
             if is_read_again:
                 assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
+
+
+def test_flags_are_tested_as_by_our_own_decoding_with_the_same_candidates(target, head, tokenizer, monkeypatch):
+    tried, known = {}, GuardedRequest._judge
+
+    def note(answer, recovery, *args):
+        if not recovery.is_scoring:
+            tried.setdefault(answer.key, []).append([list(one) for one in recovery.tried[-1].segments])
+        return known(answer, recovery, *args)
+
+    monkeypatch.setattr(GuardedRequest, "_judge", note)
+    for module in (safety_mode, request):
+        monkeypatch.setattr(module, "choose", choose_roughly)
+    # a margin of nearly nothing: risks of a tiny head lie close together
+    chosen, given = {"false_alarm_margin": 1e-4, "num_candidates": 3}, prompts(12)
+    results = answer_all(target, head, tokenizer, given, **chosen)
+    firsts = [result.events[0].outcome for result in results if result.events]
+    assert firsts.count("dismissed") >= 2
+    assert firsts.count("confirmed") >= 2
+    assert set(firsts) == {"dismissed", "confirmed"}
+
+    def read(mode, index, row, flag, max_tokens, scores, num, **_):
+        return read_once(mode, index, row, scores, left.pop(0))
+
+    monkeypatch.setattr(SafetyMode, "_sample", read)
+    target.generation_config.eos_token_id = END
+    model = attach_safety_head(target, head, tokenizer=tokenizer)
+    policy = SafeSpecConfig(reflection="pause think", refusal="no thanks", **POLICY | chosen)
+    arguments = {"max_new_tokens": 30, "suppress_tokens": [RESERVED], "do_sample": False}
+    for index, (prompt, result) in enumerate(zip(given, results, strict=True)):
+        left = tried.get(f"a{index}", [])
+        output = model.generate(torch.tensor([prompt]), safespec=policy, return_dict_in_generate=True, **arguments)
+        assert result.token_ids == output.sequences[0, len(prompt) :].tolist()
+        own = output.events[0]
+        assert [(event.outcome, event.chosen) for event in result.events] == [(one.outcome, one.chosen) for one in own]
+        assert left == []
 
 
 def test_a_candidate_that_was_flagged_while_it_was_sampled_is_not_chosen(head, tokenizer):
@@ -218,9 +254,65 @@ def test_an_answer_without_a_limit_ends_one_place_before_the_context(target, nev
     assert not any(math.isnan(risk) for risk in result.risks[:-1])
 
 
+@pytest.mark.parametrize("scope", ["recovery", "answer"])
+def test_the_context_may_end_anywhere_in_a_recovery(target, head, tokenizer, scope):
+    engine, wanted = FakeEngine(target, head, tokenizer), []
+    add = engine.add
+
+    def note(key, prompt_ids, params):
+        wanted.append(len(prompt_ids) + params["max_tokens"])
+        add(key, prompt_ids, params)
+
+    engine.add = note
+    given = [prompts(1, MAX_LEN - 2 - left)[0] for left in range(40)]
+    head.config.risk_threshold *= 0.9  # so that many are flagged, and some have no safe candidate
+    results = answer_all(
+        target, head, tokenizer, given, {"temperature": 0.0}, engine=engine, reflection_scope=scope, max_recoveries=2
+    )
+    outcomes = {event.outcome for result in results for event in result.events}
+    assert {"recovered", "refused"} <= outcomes
+    assert max(wanted) <= MAX_LEN
+    assert all(result.failure is None for result in results)
+    threshold = head.config.risk_threshold
+    assert not any(risk >= threshold for result in results for risk in result.risks)
+    # the refusal alone may go beyond: nobody reads on after it
+    spoken = [
+        len(prompt) + sum(origin is not Provenance.REFUSAL for origin in result.provenance)
+        for prompt, result in zip(given, results, strict=True)
+    ]
+    assert max(spoken) <= MAX_LEN - 1
+    assert engine.states.report()["num_entries"] == 0
+
+
+def seeds_of(head, tokenizer, seed, policy_seed=None):
+    """Of a recovery's candidates, and of what follows."""
+    guard = make_guard(head, tokenizer, **POLICY | {"seed": policy_seed, "reflection_scope": "answer"})
+    answer = guard.request("a", prompts(1)[0], {"max_tokens": 30, "temperature": 1.0, "seed": seed})
+    (first,) = answer.begin()
+    answer.feed(first.key, [11, RESERVED])
+    sampled = answer.advance({first.key: record([11], [0.99])})
+    return [first.params.get("seed"), *(one.params["seed"] for one in sampled)]
+
+
+def test_what_follows_a_flag_is_drawn_from_the_seed_of_the_request_unless_the_policy_has_one(head, tokenizer):
+    assert seeds_of(head, tokenizer, 7) == seeds_of(head, tokenizer, 7) == [7, 8, 9, 10]
+    assert seeds_of(head, tokenizer, 7, policy_seed=100) == [7, 101, 102, 103]
+    assert seeds_of(head, tokenizer, None) != seeds_of(head, tokenizer, None)
+
+
+def test_a_policy_that_the_engine_cant_sample_is_refused(head, tokenizer):
+    with pytest.raises(UnsupportedRequestError, match="recovery_temperature"):
+        make_guard(head, tokenizer, recovery_temperature=2.5).request("a", prompts(1)[0], GREEDY)
+
+
+def test_an_empty_stop_text_is_refused(head, tokenizer):
+    with pytest.raises(UnsupportedRequestError, match="`stop`"):
+        make_guard(head, tokenizer).request("a", prompts(1)[0], GREEDY | {"stop": ["w10", ""]})
+
+
 def test_a_stop_string_ends_the_answer_after_the_token_that_completes_it(target, never, tokenizer):
     (plain,) = answer_all(target, never, tokenizer, prompts(1))
-    word = tokenizer.decode([plain.token_ids[3]])
+    word = tokenizer.decode([plain.token_ids[2]])  # no special one, which has no words
     first = next(i for i in range(30) if word in tokenizer.decode(plain.token_ids[: i + 1]))
     (result,) = answer_all(target, never, tokenizer, prompts(1), GREEDY | {"stop": word})
     assert (result.token_ids, result.finish_reason) == (plain.token_ids[: first + 1], "stop")

@@ -102,6 +102,19 @@ def test_candidates_are_as_likely_as_our_own_forward_says(parts, llm):
     assert num_cached >= 3
 
 
+def test_prompts_read_in_pieces_draw_what_they_draw_when_read_at_once(parts, llm):
+    folder, generator = parts[2], torch.Generator().manual_seed(6)
+    long = torch.randint(10, 39, (6, 60), generator=generator).tolist()
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(6)]
+    whole = answer(llm, long, params, risk_threshold=1.0)
+    options = OPTIONS | {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    in_pieces = GuardedLLM(folder / "target", folder / "head", policy=SafeSpecConfig(**POLICY), **options)
+    found = answer(in_pieces, long, params, risk_threshold=1.0)
+    assert [output.token_ids for output in found] == [output.token_ids for output in whole]
+    # candidates have seeds, too, and read the answer before them
+    assert any(event.outcome == "recovered" for output in answer(in_pieces, long) for event in output.events)
+
+
 def test_each_prompt_may_have_its_own_policy(llm, prompts):
     policies = [SafeSpecConfig(**POLICY, risk_threshold=1.0), SafeSpecConfig(policy="stop", risk_threshold=1e-6)]
     free, stopped = llm.generate(prompts[:2], GREEDY, safespec=policies, use_tqdm=False)
@@ -123,6 +136,45 @@ def test_what_cant_be_guarded_is_refused_and_nothing_stays(llm, prompts):
     assert llm.report()[0]["num_entries"] == 0
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperatur": 0.0},
+        {"ignore_eos": True},
+        {"max_tokens": 0},
+        {"logit_bias": {1000: 1.0}},
+        {"stop_token_ids": [-1]},
+        {"temperature": 3.0},
+        SamplingParams(trace_decode_token_ids=[4]),
+        SamplingParams(extra_args={"safespec": "{}"}),
+        SamplingParams(repetition_penalty=1e-46),
+        SamplingParams(n=2),
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_so_is_what_is_wrong_with_the_last_of_several_prompts(llm, prompts, params, monkeypatch):
+    monkeypatch.setattr(llm.llm_engine, "step", lambda: pytest.fail("a step was made"))
+    with pytest.raises(
+        ValueError, match=r"temperatur|ignore_eos|max_tokens|logit_bias|stop_token|trace|extra|repet|n=2"
+    ):
+        answer(llm, prompts[:2], [SamplingParams(max_tokens=4), params])
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], {"prompt": "w10"}, {"prompt_token_ids": [10], "multi_modal_data": {}}], ids=str
+)
+def test_prompts_of_another_kind_are_refused(llm, prompt):
+    with pytest.raises(UnsupportedRequestError, match="prompt"):
+        answer(llm, [prompt])
+
+
+@pytest.mark.parametrize("name", ["beam_search", "encode", "embed", "enqueue", "update_weights"])
+def test_no_other_method_gives_anything(llm, name):
+    with pytest.raises(UnsupportedRequestError, match="`generate` and `chat`"):
+        getattr(llm, name)(["w10"])
+
+
 def test_an_interrupted_call_leaves_nothing_in_the_engine(llm, prompts, monkeypatch):
     steps, step = iter(range(3)), llm.llm_engine.step
 
@@ -141,7 +193,13 @@ def test_an_interrupted_call_leaves_nothing_in_the_engine(llm, prompts, monkeypa
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("pipeline_parallel_size", 2), ("async_scheduling", True), ("enable_lora", True), ("worker_cls", "other.Worker")],
+    [
+        ("pipeline_parallel_size", 2),
+        ("async_scheduling", True),
+        ("enable_lora", True),
+        ("worker_cls", "other.Worker"),
+        ("logits_processors", ["other:Processor"]),
+    ],
 )
 def test_engines_that_cant_be_guarded_do_not_start(parts, option, value):
     folder = parts[2]

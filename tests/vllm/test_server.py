@@ -127,6 +127,100 @@ def test_what_can_not_be_guarded_is_refused_by_name(server, field):
     assert next(iter(field)) in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"max_tokens": 0},
+        {"n": 0},
+        {"n": 2, "temperature": 0},
+        {"stop_token_ids": [10**6]},
+        {"stop_token_ids": [-1]},
+        {"stop": ["w10", ""]},
+        {"logit_bias": {"1000": 1}},
+        {"logprobs": 0, "prompt_logprobs": 0},
+        {"repetition_penalty": 1e-46},
+        {"repetition_penalty": 1e39},
+        {"temperature": 2.5},
+        {"bad_words": ["w10"]},
+        {"ignore_eos": True},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": {}}}], "tool_choice": "auto"},
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_told_before_anything_is_streamed(server, route, stream, field):
+    asked = {"prompt": "w10 w11"} if route == "completions" else {"messages": [{"role": "user", "content": "w10"}]}
+    body = {"model": "target", "max_tokens": 4, "stream": stream, **asked} | field
+    answer = httpx.post(f"{server.url}/v1/{route}", json=body, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["w10", ""], [10] * 255, [10, 10**6]], ids=lambda one: str(one)[:20])
+def test_prompts_that_cant_be_answered_are_refused_and_no_other_one_begins(server, prompt):
+    answer = httpx.post(f"{server.url}/v1/completions", json=ask(0) | {"prompt": prompt}, timeout=30)
+    assert answer.status_code == 400
+    assert "choices" not in answer.json()
+
+
+def test_prompts_may_be_words_or_tokens_and_several(client):
+    words, tokens = ["w10 w11", "w12"], [[10, 11], [12]]
+    for prompt in (words, tokens):
+        asked = {"model": "target", "prompt": prompt, "max_tokens": 5, "temperature": 0}
+        answer = client.completions.create(**asked)
+        parts = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        for index, choice in enumerate(answer.choices):
+            mine = [one for part in parts for one in part.choices if one.index == index]
+            assert "".join(one.text for one in mine) == choice.text
+            assert mine[-1].safespec["finish_reason"] == choice.safespec["finish_reason"]
+        assert parts[-1].usage == answer.usage
+        assert answer.usage.completion_tokens == sum(len(choice.safespec["risks"]) for choice in answer.choices)
+
+
+def test_ids_that_clients_choose_may_come_twice_at_once(server):
+    async def main():
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = ask(1, temperature=0, request_id="mine")
+            posts = (client.post(f"{server.url}/v1/completions", json=body) for _ in range(6))
+            return await asyncio.gather(*posts)
+
+    answers = asyncio.run(main())
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+
+
+def test_with_a_seed_an_answer_comes_again_recoveries_too(client):
+    outcomes = set()
+    for seed in range(8):
+        first, again = (client.completions.create(**ask(seed, n=2)) for _ in range(2))
+        assert [one.text for one in first.choices] == [one.text for one in again.choices]
+        outcomes |= {event["outcome"] for one in first.choices for event in one.safespec["events"]}
+    assert "recovered" in outcomes
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"logit_bias": {str(token): 100 for token in range(8, 48)}},
+        {"temperature": 2.0, "top_k": 1, "min_p": 1.0},
+        {"top_p": 1e-6, "stop_token_ids": [63]},
+    ],
+    ids=str,
+)
+def test_at_the_ends_of_what_is_allowed_nothing_flagged_gets_out(client, flagged, more):
+    known = {name: more.pop(name) for name in ("frequency_penalty", "presence_penalty") if name in more}
+    for seed in range(6):
+        extra = {"return_token_ids": True} | more
+        parts = list(client.completions.create(**ask(seed) | known, stream=True, extra_body=extra))
+        tokens = [token for part in parts for choice in part.choices for token in choice.token_ids or []]
+        assert not flagged & set(said(tokens))
+
+
 @pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages", "/inference/v1/generate", "/collective_rpc"])
 def test_no_route_leads_past_the_guard(server, route):
     assert httpx.post(f"{server.url}{route}", json={}, timeout=30).status_code == 404

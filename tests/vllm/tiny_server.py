@@ -113,7 +113,9 @@ class Server:
         return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
 
     def workers(self):
-        """The processes that run the model."""
+        """The processes that run the model; none where the server has ended."""
+        if self.process.poll() is not None:
+            return []
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "Worker" in " ".join(child.cmdline())]
 

@@ -107,5 +107,16 @@ def choose(
     return Choice(best, risks[best], risks[best] < threshold)
 
 
+def is_harmless(risks: Sequence[float], limit: float) -> bool:
+    """Whether no candidate is riskier than the limit; an unknown risk is.
+
+    Example:
+
+        >>> is_harmless([0.1, 0.3], limit=0.3), is_harmless([0.1, math.nan], limit=0.3)
+        (True, False)
+    """
+    return all(risk <= limit for risk in risks)
+
+
 def _or(value: float, instead: float) -> float:
     return instead if math.isnan(value) else value

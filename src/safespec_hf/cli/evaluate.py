@@ -19,7 +19,9 @@ METHOD_HELP = (
 HEAD_HELP = "Folder or Hub id. Default: the default target's own, else none."
 GUARD_HELP = "For guard_finished and guard_every_n: as --judge of report-evaluation."
 DRAFT_HELP = "A draft model or head, a Hub id or folder; or lookup, or none. Default: the default target's own."
-ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces. Repeatable."
+DRAFT_HEAD_HELP = "Of --draft, a language model: sorts out candidates before the target reads them. Default: none."
+ATTACKER_HELP = "Attacks once more, rewritten by: calm, echo, code, language, cipher, pieces, suffix. Repeatable."
+FORWARDS_HELP = "Of the target, for each prompt of --attacker suffix. Default: 300."
 JUDGE_HELP = (
     "Who says what is harmful: phrases, a folder of make-judge, a guard model's Hub id or folder, or URL#NAME of a "
     "guard behind an endpoint. Repeatable; the first is that of the overview. Default: phrases."
@@ -42,8 +44,12 @@ MultiTurn = Annotated[
 ]
 Methods = Annotated[Files, typer.Option(parser=parse_name, metavar="METHOD", help=METHOD_HELP)]
 Attackers = Annotated[Files, typer.Option(metavar="NAME", help=ATTACKER_HELP)]
+SuffixForwards = Annotated[
+    int | None, typer.Option(metavar="N", min=1, max=MAX_COUNT, help=FORWARDS_HELP, show_default=False)
+]
 EvaluatedHead = Annotated[str | None, typer.Option(parser=parse_name, metavar="HEAD", help=HEAD_HELP)]
 Draft = Annotated[str | None, typer.Option(parser=parse_name, metavar="DRAFT", help=DRAFT_HELP)]
+DraftsHead = Annotated[str | None, typer.Option(parser=parse_name, metavar="HEAD", help=DRAFT_HEAD_HELP)]
 Guard = Annotated[str | None, typer.Option(parser=parse_name, metavar="JUDGE", help=GUARD_HELP)]
 
 
@@ -56,9 +62,11 @@ def evaluate(
     multi_turn: MultiTurn = None,
     method: Methods = None,
     attacker: Attackers = None,
+    suffix_forwards: SuffixForwards = None,
     target: Target = None,
     head: EvaluatedHead = None,
     draft: Draft = None,
+    draft_head: DraftsHead = None,
     guard: Guard = None,
     chat_template: ChatTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Of an answer.")] = 128,
@@ -75,31 +83,29 @@ def evaluate(
 
     Example: `torchrun --standalone --nproc_per_node 2 -m safespec_hf.cli evaluate --attacks a.jsonl --out b.jsonl`
     """
-    from ..evaluation.attackers import attack
+    from ..evaluation.attackers import SUFFIX, attack
     from ..evaluation.judges_loading import load_judge
     from ..evaluation.prompts import load_prompt_sets
     from ..evaluation.runs import RunSettings, run_evaluation
     from ..evaluation.specs import parse_method
+    from ..evaluation.suffixes import SUFFIXES, SuffixSettings, attack_by_suffix
     from ..training.files import check_writable_file
 
-    sets = load_prompt_sets(
-        {
-            "attacks": attacks or (),
-            "benign": benign or (),
-            "borderline": borderline or (),
-            "tasks": tasks or (),
-            "multi-turn": multi_turn or (),
-        },
-        limit=limit,
-    )
-    sets = attack(sets, attacker or [])
+    given: dict[Any, Files] = {"attacks": attacks, "benign": benign, "borderline": borderline, "tasks": tasks}
+    given["multi-turn"] = multi_turn
+    plain = load_prompt_sets({kind: files or () for kind, files in given.items()}, limit=limit)
+    attackers = attacker or []
+    sets, searches = attack(plain, attackers), SUFFIX in attackers
+    search = SuffixSettings(seed=seed, **({} if suffix_forwards is None else {"num_forwards": suffix_forwards}))
     settings = RunSettings(batch_size=batch_size, seed=seed)
     judge = None if guard is None else load_judge(guard)
     methods = [parse_method(spec, judge) for spec in method or DEFAULT_METHODS]
     check_writable_file(out)
-    needs_head = any(one.needs_head for one in methods)
-    engine = _load_engine(target, head, draft, dtype, chat_template, needs_head=needs_head)
+    needs_head = searches or any(one.needs_head for one in methods)
+    engine = _load_engine(target, head, draft, draft_head, dtype, chat_template, needs_head=needs_head)
     engine.max_new_tokens = max_new_tokens
+    if searches:
+        sets |= attack_by_suffix(engine, plain, out.with_name(out.name + SUFFIXES), search)
     num = run_evaluation(engine, methods, sets, out, settings=settings)
     typer.echo(f"{num} answers in {out}")
 
@@ -108,6 +114,7 @@ def _load_engine(
     target: str | None,
     head: str | None,
     draft: str | None,
+    draft_head: str | None,
     dtype: str,
     chat_template: str | None,
     *,
@@ -120,14 +127,22 @@ def _load_engine(
     from ..training.shards import processes
 
     if needs_head and head is None and target is not None:
-        raise SafeSpecError("Guarded methods need the target's head: `--head FOLDER`, or an id on the Hub.")
+        raise SafeSpecError(
+            "Guarded methods and `--attacker suffix` need the target's head: `--head FOLDER`, or an id on the Hub."
+        )
+    if draft_head is not None and (not needs_head or draft in (None, "lookup", "none")):
+        raise SafeSpecError(
+            "`--draft-head` needs a language model that drafts, `--draft MODEL`, and a guarded method."
+        )
+    screen = SafetyHead.from_pretrained(draft_head) if draft_head is not None else None
     processes()  # each process takes its own device, before anything is put on one
     safety_head = SafetyHead.from_pretrained(head) if head is not None else None
     model, tokenizer = load_target(target, dtype, chat_template)
-    if needs_head:
-        attach_safety_head(model, safety_head or load_default_head(), tokenizer=tokenizer)
     is_lookup = draft == "lookup"
     drafter = None if is_lookup else load_draft(draft, model, is_default_target=target is None)
+    if needs_head:
+        attached: dict[str, Any] = {} if screen is None else {"draft": drafter, "draft_head": screen}
+        attach_safety_head(model, safety_head or load_default_head(), tokenizer=tokenizer, **attached)
     return Engine(model=model, tokenizer=tokenizer, draft=drafter, lookup_tokens=5 if is_lookup else None)
 
 

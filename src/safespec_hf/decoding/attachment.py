@@ -25,6 +25,7 @@ class Attachment:
         ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
         draft ([`~transformers.PreTrainedModel`], *optional*): For calls that ask for no other drafts.
         origin (`tuple[str, str | None]`, *optional*): The exported repository that it came from; see [`origin_of`].
+        draft_head ([`SafetyHead`], *optional*): Of the draft; sorts out candidates that it writes.
         weights ([`Weights`], *optional*): A glance at the target's weights and adapters when the head was attached.
     """
 
@@ -36,6 +37,7 @@ class Attachment:
     draft: PreTrainedModel | None = None
     origin: tuple[str, str | None] | None = None
     weights: Weights | None = None
+    draft_head: SafetyHead | None = None
 
     @property
     def risk_threshold(self) -> float:

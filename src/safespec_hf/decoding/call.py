@@ -109,6 +109,7 @@ class GuardedCall:
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
             num_unseen=0 if prompt is None else prompt.num_unseen,
+            draft_head=self._draft_head(attachment),
         )
         check_context(rows, plan)
         if plan.observes:
@@ -127,6 +128,15 @@ class GuardedCall:
             with self._fast_forwards(model, head):
                 output = with_steps(output, model, generation_config, logits_processor, model_kwargs, cached)
         return output if generation_config.return_dict_in_generate else output.sequences
+
+    def _draft_head(self, attachment: Attachment) -> SafetyHead | None:
+        """The head of the draft of this call: the attached one, where it is the attached draft that drafts."""
+        head, draft = attachment.draft_head, self.draft.model
+        if head is None or draft is None or draft is not attachment.draft or not self.draft.writes:
+            return None
+        check_usable(head, draft)
+        head.to(input_device(draft))  # type: ignore[arg-type]  # its stub takes no device
+        return head.eval()
 
     def _check(
         self,

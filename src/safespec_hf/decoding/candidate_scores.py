@@ -25,6 +25,7 @@ class CandidateScores:
         monitor ([`RiskMonitor`]): Scores the risk.
         threshold (`float`): A token is unsafe iff its risk is >= this.
         safe_enough (`float`, *optional*): Up to this risk the likeliest segment is wanted, not the safest.
+        all_up_to (`float`, *optional*): None is wanted any more once one has a higher risk than this.
 
     Attributes:
         segments (`Sequence[Sequence[int]]`): The segments.
@@ -35,11 +36,19 @@ class CandidateScores:
         seconds (`float`): Host time that the head took.
     """
 
-    def __init__(self, row: Row, monitor: RiskMonitor, threshold: float, safe_enough: float | None = None):
+    def __init__(
+        self,
+        row: Row,
+        monitor: RiskMonitor,
+        threshold: float,
+        safe_enough: float | None = None,
+        all_up_to: float | None = None,
+    ):
         self.row = row
         self.monitor = monitor
         self.threshold = threshold
         self.safe_enough = -math.inf if safe_enough is None else safe_enough
+        self.all_up_to = math.inf if all_up_to is None else all_up_to
         self.segments: Sequence[Sequence[int]] = []
         self.risks: list[list[float]] = []
         self.log_probs: list[float] = []
@@ -118,6 +127,8 @@ class CandidateScores:
         safe = [risk < self.threshold for risk in worst]
         ended = [worst[k] for k, open_ in enumerate(is_open) if safe[k] and not open_]
         bound = max(min(ended, default=math.inf), self.safe_enough)
+        if not all(risk <= self.all_up_to for risk in worst):
+            bound = -math.inf
         self.given_up |= {k for k, open_ in enumerate(is_open) if open_ and safe[k] and worst[k] > bound}
         return [open_ and safe[k] and worst[k] <= bound for k, open_ in enumerate(is_open)]
 

@@ -48,14 +48,21 @@ def insert_reflection(row: Row, plan: Plan) -> None:
 
 
 def attempt_event(
-    row: Row, flag: Flag, tried: Sequence[Tried], max_tokens: int, chosen: int | None = None
+    row: Row,
+    flag: Flag,
+    tried: Sequence[Tried],
+    max_tokens: int,
+    chosen: int | None = None,
+    *,
+    is_test: bool = False,
 ) -> SafeSpecEvent:
-    """The event of an attempt; `chosen` is one of its last batch."""
+    """The event of an attempt, or of a test of the flag; `chosen` is one of its last batch."""
     counts = [batch.count(max_tokens) for batch in tried]
+    outcomes = ("confirmed", "dismissed") if is_test else ("retried", "recovered")
     return _event(
         row,
         flag,
-        "retried" if chosen is None else "recovered",
+        outcomes[chosen is not None],
         candidate_risks=tuple(risk for batch in tried for risk in batch.worst()),
         candidate_log_probs=tuple(log_prob for batch in tried for log_prob in batch.log_probs),
         chosen=None if chosen is None else sum(len(batch.segments) for batch in tried[:-1]) + chosen,

@@ -34,6 +34,7 @@ class Plan:
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
         quality_ids (`list[int]`): The policy's quality prompt, tokenised; none where tokens are verified.
         digit_ids (`list[list[int]]`): Of each digit the tokens that spell it; none where tokens are verified.
+        draft_monitor ([`RiskMonitor`], *optional*): Of the draft's own head, which sorts candidates out.
     """
 
     policy: SafeSpecConfig
@@ -53,6 +54,7 @@ class Plan:
     pad_token_id: int = 0
     quality_ids: list[int] = field(default_factory=list)
     digit_ids: list[list[int]] = field(default_factory=list)
+    draft_monitor: RiskMonitor | None = None
 
     @property
     def observes(self) -> bool:
@@ -65,6 +67,16 @@ class Plan:
         policy = self.policy
         is_likeliest = policy.candidate_choice == "likeliest_safe"
         return self.risk_threshold * (1 - policy.safe_margin) if is_likeliest else None
+
+    @property
+    def harmless(self) -> float:
+        """Up to which risk of all candidates without a reflection a flag counts as a false alarm."""
+        return self.risk_threshold * (1 - (self.policy.false_alarm_margin or 0.0))
+
+    def tests(self, row: Row) -> bool:
+        """Whether a flag of this answer is put to the test: its first, where a reflection would follow."""
+        is_wanted = self.policy.false_alarm_margin is not None and self.policy.num_candidates > 1
+        return is_wanted and bool(self.reflection_ids) and not row.events
 
 
 def check_context(rows: Sequence[Row], plan: Plan) -> None:

@@ -272,6 +272,7 @@ def make_plan(
     num_assistant_tokens: int | None,
     is_monitored: bool,
     num_unseen: int = 0,
+    draft_head: SafetyHead | None = None,
 ) -> Plan:
     """Everything about a call that stays the same while it runs; `num_unseen`: as for [`max_context`]."""
     policy = policy.resolved()
@@ -297,6 +298,7 @@ def make_plan(
         pad_token_id=pad_token_id(config) or 0,
         quality_ids=tokenizer.encode(policy.quality_prompt, add_special_tokens=False) if is_by_segment else [],
         digit_ids=find_digit_ids(tokenizer, vocab_size) if is_by_segment else [],
+        draft_monitor=None if draft_head is None else RiskMonitor(draft_head),
     )
 
 

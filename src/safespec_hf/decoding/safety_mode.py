@@ -11,13 +11,14 @@ import time
 import torch
 
 from ..answer.logits import SafeSpecLogitsProcessor
-from ..answer.recovery import Choice, batch_sizes, choose, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step
 from ..answer.rows import Row
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
 from ..outputs import Provenance
 from .candidate_scores import CandidateScores
 from .commit import Committer, Flag
+from .draft_screen import DraftScreen
 from .monitor import RiskMonitor
 from .outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from .plan import Plan
@@ -60,8 +61,11 @@ class SafetyMode:
             flag ([`Flag`]): Why.
         """
         policy, room = self.plan.policy, room_for_candidate(row, self.plan)
-        if policy.reflection_stays and next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
-            insert_reflection(row, self.plan)
+        if next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
+            if self.plan.tests(row) and self._dismiss(index, row, flag, room):
+                return
+            if policy.reflection_stays:
+                insert_reflection(row, self.plan)
         while next_step(row.num_recoveries, policy.max_recoveries, room) == "resample":
             row.num_recoveries += 1
             self.statistics.num_recovery_attempts += 1
@@ -87,6 +91,26 @@ class SafetyMode:
         row.flagged_first_tokens.setdefault(flag.kept, set()).update(firsts)
         return False
 
+    def _dismiss(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
+        """Tests a flag by candidates without a reflection: if all of them are harmless, the likeliest is taken.
+
+        They are the target's own: what another model would say does not tell whether this one is about to do harm.
+        """
+        limit, tried = self.plan.harmless, list[CandidateScores]()
+        self.statistics.num_recovery_attempts += 1
+        for num in batch_sizes(self.plan.policy.num_candidates, self.plan.policy.candidates_per_batch):
+            scores = CandidateScores(row, self.monitor, self.plan.risk_threshold, limit, all_up_to=limit)
+            scorer = self._sample(index, row, flag, max_tokens, scores, num, is_test=True)
+            tried.append(scores)
+            if not is_harmless(scores.worst(), limit):
+                row.events.append(attempt_event(row, flag, tried, max_tokens, is_test=True))
+                return False
+        row.num_recoveries += 1
+        choice = choose(scores.worst(), scores.log_probs, self.plan.risk_threshold, limit)
+        row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate, is_test=True))
+        self._take(index, row, scores, scorer, choice.candidate)
+        return True
+
     def _take(self, index: int, row: Row, scores: CandidateScores, scorer: CachedModel, candidate: int) -> None:
         """The row goes on with a candidate."""
         start = self.target.lengths[index]
@@ -106,7 +130,15 @@ class SafetyMode:
         self.drafter.keep(lengths)
 
     def _sample(
-        self, index: int, row: Row, flag: Flag, max_tokens: int, scores: CandidateScores, num_candidates: int
+        self,
+        index: int,
+        row: Row,
+        flag: Flag,
+        max_tokens: int,
+        scores: CandidateScores,
+        num_candidates: int,
+        *,
+        is_test: bool = False,
     ) -> CachedModel:
         """Samples candidate segments in one batch, and scores them; returns the target's cache of them.
 
@@ -114,30 +146,37 @@ class SafetyMode:
         the answer goes on from, is what the caller will have.
         """
         start, policy = time.perf_counter(), self.plan.policy
-        aside = () if policy.reflection_stays else self.plan.reflection_ids
-        is_target = policy.candidate_source == "target"
+        aside = () if is_test or policy.reflection_stays else self.plan.reflection_ids
+        is_target = is_test or policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
+        monitor = self.plan.draft_monitor
+        screen = None if draft is None or monitor is None else DraftScreen(row, monitor)
+        layers = None if screen is None else screen.monitor.layers
         segments, scorer = sample_segments(
-            (self.target if draft is None else draft).fork(index, 1),
+            (self.target if draft is None else draft).fork(index, 1, layers),
             row,
             num_segments=num_candidates,
             max_tokens=max_tokens,
             vocab_size=self.drafter.vocab_size,
             end_ids=self.plan.eos_ids,
             steer=steer,
+            temperature=policy.test_temperature if is_test else policy.recovery_temperature,
             generator=self._generator(row),
             # the target's own forwards give the risks on the way, so hopeless segments end early
-            judge=scores.watch if draft is None else None,
+            judge=scores.watch if draft is None else None if screen is None else screen.watch,
             aside=aside,
         )
         if draft is not None:
             # it samples K segments for less than the target would take for one
             self.statistics.draft_seconds += time.perf_counter() - start
+        if screen is not None:
+            segments = [segments[k] for k in screen.promising(segments)]
+            self.statistics.num_screened_candidates += num_candidates - len(segments)
         if draft is not None or aside:
-            scorer = self.target.fork(index, num_candidates)
+            scorer = self.target.fork(index, len(segments))
             waiting = row.context(scorer.lengths[0])
             nums = [len(tokens) for tokens in segments]
             output = scorer.forward([waiting + tokens for tokens in segments], 1 + max(nums), num_drafts=nums)

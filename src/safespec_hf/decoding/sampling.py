@@ -25,6 +25,7 @@ def sample_segments(
     end_ids: frozenset[int],
     steer: LogitsProcessor,
     generator: torch.Generator,
+    temperature: float | None = None,
     vocab_size: int | None = None,
     judge: Judge | None = None,
     aside: Sequence[int] = (),
@@ -39,6 +40,7 @@ def sample_segments(
         end_ids (`frozenset[int]`): Tokens that end an answer.
         steer ([`~transformers.LogitsProcessor`]): Of Safety Mode, after the row's own.
         generator (`torch.Generator`): Of the row's device.
+        temperature (`float`, *optional*): Of the draws, > 0. Default: the policy's for recoveries.
         vocab_size (`int`, *optional*): The target's, where the sampler's may be padded differently.
         judge (`Callable`, *optional*):
             Called after every forward with the segments, which of them are open, and the forward's output; says
@@ -50,6 +52,7 @@ def sample_segments(
         one: at some point no token had a finite score, or one had none at all (`nan`).
     """
     policy = row.policy
+    temperature = policy.recovery_temperature if temperature is None else temperature
     ids_1L = row.visible_ids()
     num_before = ids_1L.shape[1]
     all_KL = torch.nn.functional.pad(ids_1L, (0, max_tokens)).repeat(num_segments, 1)  # written in place
@@ -67,7 +70,7 @@ def sample_segments(
                 break
         logits_KV = fit_vocabulary(output.logits_BTV[:, -1], vocab_size)
         logits_KV = logits_KV.to(row.device, torch.float32)
-        scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / policy.recovery_temperature
+        scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / temperature
         may_end = step + 1 >= policy.min_segment_tokens
         if end_ids and not may_end:
             # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen

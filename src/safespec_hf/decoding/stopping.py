@@ -27,6 +27,10 @@ OWN = (MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 COPIED = (set, deque, bytearray, np.ndarray)
 
 
+class RowCriterion(StoppingCriteria):
+    """One of ours: it judges a row by itself, and remembers nothing."""
+
+
 class Stopping:
     """Asks criteria about the rows of a batch.
 
@@ -39,8 +43,9 @@ class Stopping:
     def __init__(self, criteria: StoppingCriteriaList, rows: Sequence[Row], pad_token_id: int):
         self.rows = rows
         self.pad_token_id = pad_token_id
-        self._of_row = StoppingCriteriaList(one for one in criteria if type(one) in OWN)
-        self._of_batch = StoppingCriteriaList(one for one in criteria if type(one) not in OWN)
+        of_row = [isinstance(one, RowCriterion) or type(one) in OWN for one in criteria]
+        self._of_row = StoppingCriteriaList(one for one, is_own in zip(criteria, of_row, strict=True) if is_own)
+        self._of_batch = StoppingCriteriaList(one for one, is_own in zip(criteria, of_row, strict=True) if not is_own)
         self._first_states = [copy_state(getattr(one, "__dict__", {})) for one in self._of_batch]
         self._num_asked = [0] * len(rows)  # tokens of each row that its own criteria were asked about
         self._length = 0  # of the rows, when the batch's criteria were asked last

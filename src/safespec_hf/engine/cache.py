@@ -301,16 +301,17 @@ class CachedModel:
         self._after = None if self._after is None else self._after.select(rows)
         self._crop(self.columns.select(rows))
 
-    def fork(self, row: int, num_copies: int) -> CachedModel:
+    def fork(self, row: int, num_copies: int, layers: Sequence[int] | None = None) -> CachedModel:
         """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward.
 
-        Where a mask can keep them apart, they share them for ever: the context is not copied for each.
+        Where a mask can keep them apart, they share them for ever. `layers`: hidden states to return instead.
         """
         assert not self._is_shared, "rows that share a row of the cache can't be forked again"
         fork = copy.copy(self)
+        fork.layers = self.layers if layers is None else tuple(layers)
         fork._is_shared = self._can_share and self._after is None and num_copies > 1 and self.lengths[row] > 0
-        fork.cache, fork._is_callers, fork._tree_start = empty_like(self.cache), False, None
-        lengths, columns = self.columns.lengths, self.columns.of(row)
+        fork._fixed, fork._is_callers, fork._tree_start = self._fixed | tap_arguments(fork.layers), False, None
+        fork.cache, lengths, columns = empty_like(self.cache), self.columns.lengths, self.columns.of(row)
         fork.columns, fork._read = Columns.filled(num_copies, lengths[row]), [self._read[row]] * num_copies
         fork._after = None if self._after is None else self._after.select([row] * num_copies)
         num = 1 if fork._is_shared else num_copies

@@ -1,7 +1,7 @@
 """Attackers who know of the guard: requests rewritten so that a monitor of what is written sees less.
 
-What they ask for comes from files of prompts; nothing harmful is spelled out here. A suffix that is optimised against
-a head is not among them.
+What they ask for comes from files of prompts; nothing harmful is spelled out here. The one who has the target and its
+head, and searches, is in `suffixes`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ ATTACKERS: dict[str, Attacker] = {
 }
 """By name: asks for what looks safe to a monitor, for the reflection to be repeated, for an answer that hides in code,
 in another language or in a cipher, or for one in many short segments."""
+SUFFIX = "suffix"
+"""The attacker that needs the target and its head: see [`attack_by_suffix`]."""
 
 
 def attack(sets: Mapping[str, Sequence[Prompt]], names: Sequence[str]) -> dict[str, list[Prompt]]:
@@ -50,7 +52,7 @@ def attack(sets: Mapping[str, Sequence[Prompt]], names: Sequence[str]) -> dict[s
 
     Args:
         sets (`Mapping[str, Sequence[Prompt]]`): What [`load_prompt_sets`] read.
-        names (`Sequence[str]`): Of [`ATTACKERS`].
+        names (`Sequence[str]`): Of [`ATTACKERS`]; [`SUFFIX`] is known too, and adds nothing here.
 
     Raises:
         SafeSpecError: If there is no such attacker, or nothing that is attacked.
@@ -62,21 +64,32 @@ def attack(sets: Mapping[str, Sequence[Prompt]], names: Sequence[str]) -> dict[s
         >>> attack({"garden": [rose]}, ["language"])["garden@language"][0].messages[0]["content"]
         'When to prune roses?\\n\\nAnswer in German only.'
     """
-    unknown = [name for name in names if name not in ATTACKERS]
+    unknown = [name for name in names if name not in (*ATTACKERS, SUFFIX)]
     if unknown:
-        raise SafeSpecError(f"There is no attacker {unknown[0]!r}. They are {', '.join(ATTACKERS)}.")
+        raise SafeSpecError(f"There is no attacker {unknown[0]!r}. They are {', '.join((*ATTACKERS, SUFFIX))}.")
     attacked = {name: prompts for name, prompts in sets.items() if prompts[0].kind == "attacks"}
     if names and not attacked:
         raise SafeSpecError("Attackers rewrite requests of `--attacks`, and there are none.")
     rewritten = {
-        f"{set_name}@{name}": [_rewrite(prompt, name) for prompt in prompts]
+        f"{set_name}@{name}": [rewrite(prompt, name, ATTACKERS[name](_asked(prompt))) for prompt in prompts]
         for name in dict.fromkeys(names)
+        if name != SUFFIX
         for set_name, prompts in attacked.items()
     }
     return {name: list(prompts) for name, prompts in sets.items()} | rewritten
 
 
-def _rewrite(prompt: Prompt, name: str) -> Prompt:
+def rewrite(prompt: Prompt, name: str, text: str) -> Prompt:
+    """The prompt as an attacker asks it, in the set of that attacker.
+
+    Args:
+        prompt ([`Prompt`]): What is asked.
+        name (`str`): The attacker.
+        text (`str`): What the user says last, instead.
+    """
     *before, last = prompt.messages
-    asked = {**last, "content": ATTACKERS[name](last["content"])}
-    return replace(prompt, set_name=f"{prompt.set_name}@{name}", messages=(*before, asked))
+    return replace(prompt, set_name=f"{prompt.set_name}@{name}", messages=(*before, {**last, "content": text}))
+
+
+def _asked(prompt: Prompt) -> str:
+    return prompt.messages[-1]["content"]

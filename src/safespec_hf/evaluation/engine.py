@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SafeSpecConfig
 from ..decoding.attachment import find_threshold
@@ -77,10 +77,15 @@ class Engine:
     max_new_tokens: int = 128
     max_prompt_tokens: int = 2048
 
-    def plain(self, chats: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Greedy answers of the target alone, by transformers' own `generate`; and how probable they are to it."""
+    def plain(self, chats: Sequence[Sequence[Message]], processors: LogitsProcessorList | None = None) -> list[Reply]:
+        """Greedy answers of the target alone, by transformers' own `generate`; and how probable they are to it.
+
+        Args:
+            chats (`Sequence[Sequence[dict[str, str]]]`): A conversation each.
+            processors ([`~transformers.LogitsProcessorList`], *optional*): Of its logits, after those of its own.
+        """
         prompts = self.encode(chats)
-        sequences, seconds = self._generate(prompts)
+        sequences, seconds = self._generate(prompts, logits_processor=processors)
         ends = stop_ids(self.model)
         replies = []
         for row in sequences[:, max(map(len, prompts)) :].tolist():
@@ -151,7 +156,8 @@ class Engine:
     def with_head(self, head: SafetyHead) -> Iterator[None]:
         """Another head on the target, for a while."""
         own = check_guarded(self.model).safety
-        known: Any = {"tokenizer": own.tokenizer, "policy": own.policy, "ignore_mismatches": own.ignore_mismatches}
+        names = ("tokenizer", "policy", "ignore_mismatches", "draft", "draft_head")
+        known: Any = {name: getattr(own, name) for name in names}
         attach_safety_head(self.model, head, **known)
         try:
             yield

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .judges import Judge
-from .rows import Row
+from .rows import Row, read_keyed
 
 BATCH_SIZE = 32
 
@@ -27,7 +27,7 @@ def judge_rows(judge: Judge, rows: Sequence[Row], cache: str | os.PathLike[str])
             not asked again.
     """
     path = Path(cache)
-    known = _read(path)
+    known = {key: row["risk"] for key, row in read_keyed(path).items()}
     keys = [_key(judge, row) for row in rows]
     todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     asked = list(todo)
@@ -47,14 +47,3 @@ def _key(judge: Judge, row: Row) -> str:
     errors = None if judge.errors is None else asdict(judge.errors)
     content = [judge.name, errors, row["request"], row["answer"]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
-def _read(path: Path) -> dict[str, float]:
-    """Verdicts in the file, after cutting off a line that a kill left incomplete."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
-        os.truncate(path, len(complete))
-    return {row["key"]: row["risk"] for row in map(json.loads, complete.splitlines())}

@@ -10,6 +10,7 @@ from .metrics import Interval, bootstrap_mean, mean, ratio
 from .rows import Row
 
 CANDIDATE_COUNTS = (1, 2, 5, 10, 20)
+TESTS = ("confirmed", "dismissed")
 
 
 class Attempt(NamedTuple):
@@ -22,13 +23,16 @@ class Attempt(NamedTuple):
 def attempts_of(rows: Sequence[Row]) -> list[Attempt]:
     """The first attempt after each flag. Later ones steer away from what was found unsafe: they are other draws.
 
-    Attempts that stop sampling at the first safe candidate would flatter p: their rows don't belong here.
+    Attempts that stop sampling at the first safe candidate would flatter p: their rows don't belong here. Nor do tests
+    for a false alarm, whose candidates read no reflection, and end with the first that is not harmless.
     """
     attempts = []
     for row in rows:
         before: Any = None
         for event in row["events"]:
             place = (event["position"], event["rolled_back_to"])
+            if event.get("outcome") in TESTS:
+                continue
             if event["candidate_risks"] and place != before:
                 attempts.append(_attempt(event, row["risk_threshold"]))
             before = place

@@ -153,6 +153,17 @@ def to_reply(row: Row) -> Reply:
     )
 
 
+def read_keyed(path: Path) -> dict[str, dict[str, Any]]:
+    """JSON lines by their `key`, after cutting off one that a kill left incomplete; none where there is no file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(path, len(complete))
+    return {row["key"]: row for row in map(json.loads, complete.splitlines())}
+
+
 def _to_line(row: Row) -> str:
     # NaN and infinities, as of candidates that were never finished, become null: other readers refuse them
     finite = json.loads(json.dumps(row), parse_constant=lambda _: None)

@@ -126,13 +126,13 @@ def run_evaluation(
 
 
 def warm_up(engine: Engine, methods: Sequence[Method]) -> None:
-    """A short answer by each guarded method.
+    """A short answer by each method, but for those that only read what the target alone said.
 
     What a first call does once, such as packing weights, is no answer's cost; and a policy that this target and draft
-    can't have is told now, not after hours.
+    can't have, or an expert that does not fit, is told now, not after hours.
     """
     short = replace(engine, max_new_tokens=2)
-    for method in {method.name: method for method in methods if method.needs_head}.values():
+    for method in {method.name: method for method in methods if not method.uses_undefended}.values():
         method.answer(short, Turn([[{"role": "user", "content": WARM_UP}]], [WARM_UP], 0, []))
 
 
@@ -157,7 +157,8 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """All that answers depend on: of all of them, of each method, and of each set."""
     model, draft = engine.model, engine.draft
-    head = model.safety.head if isinstance(model, GuardedModel) else None
+    heads = (model.safety.head, model.safety.draft_head) if isinstance(model, GuardedModel) else (None, None)
+    head, draft_head = (None if one is None else _describe_head(one) for one in heads)
     common = {
         **asdict(settings),
         "max_new_tokens": engine.max_new_tokens,
@@ -166,7 +167,8 @@ def describe(
         "weights": hash_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(str(engine.tokenizer.chat_template).encode()).hexdigest()[:16],
-        "head": None if head is None else _describe_head(head),
+        "head": head,
+        "draft_head": draft_head,
         "draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft),
     }
     return {

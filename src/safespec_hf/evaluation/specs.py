@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from ..errors import SafeSpecError
 from ..training.settings import check_number
 from .judges import Judge
 from .methods import Forced, Guarded, Method, Plain, Screened
+from .safedecoding import SafeDecoding
 
 Make = Callable[[str, Mapping[str, str | Any], Judge | None], Method]
 DEFAULT_EVERY = 16
@@ -26,7 +27,7 @@ def parse_method(spec: str, guard: Judge | None = None) -> Method:
         spec (`str`):
             A name of [`METHODS`]; or the name, a colon, and its options: `name=value,...`, or a JSON object, for texts
             with commas in them. Options are fields of [`SafeSpecConfig`] for guarded methods, `threshold` and `every`
-            for those with a guard model.
+            for those with a guard model, and those of [`SafeDecoding`] for `safedecoding`.
         guard ([`Judge`], *optional*): For `guard_finished` and `guard_every_n`.
 
     Raises:
@@ -112,15 +113,27 @@ def _screened(spec: str, options: Mapping[str, Any], guard: Judge | None, *, is_
     if guard is None:
         raise ValueError("it needs a guard model: give one with `--guard`.")
     values: dict[str, Any] = {"threshold": guard.threshold, "every": DEFAULT_EVERY if is_streamed else None}
-    legal = [name for name in values if name != "every" or is_streamed]
-    unknown = [name for name in options if name not in legal]
-    if unknown:
-        raise ValueError(f"it has no option {unknown[0]!r}; its options are {', '.join(legal)}.")
+    _check_names(options, [name for name in values if name != "every" or is_streamed])
     values |= {name: json.loads(value) if isinstance(value, _Text) else value for name, value in options.items()}
     check_number("threshold", values["threshold"], "(0, 1]")
     if is_streamed:
         check_number("every", values["every"], "[1, inf)", "an integer")
     return Screened(name=spec, guard=guard, threshold=float(values["threshold"]), every=values["every"])
+
+
+def _safedecoding(spec: str, options: Mapping[str, Any], guard: Judge | None) -> Method:
+    hints = {"expert": str, "alpha": float, "first_tokens": int, "num_common": int}
+    _check_names(options, list(hints))
+    if not isinstance(options.get("expert"), str) or not options["expert"]:
+        raise ValueError("it needs an expert: `expert=PATH`, a LoRA adapter of the target, or a model.")
+    typed = {name: _read(value, hints[name]) if isinstance(value, _Text) else value for name, value in options.items()}
+    return SafeDecoding(name=spec, **typed)
+
+
+def _check_names(options: Mapping[str, Any], legal: Sequence[str]) -> None:
+    unknown = [name for name in options if name not in legal]
+    if unknown:
+        raise ValueError(f"it has no option {unknown[0]!r}; its options are {', '.join(legal)}.")
 
 
 METHODS: dict[str, Make] = {
@@ -133,6 +146,7 @@ METHODS: dict[str, Make] = {
     "guard_finished": partial(_screened, is_streamed=False),
     "guard_every_n": partial(_screened, is_streamed=True),
     "specreason": partial(_guarded, own={"verification": "segment"}, is_monitored=False),
+    "safedecoding": _safedecoding,
     "forced": _forced,
 }
 """What there is to compare: see [`parse_method`]."""

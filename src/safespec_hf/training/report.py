@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,33 @@ def write_report(
     return report
 
 
+def layers_table(sweep: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How much each hidden state tells by itself: a row for each layer, a column for each way of reading it.
+
+    Args:
+        sweep (`Sequence[Mapping]`): What [`sweep_readings`] returned; what reads several layers is left out.
+
+    Returns:
+        `list[dict]`: `layer`, the AUROC of each reading, `nan` where it was not tried, and `best`, the highest.
+
+    Example:
+
+        >>> tried = {"hidden_layers": [2], "reading": ["mean", "answer"], "auroc": 0.75, "partial_auroc": 0.5}
+        >>> layers_table([tried])
+        [{'layer': 2, 'mean-answer': 0.75, 'best': 0.75}]
+    """
+    found = {
+        (one["hidden_layers"][0], "-".join(one["reading"])): one for one in sweep if len(one["hidden_layers"]) == 1
+    }
+    readings = sorted({reading for _, reading in found})
+    rows = []
+    for layer in sorted({layer for layer, _ in found}):
+        row = {name: found[layer, name]["auroc"] if (layer, name) in found else math.nan for name in readings}
+        best = max(value for value in row.values() if not math.isnan(value))
+        rows.append({"layer": layer, **row, "best": best})
+    return rows
+
+
 def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
     results, origin = report["results"], report["provenance"]
     threshold = results["risk_threshold"]
@@ -123,6 +151,8 @@ def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
     prefixes = [{"source": name, **row} for name, row in results["prefix_auroc"].items()]
     points = results["trade_off"]
     lacking = "".join(f"- {sentence}\n" for sentence in results["missing"])
+    layers = layers_table(results.get("sweep") or ())
+    by_layer = ["## Validation AUROC by layer\n\nOf linear probes on one layer.\n\n" + to_table(layers)]
     missing = ["## What these answers can't tell\n\n" + lacking.strip()] if lacking else []
     sections = [
         "# Report on a safety head",
@@ -132,6 +162,7 @@ def _to_markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
         "## False alarms by source of safe answers\n\n" + (to_table(benign) if benign else "No answer is safe."),
         "## By category\n\nThe most often missed ones first.\n\n" + to_table(results["categories"]),
         "## AUROC by how much of the answer was seen\n\n" + (to_table(prefixes) if prefixes else "One class only."),
+        *(by_layer if layers else []),
         "## Trade-off\n\n" + (to_table(points[-41::2]) if points else "No answer is safe."),
         "## Pictures\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures),
         "## Provenance\n\n```json\n" + json.dumps(origin, indent=2) + "\n```",

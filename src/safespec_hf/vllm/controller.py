@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from ..errors import UnsupportedRequestError
 from .guard import Guard
 from .request import GuardedRequest
 from .rounds import GuardedResult, Submission
+from .runner import verify_params
 from .sampling import Sampling
 from .spec import RiskRecord
 
@@ -161,6 +162,17 @@ class GuardedLLM(LLM):
         prompts = [list(self.guard.tokenizer.apply_chat_template(chat, **options)) for chat in chats]
         return self.generate(prompts, sampling_params, safespec=safespec, use_tqdm=use_tqdm)
 
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: nothing but answers leaves, and the head knows the weights that were loaded.
+
+        Raises:
+            UnsupportedRequestError: Always.
+        """
+        raise UnsupportedRequestError("A guarded engine has `generate` and `chat`, and keeps the weights it has.")
+
+    beam_search = enqueue = enqueue_chat = encode = embed = classify = score = _refuse
+    init_weight_transfer_engine = start_weight_update = start_draft_weight_update = update_weights = _refuse
+
     def report(self) -> list[dict[str, Any]]:
         """Counts of every worker: requests that are known, failures, seconds of the head, bytes of state."""
         return self.collective_rpc(REPORT)
@@ -173,16 +185,19 @@ class GuardedLLM(LLM):
         all_params = _one_each(params, len(given), "sampling parameters")
         policies = _one_each(policy, len(given), "policies")
         call = uuid.uuid4().hex
-        return [
+        answers = [
             self.guard.request(f"{call}-{index}", self._encode(prompt), of_prompt, its_policy)
             for index, (prompt, of_prompt, its_policy) in enumerate(zip(given, all_params, policies, strict=True))
         ]
+        for of_prompt in all_params:
+            verify_params(of_prompt, self.llm_engine.vllm_config)
+        return answers
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.guard.tokenizer.encode(prompt))
         if isinstance(prompt, Mapping):
-            if "prompt_token_ids" not in prompt:
+            if "prompt_token_ids" not in prompt or set(prompt) - {"prompt_token_ids", "prompt"}:
                 raise UnsupportedRequestError(f"A prompt is a text or `prompt_token_ids`, but has {sorted(prompt)}.")
             return list(prompt["prompt_token_ids"])
         return list(prompt)

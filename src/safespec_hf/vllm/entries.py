@@ -144,7 +144,9 @@ class Slots:
             more = self.risks_SN.new_full((num, self.risks_SN.shape[1]), math.nan)
             self.risks_SN = torch.cat([self.risks_SN, more])
             self.tokens_SN = np.pad(self.tokens_SN, ((0, num), (0, 0)), constant_values=-1)
-        return self._free.pop()
+        slot = self._free.pop()
+        self.tokens_SN[slot] = -1  # what another request read there would pass for read by this one
+        return slot
 
     def free(self, slot: int) -> None:
         """A place is free again."""

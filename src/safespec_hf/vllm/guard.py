@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 
 from ..answer.rows import Row
@@ -32,10 +31,12 @@ from ..errors import SafeSpecError, UnsupportedRequestError
 from ..heads.safety_head import SafetyHead, check_binding
 from ..heads.tokenizers import is_extension, tokenizer_fingerprint
 from .request import GuardedRequest
-from .sampling import Sampling
+from .sampling import Sampling, StopTexts
 
 CPU_WORKER = "safespec_hf.vllm.cpu_worker.GuardedCPUWorker"
 GPU_WORKER = "safespec_hf.vllm.worker.GuardedWorker"
+MOST_TEMPERATURE = 2.0
+"""Of vLLM's."""
 
 
 def find_binding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, name: str) -> dict[str, Any]:
@@ -227,9 +228,11 @@ class Guard:
             raise UnsupportedRequestError(
                 f"A prompt must have 1 to {self.max_model_len - 2} tokens here, but it has {len(prompt_ids)}."
             )
+        if not all(sampling.stop):
+            raise UnsupportedRequestError("`stop` may have no empty text: every answer would end at once.")
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise UnsupportedRequestError(f"`max_tokens` must be >= 1, but it is {sampling.max_tokens}.")
-        plan = self._plan(policy, sampling)
+        plan = self._plan(policy, sampling, len(prompt_ids))
         ids = torch.tensor(list(prompt_ids), dtype=torch.long)
         row = Row(
             0,
@@ -244,10 +247,10 @@ class Guard:
             key, plan=plan, row=row, sampling=sampling, reserved_id=self.reserved_id, secret=self.secret
         )
 
-    def _plan(self, policy: SafeSpecConfig, sampling: Sampling) -> Plan:
+    def _plan(self, policy: SafeSpecConfig, sampling: Sampling, num_prompt: int) -> Plan:
         policy = policy.resolved()
         ends = (*self.end_ids, *sampling.stop_token_ids)
-        stops = [StopStringCriteria(self.tokenizer, list(sampling.stop))] if sampling.stop else []
+        stops = [StopTexts(self.tokenizer, sampling, num_prompt)] if sampling.stop else []
         return Plan(
             policy=policy,
             monitor=RiskMonitor(self.head),
@@ -262,7 +265,7 @@ class Guard:
             # the engine reads one token less than it has places for, and every token that leaves has been read
             max_context=self.max_model_len - 1,
             max_positions=self.max_model_len - 1,
-            seeds=recovery_seeds(policy.seed, not sampling.is_greedy, 1),
+            seeds=recovery_seeds(sampling.seed if policy.seed is None else policy.seed, not sampling.is_greedy, 1),
         )
 
 
@@ -292,6 +295,11 @@ def check_policy(policy: SafeSpecConfig) -> None:
             raise UnsupportedRequestError(
                 f"Guarded decoding in vLLM does not support {name}={refused!r}. Use {instead}."
             )
+    for name in ("recovery_temperature", "test_temperature"):
+        if (temperature := getattr(policy, name)) > MOST_TEMPERATURE:
+            raise UnsupportedRequestError(
+                f"vLLM samples at temperatures up to {MOST_TEMPERATURE:g}, but `{name}` is {temperature:g}."
+            )
 
 
 def check_options(given: Mapping[str, Any]) -> None:
@@ -308,6 +316,7 @@ def check_options(given: Mapping[str, Any]) -> None:
         ("enable_lora", (None, False), "False: the head knows the target without adapters"),
         ("runner", (None, "auto", "generate"), "'generate'"),
         ("worker_extension_cls", (None, ""), "none"),
+        ("logits_processors", (None, []), "none: they come after the guard, and could let through what it closed"),
     )
     for name, neutral, instead in refused:
         if given.get(name) not in neutral:

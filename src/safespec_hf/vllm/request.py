@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..answer.recovery import Choice, batch_sizes, choose, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
@@ -29,9 +29,9 @@ from ..decoding.commit import Committer, Flag, Pending
 from ..decoding.outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecStatistics
-from .rounds import Candidates, GuardedResult, Recovery, Submission, inserted_ranges, risks_of
-from .sampling import Sampling
-from .spec import ARGUMENT, LOST_STATE, CandidateOrder, GuardOrder, RiskRecord
+from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, risks_of, why_untrusted
+from .sampling import Sampling, shifted_seed
+from .spec import ARGUMENT, LOST_STATE, CandidateOrder, RiskRecord
 
 MAX_REREADS = 2
 """Rounds in a row that may read the answer again because the worker had lost its state, before it is refused."""
@@ -93,7 +93,8 @@ class GuardedRequest:
         """
         number = self._running[key]
         if number >= 0:
-            self._feed_candidate(number, tokens, log_probs or [])
+            assert self._recovery is not None
+            self._recovery.feed(number, tokens, log_probs or [], self.reserved_id)
             return False
         for token in tokens:
             if self._is_forced or self.row.finish_reason is not None:
@@ -130,7 +131,7 @@ class GuardedRequest:
             self._reopen()
             return self._go_on(is_reread=True)
         if failure is None:
-            failure = self._doubt()
+            failure = why_untrusted(self.row, self._num_before, self._is_forced)
         if failure is not None:
             return self._fail(failure)
         self._num_rereads = 0
@@ -189,18 +190,6 @@ class GuardedRequest:
                 first_flagged = index
         return first_flagged
 
-    def _doubt(self) -> str | None:
-        """Why a round in which nothing was flagged can't be trusted, if it can't."""
-        row = self.row
-        if self._is_forced:
-            return "it was stopped, and nothing was flagged"
-        if row.finish_reason is None:
-            return "the engine ended it"
-        settled = range(self._num_before, row.num_settled)
-        if any(math.isnan(row.risks[index]) for index in settled if row.origins[index] not in INSERTED):
-            return "the risk of a token is unknown"
-        return None
-
     def _reopen(self) -> None:
         """A round had an end that the answer does not have."""
         self.row.finish_reason = self.row.closing = None
@@ -216,10 +205,15 @@ class GuardedRequest:
 
     def _recover(self, flag: Flag) -> list[Submission]:
         """Begins Safety Mode, where the row has been rolled back."""
-        self._recovery = Recovery(flag, room_for_candidate(self.row, self.plan))
-        if self.plan.policy.reflection_stays and self._may_try(self._recovery):
+        recovery = self._recovery = Recovery(flag, room_for_candidate(self.row, self.plan))
+        recovery.is_test = self._may_try(recovery) and self.plan.tests(self.row)
+        return self._attempt(recovery) if recovery.is_test else self._reflect(recovery)
+
+    def _reflect(self, recovery: Recovery) -> list[Submission]:
+        """The flag is believed."""
+        if self.plan.policy.reflection_stays and self._may_try(recovery):
             insert_reflection(self.row, self.plan)
-        return self._attempt(self._recovery)
+        return self._attempt(recovery)
 
     def _may_try(self, recovery: Recovery) -> bool:
         most = self.plan.policy.max_recoveries
@@ -231,7 +225,7 @@ class GuardedRequest:
             end_answer(self.row, self.plan, recovery.flag)
             self._recovery = None
             return []
-        self.row.num_recoveries += 1
+        self.row.num_recoveries += not recovery.is_test
         self.statistics.num_recovery_attempts += 1
         policy = self.plan.policy
         recovery.sizes = batch_sizes(policy.num_candidates, policy.candidates_per_batch)
@@ -258,16 +252,18 @@ class GuardedRequest:
             steer_ids=sorted(row.flagged_first_tokens.get(recovery.flag.kept, ())),
             penalty=policy.flagged_token_penalty,
         )
-        seed = self.plan.seeds[0] + self._num_submitted
-        arguments = self.sampling.arguments | {"temperature": policy.recovery_temperature, "logprobs": 0}
+        temperature = policy.test_temperature if recovery.is_test else policy.recovery_temperature
+        arguments = self.sampling.arguments | {"temperature": temperature, "logprobs": 0}
+        seeds = [shifted_seed(self.plan.seeds[0], self._num_submitted + number) for number in range(num)]
         return [
-            self._submit(number, recovery.room + 1, arguments | {"seed": seed + number}, order, aside, is_reread)
-            for number in range(num)
+            self._submit(number, recovery.room + 1, arguments | {"seed": seed}, order, aside, is_reread)
+            for number, seed in enumerate(seeds)
         ]
 
     def _aside(self) -> list[int]:
-        """The reflection, where candidates alone read it."""
-        return [] if self.plan.policy.reflection_stays else self.plan.reflection_ids
+        """The reflection, where candidates alone read it; those of a test read none."""
+        is_test = self._recovery is not None and self._recovery.is_test
+        return [] if is_test or self.plan.policy.reflection_stays else self.plan.reflection_ids
 
     def _score(self, recovery: Recovery, is_reread: bool = False) -> list[Submission]:
         """Has candidates read as the answer would go on with them: after what was kept, and without the reflection."""
@@ -282,19 +278,6 @@ class GuardedRequest:
             for number, tokens in enumerate(batch.segments)
             if tokens
         ]
-
-    def _feed_candidate(self, number: int, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
-        assert self._recovery is not None
-        batch = self._recovery.tried[-1]
-        if self._recovery.is_scoring:  # what would follow is of no interest
-            if log_probs:
-                batch.token_log_probs[number] = list(log_probs)[-len(batch.segments[number]) :]
-            return
-        for token, log_prob in zip(tokens, log_probs, strict=True):
-            if token == self.reserved_id:
-                break
-            batch.segments[number].append(token)
-            batch.token_log_probs[number].append(log_prob)
 
     def _judge(
         self, recovery: Recovery, running: Mapping[str, int], records: Mapping[str, RiskRecord]
@@ -319,10 +302,14 @@ class GuardedRequest:
             batch.risks[number] = risks_of(batch.segments[number], record, first)
         if not recovery.is_scoring:
             batch.watched = [worst_risk(risks) for risks in batch.risks]
+            if recovery.is_test and not is_harmless(batch.watched, plan.harmless):
+                return self._confirm(recovery)
             # log-probabilities of sampled tokens are those after bans; the likeliest is chosen by the model's own
-            is_read_again = bool(num_aside) or plan.policy.candidate_choice == "likeliest_safe"
+            is_read_again = bool(num_aside) or recovery.is_test or plan.policy.candidate_choice == "likeliest_safe"
             if is_read_again and any(batch.segments):
                 return self._score(recovery)
+        if recovery.is_test:
+            return self._dismiss(recovery)
         choice = choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.safe_enough)
         if choice.is_safe:
             return self._take(recovery, choice)
@@ -334,10 +321,27 @@ class GuardedRequest:
         self.row.flagged_first_tokens.setdefault(recovery.flag.kept, set()).update(firsts)
         return self._attempt(recovery)
 
+    def _confirm(self, recovery: Recovery) -> list[Submission]:
+        """Some candidate of a test is not harmless."""
+        row, recovery.is_test = self.row, False
+        row.events.append(attempt_event(row, recovery.flag, recovery.tried, recovery.room, is_test=True))
+        return self._reflect(recovery)
+
+    def _dismiss(self, recovery: Recovery) -> list[Submission]:
+        """All candidates of a test are harmless, unless their second reading says otherwise."""
+        batch, plan = recovery.tried[-1], self.plan
+        if not is_harmless(batch.worst(), plan.harmless):
+            return self._confirm(recovery)
+        if recovery.sizes:
+            return self._sample(recovery, recovery.sizes.pop(0))
+        self.row.num_recoveries += 1
+        return self._take(recovery, choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.harmless))
+
     def _take(self, recovery: Recovery, choice: Choice) -> list[Submission]:
         """The answer goes on with a candidate."""
         row, batch, number = self.row, recovery.tried[-1], choice.candidate
-        row.events.append(attempt_event(row, recovery.flag, recovery.tried, recovery.room, number))
+        args = row, recovery.flag, recovery.tried, recovery.room, number
+        row.events.append(attempt_event(*args, is_test=recovery.is_test))
         self._recovery = None
         reason = self._commits.append(row, [(token, Provenance.RECOVERED) for token in batch.segments[number]])
         num_new = row.num_unscored()
@@ -352,7 +356,7 @@ class GuardedRequest:
         self._num_before, self._is_forced = row.num_settled, False
         arguments = dict(self.sampling.arguments)
         if self.sampling.seed is not None and not self.sampling.is_greedy:
-            arguments["seed"] = self.sampling.seed + self._num_submitted
+            arguments["seed"] = shifted_seed(self.sampling.seed, self._num_submitted)
         # one token more than there is room for: that it comes tells that the last one is safe
         room = min(row.room, self.plan.max_context - row.num_context)
         return [self._submit(-1, 1 + max(room, 0), arguments, None, [], is_reread)]
@@ -370,21 +374,8 @@ class GuardedRequest:
         key = f"{self.key}-{self._num_submitted}"
         self._num_submitted += 1
         self._running[key] = number
-        row, policy = self.row, self.plan.policy
-        start = len(row.prompt)
-        inserted = [[start + first, start + end] for first, end in inserted_ranges(row)]
-        if order is not None and more:
-            inserted.append([row.num_context, row.num_context + len(more)])
-        guard = GuardOrder(
-            key=key,
-            group=self.key,
-            secret=self.secret,
-            start=start,
-            inserted=inserted,
-            threshold=None if self.plan.observes else self.plan.risk_threshold,
-            segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
-            candidate=order,
-        )
+        row = self.row
+        guard = guard_order(key, self.key, self.secret, row, self.plan, order, more)
         # an end token that is to be scored must be read: then the worker, or `feed`, ends what comes after it
         reads_ends = order is not None or self.plan.policy.score_last_token is True
         params = arguments | {

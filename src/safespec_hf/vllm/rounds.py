@@ -11,8 +11,9 @@ from ..answer.rows import Row
 from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
 from ..decoding.commit import Flag
+from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecEvent, SafeSpecStatistics
-from .spec import RiskRecord
+from .spec import CandidateOrder, GuardOrder, RiskRecord
 
 
 class Submission(NamedTuple):
@@ -95,6 +96,7 @@ class Recovery:
         room (`int`): Tokens that a candidate may have.
         sizes (`list[int]`): Of the batches of this attempt that are still to be sampled.
         tried (`list[Candidates]`): Those that were, the last one perhaps still running.
+        is_test (`bool`): It is still to be seen whether the flag was a false alarm.
         is_scoring (`bool`): The last one has been sampled after the reflection, and is read again without.
     """
 
@@ -103,7 +105,21 @@ class Recovery:
         self.room = room
         self.sizes: list[int] = []
         self.tried: list[Candidates] = []
+        self.is_test = False
         self.is_scoring = False
+
+    def feed(self, number: int, tokens: Sequence[int], log_probs: Sequence[float], reserved_id: int) -> None:
+        """Takes new tokens of a candidate; or, while candidates are read again, the log-probabilities of a prompt."""
+        batch = self.tried[-1]
+        if self.is_scoring:  # what would follow is of no interest
+            if log_probs:
+                batch.token_log_probs[number] = list(log_probs)[-len(batch.segments[number]) :]
+            return
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            if token == reserved_id:
+                break
+            batch.segments[number].append(token)
+            batch.token_log_probs[number].append(log_prob)
 
 
 def risks_of(segment: Sequence[int], record: RiskRecord | None, first: int) -> list[float]:
@@ -122,6 +138,51 @@ def risks_of(segment: Sequence[int], record: RiskRecord | None, first: int) -> l
     if record is None or record.failure is not None:
         return [math.nan] * len(segment)
     return [record.risk(first + offset, token) for offset, token in enumerate(segment)]
+
+
+def why_untrusted(row: Row, num_before: int, was_stopped: bool) -> str | None:
+    """Why a round of General Mode in which nothing was flagged can't be trusted, if it can't.
+
+    Args:
+        row ([`Row`]): The answer.
+        num_before (`int`): Its tokens that were there when the round began.
+        was_stopped (`bool`): Whether the worker stopped it.
+    """
+    if was_stopped:
+        return "it was stopped, and nothing was flagged"
+    if row.finish_reason is None:
+        return "the engine ended it"
+    settled = range(num_before, row.num_settled)
+    if any(math.isnan(row.risks[index]) for index in settled if row.origins[index] not in INSERTED):
+        return "the risk of a token is unknown"
+    return None
+
+
+def guard_order(
+    key: str, group: str, secret: str, row: Row, plan: Plan, candidate: CandidateOrder | None, more: Sequence[int]
+) -> GuardOrder:
+    """What the worker is told about a submission.
+
+    Args:
+        key (`str`), group (`str`), secret (`str`): The submission's id, its answer's, and the engine's secret.
+        row ([`Row`]), plan ([`Plan`]): The answer.
+        candidate ([`CandidateOrder`], *optional*): Of a candidate.
+        more (`Sequence[int]`): What is read after the answer; before a candidate that is a reflection.
+    """
+    policy, start = plan.policy, len(row.prompt)
+    inserted = [[start + first, start + end] for first, end in inserted_ranges(row)]
+    if candidate is not None and more:
+        inserted.append([row.num_context, row.num_context + len(more)])
+    return GuardOrder(
+        key=key,
+        group=group,
+        secret=secret,
+        start=start,
+        inserted=inserted,
+        threshold=None if plan.observes else plan.risk_threshold,
+        segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
+        candidate=candidate,
+    )
 
 
 def inserted_ranges(row: Row) -> list[tuple[int, int]]:

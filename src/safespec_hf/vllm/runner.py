@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
 import torch
 import vllm
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMClientError
 
 from ..errors import UnsupportedRequestError
 from .entries import StepRow
@@ -41,6 +45,7 @@ def check_config(config: VllmConfig) -> None:
     """
     parallel, drafts = config.parallel_config, config.speculative_config
     method = None if drafts is None else drafts.method
+    processors = [*(config.model_config.logits_processors or []), *entry_points(group="vllm.logits_processors")]
     refused = (
         (bool(config.scheduler_config.async_scheduling), "async scheduling: tokens would be made past a flag"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: the layers that are read lie elsewhere"),
@@ -49,11 +54,25 @@ def check_config(config: VllmConfig) -> None:
         (config.kv_transfer_config is not None, "a KV connector: what others read has no state here"),
         (config.model_config.runner_type != "generate", f"the {config.model_config.runner_type!r} runner"),
         (bool(config.model_config.enable_prompt_embeds), "prompt embeddings: they have no token ids"),
+        (bool(processors), f"logits processors: {processors} come after the guard, and could open what it closed"),
         (method is not None and method not in KNOWN_DRAFTS, f"drafts by {method!r}: only {', '.join(KNOWN_DRAFTS)}"),
     )
     for is_refused, what in refused:
         if is_refused:
             raise UnsupportedRequestError(f"Guarded decoding in vLLM does not support {what}.")
+
+
+def verify_params(params: SamplingParams | Mapping[str, Any] | None, config: VllmConfig) -> None:
+    """Has vLLM check parameters that it would else check with the first submission, when a stream has begun.
+
+    Raises:
+        UnsupportedRequestError: With vLLM's own words, which name the parameter.
+    """
+    try:
+        read = params if isinstance(params, SamplingParams) else SamplingParams(**(params or {}))
+        read.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+    except (VLLMClientError, TypeError) as error:
+        raise UnsupportedRequestError(str(error)) from error
 
 
 def read_rows(runner: Any, scheduler_output: Any) -> list[StepRow]:
@@ -101,6 +120,17 @@ def mend_cpu_sampling() -> None:
     from vllm.v1.sample import rejection_sampler
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def set_generators_aside(runner: Any) -> dict[int, torch.Generator]:
+    """Takes away the generators of requests that will draw nothing in this step. Put them back before the next one.
+
+    While a prompt is read in pieces, 0.32.0 draws a token after each, throws it away and winds the request's generator
+    back. Generators of CPUs can't be wound back: it raises, and the engine dies of any seeded request.
+    """
+    batch = runner.input_batch
+    discarded = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+    return {index: batch.generators.pop(index) for index in discarded if index in batch.generators}
 
 
 def expand_batch_to_tokens(

@@ -35,6 +35,8 @@ from .guard import Guard
 from .metrics import Metrics
 from .request import GuardedRequest
 from .rounds import GuardedResult, Submission
+from .runner import verify_params
+from .sampling import shifted_seed
 from .spec import RiskRecord
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class GuardedAsyncLLM(AsyncLLM):
             raise UnsupportedRequestError("Only prompts of text are guarded.")
         if options.get("lora_request") is not None:
             raise UnsupportedRequestError("The head knows the target without adapters.")
+        verify_params(sampling_params, self.vllm_config)
         call = CALL.get() or Call(self.risk_threshold)
         policy = self._guard.policy
         if call.risk_threshold < self.risk_threshold:
@@ -109,7 +112,7 @@ class GuardedAsyncLLM(AsyncLLM):
             params = sampling_params.clone()
             params.n = 1
             if params.seed is not None:
-                params.seed += index
+                params.seed = shifted_seed(params.seed, index)
             # ids that clients choose can come twice
             answers.append(self._guard.request(uuid4().hex, prompt["prompt_token_ids"], params, policy))
         names = ("priority", "data_parallel_rank", "session_id", "trace_headers")

@@ -31,7 +31,8 @@ from .spec import LOST_STATE, GuardOrder, RiskRecord
 MAX_STATE_BYTES = 64 * 1024
 """What a request may keep, as long as one copy at the end of a block fits in."""
 MAX_FINISHED = 4096
-"""Requests that have ended and were not released; older ones are forgotten, which fails closed."""
+"""Requests that have ended and were not released; older ones are forgotten, which fails closed. As many answers that
+were released are remembered."""
 
 
 class RiskStates:
@@ -70,6 +71,7 @@ class RiskStates:
         self.entries: dict[str, Entry] = {}  # by the engine's id, until it has ended
         self.known: OrderedDict[str, Entry] = OrderedDict()  # by key, until it is released
         self._groups: dict[str, list[Entry]] = {}
+        self._released: OrderedDict[str, None] = OrderedDict()
         self.head_seconds = 0.0
         self.num_scored = 0
         self.failures: Counter[str] = Counter()
@@ -93,6 +95,8 @@ class RiskStates:
         entry = Entry(order, self._slots.take(), failure=failure)
         if order is not None and order.key in self.known:
             self._fail(entry, "its key is that of another request")
+        elif order is not None and order.group in self._released:  # a client hung up while it was on its way
+            self._fail(entry, "its answer was released")
         elif order is not None:
             self.known[order.key] = entry
             self._groups.setdefault(order.group, []).append(entry)
@@ -117,9 +121,10 @@ class RiskStates:
             self._slots.free(entry.slot)
             entry.slot = -1
         while len(self.known) - len(self.entries) > MAX_FINISHED:
-            _, entry = self.known.popitem(last=False)
-            if entry.order is not None:
-                self._groups.pop(entry.order.group, None)
+            key, entry = next(item for item in self.known.items() if item[1].slot < 0)
+            del self.known[key]
+            if entry.order is not None and (group := self._groups.get(entry.order.group)) is not None:
+                group[:] = [other for other in group if other is not entry]
 
     def take(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What is known of some requests, ready to be sent: see [`RiskRecord`]. Unknown keys are left out."""
@@ -138,7 +143,11 @@ class RiskStates:
 
     def release(self, groups: Iterable[str]) -> int:
         """Forgets the requests of some answers; one that still runs is stopped. Returns how many entries are left."""
+        groups = list(groups)
         gone = [entry for group in groups for entry in self._groups.pop(group, [])]
+        self._released.update(dict.fromkeys(groups))
+        while len(self._released) > MAX_FINISHED:
+            self._released.popitem(last=False)
         for entry in gone:
             assert entry.order is not None
             self.known.pop(entry.order.key, None)

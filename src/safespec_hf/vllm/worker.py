@@ -16,7 +16,7 @@ from ..heads.safety_head import SafetyHead, check_binding
 from ..heads.tokenizers import is_extension
 from .entries import close_logits
 from .guard import find_binding
-from .runner import check_config, check_version, mend_cpu_sampling, read_rows
+from .runner import check_config, check_version, mend_cpu_sampling, read_rows, set_generators_aside
 from .spec import ARGUMENT
 from .state import RiskStates
 
@@ -38,6 +38,8 @@ class ModelGuard:
         self.runner: Any = worker.model_runner
         self.reserved_id: int = settings["reserved_id"]
         self.scheduler_output: Any = None
+        self._is_cpu = worker.device.type == "cpu"
+        self._set_aside: dict[int, torch.Generator] = {}
         head = self._load_head(config.model_config, settings)
         self.layers = list(head.config.hidden_layers or [])
         drafts = config.speculative_config
@@ -99,6 +101,9 @@ class ModelGuard:
 
     def begin(self, scheduler_output: Any) -> None:
         """A step is about to be made."""
+        if self._set_aside:  # no request has moved since
+            self.runner.input_batch.generators.update(self._set_aside)
+            self._set_aside = {}
         self.states.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             arguments = getattr(request.sampling_params, "extra_args", None) or {}
@@ -109,6 +114,8 @@ class ModelGuard:
         scheduler_output, self.scheduler_output = self.scheduler_output, None
         if scheduler_output is None or logits_RV is None:  # no request's, or another process has them
             return logits_RV
+        if self._is_cpu:
+            self._set_aside = set_generators_aside(self.runner)
         rows = read_rows(self.runner, scheduler_output)
         marks = self.states.step(rows, self.hidden_NH, len(logits_RV))
         return close_logits(logits_RV, marks, self.reserved_id)

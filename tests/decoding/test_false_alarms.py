@@ -1,0 +1,120 @@
+"""The first flag of an answer is put to the test, by candidates that read no reflection."""
+
+import math
+
+import pytest
+from scripted import TURNS, answer, count_after, tokens_of
+from tiny import THINK
+
+# 15 is unsafe. Without the reflection candidates go on with 30, or with 35, instead of 14.
+SCRIPT = count_after({**TURNS, 13: {14: 0.9, 30: 0.06, 35: 0.04}})
+SOURCES = pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["target", "draft"])
+
+
+def ask(tokenizer, risks=None, **fields):
+    fields = {"script": SCRIPT, "flagged_token_penalty": math.inf, "false_alarm_margin": 0.5, **fields}
+    return answer(tokenizer, {15: 0.9, **(risks or {})}, **fields)
+
+
+def outcomes(output, row=0):
+    return [event.outcome for event in output.events[row]]
+
+
+def has_reflected(output):
+    return any(THINK in context for context in output.model.contexts)
+
+
+@SOURCES
+def test_where_every_candidate_is_harmless_the_answer_goes_on_without_a_reflection(tokenizer, draft):
+    output = ask(tokenizer, {31: 0.25}, draft=draft)
+    (event,) = output.events[0]
+    assert (event.outcome, event.num_candidates, event.rolled_back_to) == ("dismissed", 8, 3)
+    assert (event.num_safe_candidates, event.num_unsafe_candidates) == (8, 0)
+    assert tokens_of(output) in ([11, 12, 13, *range(30, 36)], [11, 12, 13, *range(35, 40), 0])
+    assert not has_reflected(output)
+
+
+def test_the_likeliest_of_them_is_taken_and_not_the_safest(tokenizer):
+    output = ask(tokenizer, {31: 0.2}, num_candidates=16)
+    (event,) = output.events[0]
+    assert event.candidate_risks[event.chosen] == pytest.approx(0.2)
+    assert min(event.candidate_risks) < 0.15  # there was a safer one
+    assert tokens_of(output)[3:6] == [30, 31, 32]
+
+
+@SOURCES
+@pytest.mark.parametrize("risk", [0.26, 0.9, math.nan])
+def test_one_that_is_not_harmless_confirms_the_flag_and_the_reflection_follows(tokenizer, draft, risk):
+    output = ask(tokenizer, {31: risk, 35: 0.1}, num_candidates=16, draft=draft, min_segment_tokens=1)
+    assert outcomes(output)[:2] == ["confirmed", "recovered"]
+    assert has_reflected(output)
+    event = output.events[0][0]
+    assert event.chosen is None
+    assert not any(token in tokens_of(output) for token in (15, 31)[: 1 + (not risk < 0.5)])
+
+
+@pytest.mark.parametrize(("margin", "outcome"), [(0.0, "dismissed"), (0.39, "dismissed"), (0.41, "confirmed")])
+def test_how_harmless_that_is_is_a_share_of_the_threshold(tokenizer, margin, outcome):
+    risks = dict.fromkeys((30, 35), 0.3)
+    assert outcomes(ask(tokenizer, risks, false_alarm_margin=margin))[0] == outcome
+
+
+@pytest.mark.parametrize("fields", [{"false_alarm_margin": None}, {"num_candidates": 1}], ids=str)
+def test_without_a_margin_or_with_a_single_candidate_nothing_is_tested(tokenizer, fields):
+    output = ask(tokenizer, **fields)
+    assert outcomes(output)[0] == "recovered"
+    assert has_reflected(output)
+
+
+def test_only_the_first_flag_is_tested(tokenizer):
+    output = ask(tokenizer, {33: 0.9, 38: 0.9}, max_new_tokens=12)
+    assert outcomes(output)[:2] == ["dismissed", "recovered"]
+    assert has_reflected(output)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_dismissed_flag_counts_as_a_recovery_and_a_confirmed_one_does_not(tokenizer, most):
+    output = ask(tokenizer, {33: 0.9, 38: 0.9}, max_new_tokens=12, max_recoveries=most)
+    assert outcomes(output)[:2] == ["dismissed", "refused" if most == 1 else "recovered"]
+    assert outcomes(ask(tokenizer, dict.fromkeys((30, 35), 0.4), max_recoveries=most)) == ["confirmed", "recovered"]
+
+
+def test_a_policy_without_recoveries_tests_nothing(tokenizer):
+    output = ask(tokenizer, max_recoveries=0)
+    assert outcomes(output) == ["refused"]
+    assert output.statistics.num_candidates == 0
+
+
+def test_a_test_ends_as_soon_as_one_candidate_is_not_harmless(tokenizer):
+    early = ask(tokenizer, dict.fromkeys((30, 35), 0.4), max_segment_tokens=3)
+    late = ask(tokenizer, dict.fromkeys((32, 37), 0.4), max_segment_tokens=3)
+    assert outcomes(early)[0] == outcomes(late)[0] == "confirmed"
+    assert early.statistics.num_target_forwards == late.statistics.num_target_forwards - 2
+    # of candidates that were given up while they were safe nothing is known
+    assert (early.events[0][0].num_safe_candidates, early.events[0][0].num_unsafe_candidates) == (0, 0)
+
+
+def test_candidates_of_a_test_come_in_batches_until_one_is_not_harmless(tokenizer):
+    output = ask(tokenizer, candidates_per_batch=3)
+    assert output.events[0][0].num_candidates == output.statistics.num_candidates == 8
+    assert output.statistics.num_candidate_batches == 3
+    output = ask(tokenizer, dict.fromkeys((30, 35), 0.4), candidates_per_batch=3)
+    assert output.events[0][0].num_candidates == 3
+
+
+def test_rows_of_a_batch_are_tested_as_they_would_be_alone(tokenizer):
+    alone = [ask(tokenizer, prompt=[start]) for start in (10, 16, 12)]
+    batch = ask(tokenizer, prompt=[[10], [16], [12]])
+    assert [tokens_of(batch, row) for row in range(3)] == [tokens_of(one) for one in alone]
+    assert batch.events == [one.events[0] for one in alone]
+
+
+def test_a_test_has_a_temperature_of_its_own(tokenizer):
+    fields = {"num_candidates": 16, "max_segment_tokens": 3}
+    cold = ask(tokenizer, test_temperature=1e-3, recovery_temperature=50.0, **fields)
+    assert len(set(cold.events[0][0].candidate_log_probs)) == 1
+    assert len(set(ask(tokenizer, test_temperature=1.0, **fields).events[0][0].candidate_log_probs)) > 1
+    # once the flag is confirmed it is that of recoveries
+    hot = ask(tokenizer, dict.fromkeys((30, 35), 0.4), test_temperature=1e-3, recovery_temperature=50.0, **fields)
+    assert [event.outcome for event in hot.events[0]][:1] == ["confirmed"]
+    assert len(set(hot.events[0][1].candidate_log_probs)) > 1
