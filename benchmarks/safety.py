@@ -96,7 +96,7 @@ def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
         methods = [parse_method(spec, guard) for spec in part.methods]
         sets, file = part.sets, options.work / part.file
         if part.has_suffixes:
-            sets = attack_by_suffix(engine, sets, file.with_name(file.name + SUFFIXES))
+            sets = {**sets, **attack_by_suffix(engine, sets, file.with_name(file.name + SUFFIXES))}
         run_evaluation(engine, methods, sets, file, settings=RunSettings(batch_size=part.batch_size))
 
 

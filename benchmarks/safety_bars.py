@@ -65,9 +65,9 @@ def beaten(table: Table) -> list[Figure]:
 
 
 def searched(results: Mapping[str, Any]) -> list[Figure]:
-    """What a suffix that was searched for with the head at hand gets through; nothing where none was."""
+    """What suffixes that were searched for with the head at hand get through, and the same requests without."""
     judged = next(iter(results["attacks"].values()))
-    return [Figure(f"ASR against a searched suffix, {row['method']}", _known(row["ASR"])) for row in judged]
+    return [Figure(f"ASR of searched requests, {row['set']}, {row['method']}", _known(row["ASR"])) for row in judged]
 
 
 def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:

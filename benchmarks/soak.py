@@ -229,13 +229,16 @@ def num_tensors() -> int:
 
 def soak(num: int, seed: int = 0, kinds: Sequence[str] = KINDS) -> list[str]:
     """Runs so many generations; returns what does not hold."""
-    run, start, warm = Soak(seed, kinds), time.perf_counter(), max(num // 5, 1)
+    run, start, warm, curve = Soak(seed, kinds), time.perf_counter(), max(num // 5, 1), list[str]()
     for number in range(num):
         run.run(number)
         if number + 1 == warm:
             memory, tensors = resident(), num_tensors()
+        if (number + 1) % max(num // 10, 1) == 0:
+            curve.append(f"{resident() / 2**20:.1f}")
     growth, more = resident() / memory - 1, num_tensors() - tensors
     print(f"{num} generations in {time.perf_counter() - start:.0f} s: {dict(run.outcomes)}")
+    print(f"resident memory after each tenth, in MiB: {', '.join(curve)}")
     print(f"since generation {warm}: resident memory {growth:+.2%}, tensors {more:+d}")
     wrong = [f"generation {number}: {what}" for number, what in run.faults]
     if num >= LEAST_FOR_MEMORY and growth >= MAX_GROWTH:

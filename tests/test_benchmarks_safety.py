@@ -71,8 +71,8 @@ def test_ours_is_held_against_baselines_that_refuse_no_more(results):
 
 def test_what_a_searched_suffix_gets_through_is_told_where_it_was_asked(results):
     figures = by_name(searched(results))
-    assert figures["ASR against a searched suffix, target"].measured == 0.6
-    assert figures["ASR against a searched suffix, safespec"].measured == 0.1
+    assert figures["ASR of searched requests, attacks set, target"].measured == 0.6
+    assert figures["ASR of searched requests, attacks set, safespec"].measured == 0.1
     assert searched({"attacks": {"": []}}) == []
 
 

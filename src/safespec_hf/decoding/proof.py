@@ -211,8 +211,8 @@ def _read_plain(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tup
             f"{len(layers)}, one before and one after each of `num_hidden_layers={len(layers) - 1}`."
         )
     for states in outputs.hidden_states:
-        _check_shape("hidden states", main_stream(states), len(tokens), size)
-    return outputs.logits[0], read_tap(outputs, layers, len(tokens))[0]
+        _check_shape("hidden states", main_stream(model, states), len(tokens), size)
+    return outputs.logits[0], read_tap(model, outputs, layers, len(tokens))[0]
 
 
 def _check_shape(kind: str, values: Tensor, num_tokens: int, size: int | None) -> None:

@@ -269,7 +269,7 @@ def _check_logits(model: PreTrainedModel, text: Encoded) -> None:
     outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments([last]))
     head: Any = model.get_output_embeddings()
     expected = outputs.logits[0, -1].float()
-    found = head(read_tap(outputs, [last], 1))[0, -1].float()
+    found = head(read_tap(model, outputs, [last], 1))[0, -1].float()
     # rounding of 16-bit weights moves log-probabilities by far less than any scale that a model would use
     if F.kl_div(found.log_softmax(0), expected.softmax(0), reduction="sum") > 0.01:
         raise UnsupportedRequestError(

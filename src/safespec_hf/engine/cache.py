@@ -158,7 +158,7 @@ class CachedModel:
         with reading:
             outputs = self.model(**arguments)
         self.usage.num_forwards += 1
-        hidden = read_tap(outputs, self.layers, width) if self.layers else None
+        hidden = read_tap(self.model, outputs, self.layers, width) if self.layers else None
         if states_BTF is not None:
             hidden = outputs.hidden_states
         logits = outputs.logits
@@ -189,7 +189,7 @@ class CachedModel:
         check_prompt_columns(self.model, self.cache, width)
         if self.recurrent is not None:
             self.recurrent.pin(self.columns.lengths)
-        hidden_BTF = read_tap(outputs, self.layers, width) if self.layers else None
+        hidden_BTF = read_tap(self.model, outputs, self.layers, width) if self.layers else None
         self._after = AfterPrompt.of(prompt, outputs.logits[:, -1], hidden_BTF)
         self.usage.num_forwards += 1
         self.usage.seconds += time.perf_counter() - start
@@ -205,7 +205,7 @@ class CachedModel:
         arguments["position_ids"] = self._to_device(positions_BT.reshape(1, -1))
         outputs = self.model(**arguments)
         self.usage.num_forwards += 1
-        parts = outputs.logits, read_tap(outputs, self.layers, num_rows * width) if self.layers else None
+        parts = outputs.logits, read_tap(self.model, outputs, self.layers, num_rows * width) if self.layers else None
         logits_BTV, hidden_BTF = (None if part is None else part.view(num_rows, width, -1) for part in parts)
         assert logits_BTV is not None
         self.usage.seconds += time.perf_counter() - start

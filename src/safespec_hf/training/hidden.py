@@ -162,7 +162,7 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     with first_layers(model, max(layers) + 1):
         outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
-    states = read_tap(outputs, layers, width).cpu()
+    states = read_tap(model, outputs, layers, width).cpu()
     parts = [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]
     if not all(bool(part.isfinite().all()) for part in parts):
         raise SafeSpecError(
