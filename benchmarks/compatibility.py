@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import warnings
 from collections import Counter
@@ -58,7 +59,8 @@ THEIRS = (*FAILURES, ImportError, OSError)
 """What the code of a model raises that can't be built small, or answer: that says nothing about us."""
 PROMPT_LENGTHS, NUM_TOKENS = (10, 7, 4), 16
 IMAGES = " with images"
-SECONDS = 120
+SECONDS, PATIENCE = 120, 10
+"""Of the processor that an architecture may take; and how many times as long, if others want it as well."""
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->"
@@ -164,6 +166,7 @@ def recover(model: PreTrainedModel, whole: Inputs, draft: PreTrainedModel) -> di
 
 
 def run(name: str, outcomes: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     torch.manual_seed(0)
     try:
         outcomes[name] = check(name, outcomes)
@@ -178,7 +181,7 @@ def run_all(names: list[str], save: Callable[[str, Outcome], None]) -> None:
         for number, name in enumerate(names, 1):
             process = fork.Process(target=run, args=(name, shared))
             process.start()
-            process.join(SECONDS)
+            process.join(PATIENCE * SECONDS)
             process.kill()
             found = shared.get(name, outcome("WRONG", "the process ended before it began"))
             save(name, found)
