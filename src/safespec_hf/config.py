@@ -205,8 +205,7 @@ class SafeSpecConfig:
             them is taken. If one does not, the flag is confirmed, and the reflection follows. In [0, 1); `None`
             reflects at every flag, as in the paper. A single candidate proves nothing, and tests nothing.
         test_temperature (`float`, defaults to 0.7):
-            Temperature at which the candidates of that test are sampled, > 0: below 1, since they ask where the target
-            itself would go, and one of them may be the answer.
+            Temperature of the candidates of that test, > 0. They ask where the target itself would go.
         max_recoveries (`int`, defaults to 6):
             Recovery attempts per answer, >= 0; after the last one it ends with `refusal`. 0 is a hard refusal.
         reflection (`str`): Inserted before the candidates; the model reads it, the caller does not. May be empty.
