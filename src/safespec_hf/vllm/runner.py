@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import vllm
 from torch import Tensor
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMClientError
 
@@ -62,14 +61,14 @@ def check_config(config: VllmConfig) -> None:
             raise UnsupportedRequestError(f"Guarded decoding in vLLM does not support {what}.")
 
 
-def verify_params(params: SamplingParams | Mapping[str, Any] | None, config: VllmConfig) -> None:
+def verify_params(params: vllm.SamplingParams | Mapping[str, Any] | None, config: VllmConfig) -> None:
     """Has vLLM check parameters that it would else check with the first submission, when a stream has begun.
 
     Raises:
         UnsupportedRequestError: With vLLM's own words, which name the parameter.
     """
     try:
-        read = params if isinstance(params, SamplingParams) else SamplingParams(**(params or {}))
+        read = params if isinstance(params, vllm.SamplingParams) else vllm.SamplingParams(**(params or {}))
         read.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
     except (VLLMClientError, TypeError) as error:
         raise UnsupportedRequestError(str(error)) from error
