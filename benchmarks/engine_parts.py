@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,6 +213,32 @@ def flags(options: Any) -> tuple[dict[str, Any], list[Bar]]:
     return total | {"reports": counts}, bars
 
 
+def compare_recoveries(
+    done: Sequence[tuple[int, dict[str, Any], dict[str, Any]]], prompts: list[list[int]], num_tokens: int
+) -> tuple[int, list[Any], list[str]]:
+    """How many answers end as our own decoding lets them, with the same candidates; the others; and near-ties."""
+    same_end, differences, near_ties = 0, list[Any](), list[str]()
+    with session("own") as own:
+        for index, chosen, answer in done:
+            try:
+                picked = [event.chosen for event in answer["events"]]
+                found = own("recover", prompts[index], num_tokens, chosen, answer["candidates"], picked)
+            except EOFError:
+                differences.append((index, "our own decoding wanted other candidates"))
+                break
+            tokens, events, reason, num_left, ties = found
+            near_ties += ties
+            outcomes = [(event.outcome, event.chosen, event.position) for event in events]
+            expected = [(event.outcome, event.chosen, event.position) for event in answer["events"]]
+            is_same = (
+                tokens == answer["tokens"] and reason == answer["reason"] and outcomes == expected and not num_left
+            )
+            same_end += is_same
+            if not is_same:
+                differences.append((index, outcomes, expected, tokens == answer["tokens"]))
+    return same_end, differences, near_ties
+
+
 def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
     prompts, num = prompts_of(options), options.prompts
     policy = {
@@ -244,25 +270,7 @@ def recovery(options: Any) -> tuple[dict[str, Any], list[Bar]]:
         figures[setting] = {"prefix_cache_hit_share": share, "failures": report["failures"]}
     num_recoveries = sum(event.outcome == "recovered" for _, _, answer in done for event in answer["events"])
     num_attempts = sum(len(answer["events"]) for _, _, answer in done)
-    same_end, differences, near_ties = 0, list[Any](), list[str]()
-    with session("own") as own:
-        for index, chosen, answer in done:
-            try:
-                picked = [event.chosen for event in answer["events"]]
-                found = own("recover", prompts[index], options.tokens, chosen, answer["candidates"], picked)
-            except EOFError:
-                differences.append((index, "our own decoding wanted other candidates"))
-                break
-            tokens, events, reason, num_left, ties = found
-            near_ties += ties
-            outcomes = [(event.outcome, event.chosen, event.position) for event in events]
-            expected = [(event.outcome, event.chosen, event.position) for event in answer["events"]]
-            is_same = (
-                tokens == answer["tokens"] and reason == answer["reason"] and outcomes == expected and not num_left
-            )
-            same_end += is_same
-            if not is_same:
-                differences.append((index, outcomes, expected, tokens == answer["tokens"]))
+    same_end, differences, near_ties = compare_recoveries(done, prompts, options.tokens)
     figures |= {"answers": len(done), "recoveries": num_recoveries, "events": num_attempts}
     figures["differences"] = [str(one) for one in differences]
     figures["near_ties"] = near_ties
