@@ -13,8 +13,20 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "dim", "word_embed_proj_dim", "embedding_size"), 32
     ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "depth"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers", "depth"), 2
+    ),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "num_heads",
+            "n_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+        ),
+        4,
+    ),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "dim_ff", "dff", "mlp_dim"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
@@ -41,6 +53,8 @@ SIZES: dict[str, Any] = {
 # What the names of sizes do not tell.
 SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}, "max_seq_len": 256},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
         "num_hidden_layers": 4,
