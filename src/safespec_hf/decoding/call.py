@@ -108,7 +108,7 @@ class GuardedCall:
             rows=rows,
             num_assistant_tokens=self.num_assistant_tokens,
             is_monitored=self.is_monitored,
-            num_unseen=0 if prompt is None else prompt.num_unseen,
+            prompt=prompt,
             draft_head=self._draft_head(attachment),
         )
         check_context(rows, plan)

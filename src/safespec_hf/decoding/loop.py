@@ -120,6 +120,7 @@ class Decoder:
         start = time.perf_counter()
         # a cheap draft proposes; what it is worth only decides how fast this goes, never what comes out
         proposal = self._draft()
+        self._reach([row.num_context for row in self.live])
         # ONE forward of the target reads x and s: its logits say what stands, its hidden states how risky that is
         starts, blocks = list(self.target.lengths), self._blocks(proposal)
         logits_BTV, risk_states_BTF, draft_states_BTF = self._forward(blocks, proposal)
@@ -156,12 +157,20 @@ class Decoder:
         most = min(most, self.plan.max_positions - max(row.num_context for row in self.live))  # columns are shared
         # the target adds a token of its own, so the last one allowed is never worth drafting
         limits = [
-            0 if row.closing else max(min(most, row.room - 1, self.plan.max_context - row.num_context), 0)
-            for row in self.live
+            0 if row.closing else max(min(most, row.room - 1, self._room_for_drafts(row)), 0) for row in self.live
         ]
         proposal = self.drafter.draft(self.live, limits)
         self.statistics.draft_seconds += time.perf_counter() - start
         return proposal
+
+    def _room_for_drafts(self, row: Row) -> int:
+        """Drafts that a row's context has room for, and which are read as the context is."""
+        return min(self.plan.max_context - row.num_context, self.target.before_change(row.num_context))
+
+    def _reach(self, ends: Sequence[int]) -> None:
+        """Prepares the target for reading rows up to there: a row that it has to read again is read in that forward."""
+        for index, end in enumerate(ends):
+            self.target.reach(index, end)
 
     def _take_note(self, proposal: Proposal, readings: Sequence[Reading], seconds: float) -> None:
         """Tells the watch what a round took, and what it gave."""

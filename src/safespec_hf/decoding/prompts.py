@@ -20,6 +20,7 @@ from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import (
     CACHE_NAME,
     CACHE_NAMES,
+    FilledCache,
     has_windows,
     input_device,
     min_window,
@@ -31,7 +32,6 @@ from .adapters import check_adapters
 from .support import (
     KNOWN_INPUTS,
     KNOWN_MODEL_KWARGS,
-    FilledCache,
     changed_inputs,
     check_positions,
     check_prompt,

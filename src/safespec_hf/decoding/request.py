@@ -40,6 +40,7 @@ from ..engine.compiling import check_compiler
 from ..engine.growing import is_recurrent
 from ..engine.private_names import allowed_tokens, pad_token_id
 from ..engine.prompt import Prompt
+from ..engine.ropes import rereads
 from ..engine.traits import input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead
@@ -49,6 +50,7 @@ from .monitor import RiskMonitor
 from .plan import Plan
 from .prompts import check_prompts, check_right_padding
 from .quality import find_digit_ids
+from .step_outputs import wanted_outputs
 from .support import max_context
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
@@ -271,11 +273,11 @@ def make_plan(
     rows: Sequence[Row],
     num_assistant_tokens: int | None,
     is_monitored: bool,
-    num_unseen: int = 0,
+    prompt: Prompt | None = None,
     draft_head: SafetyHead | None = None,
 ) -> Plan:
-    """Everything about a call that stays the same while it runs; `num_unseen`: as for [`max_context`]."""
-    policy = policy.resolved()
+    """Everything about a call that stays the same while it runs."""
+    policy, num_unseen = policy.resolved(), 0 if prompt is None else prompt.num_unseen
     ends, do_sample = eos_ids(criteria), bool(config.do_sample)
     given = (policy.num_draft_tokens, config.prompt_lookup_num_tokens, num_assistant_tokens)
     refusal = tokenizer.encode(policy.refusal, add_special_tokens=False)
@@ -291,7 +293,7 @@ def make_plan(
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
         refusal_ids=refusal + ends[:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
-        max_context=max_context(model, rows, num_unseen),
+        max_context=max_context(model, rows, num_unseen, _stays_for(model, config, prompt)),
         max_positions=(max_positions(model) or 2**31) - num_unseen,
         seeds=recovery_seeds(policy.seed, do_sample, len(rows)),
         answer_seeds=torch.randint(2**62, (len(rows),)).tolist() if do_sample else [],
@@ -300,6 +302,16 @@ def make_plan(
         digit_ids=find_digit_ids(tokenizer, vocab_size) if is_by_segment else [],
         draft_monitor=None if draft_head is None else RiskMonitor(draft_head),
     )
+
+
+def _stays_for(model: PreTrainedModel, config: GenerationConfig, prompt: Prompt | None) -> str | None:
+    """What in a call needs the model's rotary positions to stay as they are, if anything does."""
+    if prompt is not None:
+        return "after a prompt that is more than tokens"
+    if names := wanted_outputs(config):
+        return f"with output_{names[0]}=True"
+    # every token is read again each time, with the frequencies of the text so far
+    return "with use_cache=False" if config.use_cache is False and not rereads(model) else None
 
 
 def recovery_seeds(seed: int | None, do_sample: bool, num_rows: int) -> list[int]:

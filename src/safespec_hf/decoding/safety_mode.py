@@ -146,6 +146,7 @@ class SafetyMode:
         the answer goes on from, is what the caller will have.
         """
         start, policy = time.perf_counter(), self.plan.policy
+        self._reach(index, row, row.num_context + max_tokens)
         aside = () if is_test or policy.reflection_stays else self.plan.reflection_ids
         is_target = is_test or policy.candidate_source == "target"
         draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
@@ -155,8 +156,10 @@ class SafetyMode:
         monitor = self.plan.draft_monitor
         screen = None if draft is None or monitor is None else DraftScreen(row, monitor)
         layers = None if screen is None else screen.monitor.layers
+        sampler = (self.target if draft is None else draft).fork(index, 1, layers)
+        sampler.reach(0, row.num_context + len(aside) + max_tokens)
         segments, scorer = sample_segments(
-            (self.target if draft is None else draft).fork(index, 1, layers),
+            sampler,
             row,
             num_segments=num_candidates,
             max_tokens=max_tokens,
@@ -185,6 +188,13 @@ class SafetyMode:
         self.statistics.num_candidates += num_candidates
         self.statistics.num_candidate_batches += 1
         return scorer
+
+    def _reach(self, index: int, row: Row, end: int) -> None:
+        """Prepares the target for candidates up to there: what it has to read again is read once, not for each."""
+        if self.target.reach(index, end):
+            reader = self.target.fork(index, 1)
+            reader.forward([row.context(0)[:-1]], 1)
+            self.target.replace(index, reader, 0)
 
     def _generator(self, row: Row) -> torch.Generator:
         """Each row has its own, so that a row recovers in a batch as it would alone."""

@@ -88,7 +88,7 @@ class SegmentDecoder(Decoder):
         if not is_writing:
             self._let_target_write(row, [])  # the draft has nothing to say here
         guess = self._guesses.pop(row.index, []) or drafts
-        return Turn(guess[: self._room(row, 0)], False, row.num_visible)
+        return Turn(guess[: self._room_for_guess(row)], False, row.num_visible)
 
     def _target_writes(self, row: Row) -> bool:
         if row.closing is not None:
@@ -110,7 +110,7 @@ class SegmentDecoder(Decoder):
         if is_writing:
             # a draft that was not good enough before is rarely right: it must not cost more than it gives
             likely = 1 + 2 * self._num_right.get(row.index, self.plan.num_draft_tokens)
-            return min(self.plan.num_draft_tokens, likely, self._room(row, 0))
+            return min(self.plan.num_draft_tokens, likely, self._room_for_guess(row))
         num_left = max(self.plan.policy.max_segment_tokens - row.segments.num_open, 0)
         return min(num_left + MAX_BROKEN, self._room(row, len(self.plan.quality_ids)))
 
@@ -120,12 +120,19 @@ class SegmentDecoder(Decoder):
         num_free = self.plan.max_positions - max(live.num_context for live in self.live)
         return max(min(row.room, min(num_free, self.plan.max_context - row.num_context) - num_after), 0)
 
+    def _room_for_guess(self, row: Row) -> int:
+        """The same for what the target may write, which is what plain decoding would."""
+        return max(min(self._room(row, 0), self._room_for_drafts(row)), 0)
+
     def _is_whole(self, index: int, tokens: list[int]) -> bool:
         return tokens[-1] in self.plan.eos_ids or self.live[index].segments.closes_after(tokens)
 
     def _judge(self, turns: Sequence[Turn]) -> tuple[list[Reading], list[float]]:
         """The round's only forward and only transfer to the host: readings, and the grades of segments."""
         policy, ids = self.plan.policy, self.plan.quality_ids
+        # a segment is read and judged as the text that it would make
+        after = [len(turn.tokens) + len(ids) if turn.is_judged else 0 for turn in turns]
+        self._reach([row.num_context + num for row, num in zip(self.live, after, strict=True)])
         blocks = [
             row.context(length) + turn.tokens + ids * turn.is_judged
             for row, length, turn in zip(self.live, self.target.lengths, turns, strict=True)

@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.traits import CACHE_NAME, CACHE_NAMES, check_cache_layers, prepare_inputs
+from ..engine.ropes import can_cross, changes_of
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, FilledCache, check_cache_layers, prepare_inputs
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -28,8 +29,6 @@ KNOWN_MODEL_KWARGS = {
 }
 KNOWN_INPUTS = KNOWN_MODEL_KWARGS | {*CACHE_NAMES, "input_ids", "cache_position", "return_dict"}
 WINDOW_MAKERS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
-CHANGING_ROPES = ("dynamic", "longrope")
-"""Rotary positions whose frequencies depend on the length so far."""
 
 
 def check_model(model: PreTrainedModel, has_states: bool = True) -> None:
@@ -151,17 +150,6 @@ def expected_positions(is_real: Tensor) -> Tensor:
     return (is_real.long().cumsum(-1) - 1).clamp(min=0)
 
 
-class FilledCache(DynamicCache):
-    """Stands for a cache that holds `num_tokens`, to ask what a model would do with one."""
-
-    def __init__(self, num_tokens: int):
-        super().__init__()
-        self.num_tokens = num_tokens
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.num_tokens
-
-
 def check_prepared_inputs(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
     """Raises if a model would read something else than tokens, mask and positions, for the prompt or the token after.
 
@@ -237,37 +225,40 @@ def _is_equal(found: Any, expected: Tensor) -> bool:
     return isinstance(found, Tensor) and found.shape == expected.shape and bool((found == expected).all())
 
 
-def max_context(model: PreTrainedModel, rows: Sequence[Row], num_unseen: int = 0) -> int:
-    """Tokens that a context may hold: all the positions there are, or those before rotary ones change.
-
-    Where frequencies depend on the length, what was cached before they change was made with others. There a plain
-    `generate` reads the whole text again, for some models, and the last token of a block would change the others.
+def max_context(
+    model: PreTrainedModel, rows: Sequence[Row], num_unseen: int = 0, only_one_side_for: str | None = None
+) -> int:
+    """Tokens that a context may hold: all the positions there are.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
         rows (`Sequence[Row]`): The batch, empty answers.
         num_unseen (`int`, defaults to 0): Places of the context that are not known as tokens; they are not counted.
+        only_one_side_for (`str`, *optional*):
+            What in the call rules out that its answers pass a length at which rotary frequencies change.
 
     Raises:
-        UnsupportedRequestError: If answers could cross that length. Names it.
+        UnsupportedRequestError: If answers could pass such a length, and may not. Names it.
     """
     text = model.config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", None) or 2**31
-    ropes = getattr(text, "rope_parameters", None) or {}
+    changes = changes_of(model)
+    if changes is None:
+        return most - num_unseen
+    if only_one_side_for is None and can_cross(model):
+        return int(most * changes.factor) - num_unseen
     lengths = [len(row.prompt) + num_unseen for row in rows]
     longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
-    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
-        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
-        if kind not in CHANGING_ROPES:
-            continue
-        change = most if kind == "dynamic" else rope.get("original_max_position_embeddings") or most
-        if kind == "longrope" and min(lengths) > change:
+    for change in changes.lengths:
+        is_stretched = change == changes.stretched
+        if not is_stretched and min(lengths) > change:
             continue
         if longest > change:
             raise UnsupportedRequestError(
-                f"The {kind!r} positions of {type(model).__name__} change after {change} tokens, and this call could "
-                f"reach {longest}. Keep prompt and `max_new_tokens` within {change} tokens"
-                f"{', or all prompts above' if kind == 'longrope' else ''}, or generate without `safespec`."
+                f"The rotary positions of {type(model).__name__} change after {change} tokens, this call could reach "
+                f"{longest}, and that can't be followed {only_one_side_for or 'in this model'}. Keep prompt and "
+                f"`max_new_tokens` within {change} tokens{'' if is_stretched else ', or all prompts above'}, or "
+                "generate without `safespec`."
             )
         most = min(most, change)
     return most - num_unseen

@@ -164,6 +164,8 @@ class ModelDrafter:
     def _divide(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """What each row has to read first, nothing if it sits this round out, and how many drafts it gets."""
         lengths = [self._num_context(index, row) for index, row in enumerate(rows)]
+        for index, length in enumerate(lengths):
+            self.cached.reach(index, length)
         rooms = [self.num_positions + 1 - length for length in lengths]
         blocks = [self._unread(index, row) if rooms[index] > 0 else [] for index, row in enumerate(rows)]
         triples = zip(blocks, rooms, num_tokens, strict=True)

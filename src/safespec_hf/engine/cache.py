@@ -1,6 +1,6 @@
-"""A model with the KV cache of a batch of rows that grow at different speeds: forwards, and what they leave behind.
+"""A model with the KV cache of a batch of rows that grow at different speeds: its forwards.
 
-[`Columns`] knows which column of the cache holds which token; here the states follow.
+[`CachedRows`] knows what they leave behind, and how rows go back.
 """
 
 from __future__ import annotations
@@ -15,31 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import ragged
 from .blocks import BlockOutput as BlockOutput
 from .blocks import Usage as Usage
 from .blocks import attention_mask, shift_right
+from .cached_rows import UNLIMITED, CachedRows
 from .columns import Columns, align_blocks
-from .growing import column_states, empty_like, growing_cache, has_columns, make_plain
-from .mixers import mixers_of
+from .growing import empty_like, has_columns
 from .private_names import keeps_logits
 from .prompt import AfterPrompt, Prompt
-from .recurrent import Block, RecurrentStates
+from .recurrent import Block
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
 from .traits import check_cache_layers as check_cache_layers
-from .traits import check_prompt_columns, has_windows, input_device, max_positions, takes_positions
+from .traits import check_prompt_columns, input_device, takes_positions
 from .traits import takes_trees as takes_trees
-from .windows import Windows, copy_columns, crop, fill_with_zeros, move_columns, put_row, row_states, set_layer
-
-UNLIMITED = 2**31
+from .windows import Windows, row_states, set_layer
 
 
-class CachedModel:
-    """A causal language model with the KV cache of a batch of rows.
+class CachedModel(CachedRows):
+    """A causal language model with the KV cache of a batch of rows: what reads them.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Target or draft.
@@ -52,46 +50,19 @@ class CachedModel:
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, layers: Sequence[int] = (), usage: Usage | None = None):
-        check_cache_layers(model)
-        self.model = model
+        super().__init__(model, num_rows)
         self.layers = tuple(layers)
-        self.cache: Any = growing_cache(model)
-        self.columns = Columns(num_rows)
-        mixers = mixers_of(model)
-        # what can't be rolled back by dropping columns, if there is such a thing
-        self.recurrent = None if mixers is None else RecurrentStates(mixers, self.cache, num_rows)
-        self.windows = Windows.of(self.cache, [0] * num_rows)  # layers that keep the last columns only
-        self._read = [0] * num_rows  # tokens of each row that were read, some of which a rollback may have forgotten
         self.usage = usage if usage is not None else Usage()
-        self._is_callers = False
-        self._after: AfterPrompt | None = None  # of prompts that are more than tokens
-        self._tree_start: int | None = None  # tokens before a tree whose path has not been chosen yet
         self._device = input_device(model)
         self._fixed = {"use_cache": True, "return_dict": True, **tap_arguments(self.layers)}
         self._cache_name = cache_argument(model)
         self._keeps_logits = keeps_logits(model)
-        # some models keep a causal mask of this size and index it by column
-        self._max_columns = max_positions(model) or UNLIMITED
-        self._has_windows = has_windows(model)
         self._takes_positions = takes_positions(model)
         self._has_columns = has_columns(model)
-        # whether all rows are in one row of the cache, which holds what they have in common once
-        self._is_shared = False
         self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
         self._may_divide = self._has_columns and ragged.can_be_divided(model, self.cache)
         # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
         self._masks_itself = self._device.type != "cpu" and takes_trees(model)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        lengths = self.columns.lengths
-        return lengths if self._after is None else self._after.in_tokens(lengths)
-
-    @property
-    def used_BL(self) -> np.ndarray:
-        """Whether a column of the cache holds a token of a row, of shape `(B, L)`."""
-        return self.columns.used_BL
 
     def forward(
         self,
@@ -121,14 +92,20 @@ class CachedModel:
             return self._forward_shared(blocks, num_logits)
         is_first = self._may_divide and self.columns.num == 0 and parents is None and states_BTF is None
         if is_first and not isinstance(blocks, Tensor) and len(groups := ragged.divide(list(map(len, blocks)))) > 1:
-            make = functools.partial(CachedModel, self.model, layers=self.layers, usage=self.usage)
-            output, states, used_BL = ragged.read_in_groups(make, blocks, groups, num_logits)
+            self._note_read(list(map(len, blocks)), num_drafts)
+            output, states, used_BL = ragged.read_in_groups(self._part, blocks, groups, num_logits)
             self.begin_with(states, used_BL)
             return output
         if self._after is None or isinstance(blocks, Tensor) or not self._after.is_last_in(self.lengths):
             return self._forward(blocks, num_logits, num_drafts, states_BTF, parents)
         read = functools.partial(self._forward, states_BTF=states_BTF, parents=parents)
         return BlockOutput(*self._after.read_rest(self.lengths, blocks, num_logits, num_drafts, read))
+
+    def _part(self, rows: Sequence[int]) -> CachedModel:
+        """An empty batch of some of the rows."""
+        part = CachedModel(self.model, len(rows), self.layers, self.usage)
+        part.ropes = None if self.ropes is None else self.ropes.select(rows)
+        return part
 
     def _forward(
         self,
@@ -155,7 +132,7 @@ class CachedModel:
             arguments["logits_to_keep"] = width if is_shifted else num_logits
         if states_BTF is not None:
             arguments["states"] = states_BTF
-        with reading:
+        with reading, nullcontext() if self.ropes is None else self.ropes.reading(positions_BT):
             outputs = self.model(**arguments)
         self.usage.num_forwards += 1
         hidden = read_tap(self.model, outputs, self.layers, width) if self.layers else None
@@ -203,7 +180,8 @@ class CachedModel:
         arguments = {"input_ids": input_ids.reshape(1, -1), self._cache_name: self.cache, **self._fixed}
         arguments["attention_mask"] = attention_mask(self.model, self._to_device(sees_NL[None]))
         arguments["position_ids"] = self._to_device(positions_BT.reshape(1, -1))
-        outputs = self.model(**arguments)
+        with nullcontext() if self.ropes is None else self.ropes.reading(positions_BT, in_one_row=True):
+            outputs = self.model(**arguments)
         self.usage.num_forwards += 1
         parts = outputs.logits, read_tap(self.model, outputs, self.layers, num_rows * width) if self.layers else None
         logits_BTV, hidden_BTF = (None if part is None else part.view(num_rows, width, -1) for part in parts)
@@ -212,19 +190,26 @@ class CachedModel:
         return BlockOutput(logits_BTV[:, -num_logits:], hidden_BTF)
 
     def _reading(self, added_BT: Any, num_drafts: Sequence[int] | None, to_left: bool) -> AbstractContextManager[None]:
-        """What a forward has to run in, given what it is about to read; counts what was read before."""
-        if self.recurrent is None and self.windows is None:
+        """What a forward has to run in, given what it is about to read."""
+        if not self._can_reread:
             return nullcontext()
         lengths, is_even = self.columns.lengths, isinstance(added_BT, tuple)
         sizes = [added_BT[1]] * len(lengths) if is_even else added_BT.sum(axis=1).tolist()
-        ends = [length + size for length, size in zip(lengths, sizes, strict=True)]
-        known = zip(self._read, ends, lengths, strict=True)
-        self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
-        self._read = list(map(max, self._read, ends))
+        self._note_read(sizes, num_drafts)
         if self.recurrent is None:
             return nullcontext()
         width, num_drafts = added_BT[1] if is_even else added_BT.shape[1], num_drafts or [0] * len(lengths)
         return self.recurrent.reading(Block(list(lengths), sizes, num_drafts, width, to_left))
+
+    def _note_read(self, sizes: Sequence[int], num_drafts: Sequence[int] | None) -> None:
+        """Takes note of how many tokens of each row are about to be read, and counts those that were read before."""
+        lengths = self.columns.lengths
+        if self.ropes is not None:
+            self.ropes.begin(lengths, sizes, num_drafts)
+        ends = [length + size for length, size in zip(lengths, sizes, strict=True)]
+        known = zip(self._read, ends, lengths, strict=True)
+        self.usage.num_reread_tokens += sum(min(read, end) - length for read, end, length in known)
+        self._read = list(map(max, self._read, ends))
 
     def _align(self, blocks: Sequence[Sequence[int]] | Tensor, to_left: bool) -> tuple[Tensor, Any]:
         if isinstance(blocks, Tensor):
@@ -255,52 +240,6 @@ class CachedModel:
             arguments["position_ids"] = self._to_device(positions_BT)
         return arguments if self._after is None else self._after.continued(arguments, input_ids.shape[1])
 
-    def keep_drafts(self, row: int, num_drafts: int, path: Sequence[int]) -> None:
-        """Of a row's last `num_drafts` tokens, a tree, keeps those of a path."""
-        moves = self.columns.keep_path(row, num_drafts, path)
-        if moves is not None:
-            copy_columns(self.cache, *moves)
-        self._tree_start = None
-
-    def keep(self, lengths: Sequence[int]) -> None:
-        """Rolls every row back to its first `lengths[row]` tokens; a row that has fewer stays as it is.
-
-        With recurrent states, or windows, it may have to go back further: [`lengths`] says how far, and what is
-        missing is to be read again. A prompt that is more than tokens stays.
-        """
-        lengths = lengths if self._after is None else self._after.in_places(lengths)
-        if self.recurrent is not None or self.windows is not None:
-            self._read = list(map(min, self._read, lengths))
-        if self.recurrent is not None:
-            lengths = self.recurrent.keep(self.columns.lengths, lengths)
-        if self.windows is not None:
-            lengths = self.windows.keep(self.columns, lengths)
-            if self.recurrent is not None:  # both or none: a row has one length
-                lengths = self.recurrent.keep(self.columns.lengths, lengths)
-        self._crop(self.columns.keep(lengths))
-        self._tree_start = None
-
-    def _crop(self, num_columns: int) -> None:
-        for layer in self.cache.layers if num_columns else ():
-            if column_states(layer):
-                layer.crop(-num_columns)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows, in this order."""
-        if list(rows) == list(range(len(self.lengths))):
-            return
-        for layer in self.cache.layers if not self._is_shared else ():
-            if column_states(layer):
-                layer.batch_select_indices(torch.tensor(rows))
-        if self.windows is not None:
-            self.windows.lost(self.columns)
-            self.windows.select(rows)
-        if self.recurrent is not None:
-            self.recurrent.select(rows)
-        self._read = [self._read[row] for row in rows]
-        self._after = None if self._after is None else self._after.select(rows)
-        self._crop(self.columns.select(rows))
-
     def fork(self, row: int, num_copies: int, layers: Sequence[int] | None = None) -> CachedModel:
         """A new batch of `num_copies` rows that all continue row `row`, sharing its states until the next forward.
 
@@ -318,83 +257,9 @@ class CachedModel:
         for index, layer in enumerate(self.cache.layers):
             states = [state.expand(num, -1, -1, -1) for state in row_states(layer, row, columns)]
             set_layer(fork.cache, index, states, columns.size)
+        fork.ropes = None if self.ropes is None else self.ropes.select([row] * num_copies)
         if self.windows is not None:
             fork.windows = Windows.of(fork.cache, [self.windows.lost(self.columns)[row]] * num_copies)
         if self.recurrent is not None:
             fork.recurrent = self.recurrent.fork(row, num_copies, lengths, fork.cache)
         return fork
-
-    def replace(self, row: int, other: CachedModel, other_row: int) -> None:
-        """Row `row` becomes row `other_row` of another batch, which began as its copies."""
-        columns = other.columns.of(other_row)
-        if self.windows is not None:
-            self.windows.lost(self.columns)  # while it can be seen
-        num_added = self.columns.put(row, columns.size)
-        for index, theirs in enumerate(other.cache.layers):
-            new = row_states(theirs, 0 if other._is_shared else other_row, columns)
-            put_row(self.cache, index, row, new, num_added, self.columns.num)
-        if self.windows is not None and other.windows is not None:
-            self.windows.lost(self.columns)
-            self.windows.replace(row, other.windows.lost(other.columns)[other_row])
-        if self.recurrent is not None and other.recurrent is not None:
-            self.recurrent.replace(row, other.recurrent, other_row)
-        self._read[row] = other._read[other_row]
-
-    def states_of(self, row: int, layer: int) -> list[Tensor]:
-        """What a layer keeps of a row's tokens, a window of the last ones: keys and values of shape `(1, H, L, C)`."""
-        return row_states(self.cache.layers[layer], row, self.columns.of(row))
-
-    def keep_all(self) -> None:
-        """Has layers with a window keep all that they read, because it will be wanted or can't be read again."""
-        self.windows = None
-
-    def pretend(self, length: int) -> None:
-        """Makes of every row, of which something has been read, one of so many tokens whose states are zeros."""
-        self.columns, self._read = Columns.filled(len(self.lengths), length), [length] * len(self.lengths)
-        fill_with_zeros(self.cache, length)
-        if self.recurrent is not None:
-            self.recurrent.pretend(length)
-
-    def take_cache(self, cache: DynamicCache) -> None:
-        """Goes on with a cache of one row that the caller filled."""
-        length = cache.get_seq_length()
-        self.cache, self.columns, self._is_callers = cache, Columns.filled(1, length), True
-        self._read = [length]
-        self.keep_all()
-
-    def begin_with(self, states: Sequence[Sequence[Tensor]], used_BL: np.ndarray) -> None:
-        """Makes of empty rows ones whose first tokens have been read, given each layer's states of all rows."""
-        self.columns.extend(used_BL)
-        self._read = list(self.lengths)
-        for index, each in enumerate(states):
-            set_layer(self.cache, index, each, self.columns.num)
-
-    def trim_cache(self, length: int) -> None:
-        """Crops a single row's cache to its first tokens, wherever an exception may have interrupted a round."""
-        if self._after is not None:  # where a row is padded, that is no token, but a column as well
-            length = max(length - self._after.num_tokens[0], 0) + self._after.num_columns
-        length = max(length, 0)  # of embeddings no token is known
-        if self._tree_start is not None:
-            length = min(length, self._tree_start)
-        if self.recurrent is not None:
-            length = self.recurrent.keep([self.columns.num], [length])[0]
-        if self.windows is not None and not self.windows.reaches(length, self.windows.num_dropped):
-            length = 0
-        if self.recurrent is not None:
-            self.recurrent.go_back(self.recurrent.keep([self.columns.num], [length]))
-        crop(self.cache, length)
-        if self._is_callers:
-            make_plain(self.cache)
-
-    def give_cache(self) -> Any:
-        """The cache, for a caller to go on with."""
-        if not self._is_callers:
-            make_plain(self.cache)
-        return self.cache
-
-    def _close_holes(self, num_new: int) -> None:
-        if self.windows is not None:
-            self.windows.lost(self.columns)  # while it can be seen
-        columns_BL = self.columns.close(num_new, self._max_columns, self._has_windows)
-        if columns_BL is not None:
-            move_columns(self.cache, columns_BL, self.columns.num)

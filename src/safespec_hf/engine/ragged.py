@@ -52,12 +52,15 @@ def can_be_divided(model: PreTrainedModel, cache: Any) -> bool:
 
 
 def read_in_groups(
-    make: Callable[[int], Any], blocks: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], num_logits: int
+    make: Callable[[Sequence[int]], Any],
+    blocks: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[int]],
+    num_logits: int,
 ) -> tuple[BlockOutput, list[list[Tensor]], np.ndarray]:
     """Reads the first block of each row, a group of rows after the other.
 
     Args:
-        make (`Callable`): Makes a [`CachedModel`] of so many empty rows.
+        make (`Callable`): Makes an empty [`CachedModel`] of some rows.
         blocks (`Sequence[Sequence[int]]`): The tokens of each row.
         groups (`Sequence[Sequence[int]]`): See [`divide`].
         num_logits (`int`): As [`CachedModel.forward`] takes it.
@@ -66,7 +69,7 @@ def read_in_groups(
         `tuple`: What one forward over all rows would have given, with zeros for its padding; the states of each layer;
         and which of their columns hold tokens, of shape `(B, L)`.
     """
-    parts: list[Any] = [make(len(rows)) for rows in groups]
+    parts: list[Any] = [make(rows) for rows in groups]
     outputs = [
         part.forward([blocks[row] for row in rows], num_logits) for part, rows in zip(parts, groups, strict=True)
     ]

@@ -52,6 +52,17 @@ def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {CACHE_NAME if name in CACHE_NAMES else name: value for name, value in arguments.items()}
 
 
+class FilledCache(DynamicCache):
+    """Stands for a cache that holds `num_tokens`, to ask what a model would do with one."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+
 def prepare_inputs(model: Any, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
     """What a model's own `prepare_inputs_for_generation` makes of the arguments of a forward."""
     names = inspect.signature(model.prepare_inputs_for_generation).parameters
