@@ -157,22 +157,37 @@ def test_longrope_is_guarded_on_either_side_of_its_length(name, num_tokens, toke
     assert torch.equal(guarded, model.generate(prompt, **arguments))
 
 
-@pytest.mark.parametrize("name", ["phi3", "llama"])
-@pytest.mark.parametrize("lengths", [[4], [16], [4, 20]])
-def test_longrope_is_not_crossed(name, lengths, tokenizer):
-    model = build_longrope(name, tokenizer)
-    prompts = LONG_PROMPT[:, : max(lengths)].repeat(len(lengths), 1)
-    mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
+ONE_SIDE = {
+    "scores": ({"output_scores": True, "return_dict_in_generate": True}, "with output_scores=True"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 8, 32)}, "after a prompt that is more than tokens"),
+    "no cache": ({"use_cache": False}, "with use_cache=False"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SIDE)
+@pytest.mark.parametrize("kind", ROPES)
+def test_changing_positions_are_not_passed_where_they_cannot_be_followed(name, kind, tokenizer):
+    arguments, reason = ONE_SIDE[name]
+    model = with_rope("llama", kind, tokenizer, max_position_embeddings=16)
+    prompt = {} if name == "embeddings" else {"inputs": PROMPT}
+    assert model.generate(**prompt, **arguments, max_new_tokens=8, safespec=True) is not None
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
-    with pytest.raises(UnsupportedRequestError, match=r"'longrope' positions .* change after 16 tokens"):
-        model.generate(prompts, attention_mask=mask, max_new_tokens=16, safespec=True)
+    with pytest.raises(UnsupportedRequestError, match=f"change after 16 tokens, this call could reach .* {reason}"):
+        model.generate(**prompt, **arguments, max_new_tokens=16, safespec=True)
 
 
-def test_dynamic_positions_are_not_stretched(tokenizer):
-    model = with_rope("llama", "dynamic", tokenizer, max_position_embeddings=64)
+def test_a_model_that_goes_on_in_another_way_is_refused_where_its_positions_change(tokenizer, monkeypatch):
+    model = build_longrope("llama", tokenizer)
+    prepare = type(model).prepare_inputs_for_generation
+
+    def forgets_text(self, input_ids, **kwargs):
+        inputs = prepare(self, input_ids, **kwargs)
+        return inputs | {CACHE_NAME: None} if input_ids.shape[1] == 17 else inputs
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", forgets_text)
     assert agrees(model)
-    with pytest.raises(UnsupportedRequestError, match=r"'dynamic' positions .* change after 64 tokens"):
-        model.generate(PROMPT, max_new_tokens=80, safespec=True)
+    with pytest.raises(UnsupportedRequestError, match=r"change after 16 tokens, .* can't be followed in this model"):
+        model.generate(PROMPT, max_new_tokens=16, safespec=True)
 
 
 def shuffled(tokenizer):

@@ -168,7 +168,7 @@ class Decoder:
         return min(self.plan.max_context - row.num_context, self.target.before_change(row.num_context))
 
     def _reach(self, ends: Sequence[int]) -> None:
-        """Prepares the target for reading rows up to there: a row that it has to read again is read in that forward."""
+        """Prepares the target for reading rows up to there; what has to be read again is read in that forward."""
         for index, end in enumerate(ends):
             self.target.reach(index, end)
 

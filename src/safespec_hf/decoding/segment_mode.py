@@ -130,8 +130,8 @@ class SegmentDecoder(Decoder):
     def _judge(self, turns: Sequence[Turn]) -> tuple[list[Reading], list[float]]:
         """The round's only forward and only transfer to the host: readings, and the grades of segments."""
         policy, ids = self.plan.policy, self.plan.quality_ids
-        # a segment is read and judged as the text that it would make
-        after = [len(turn.tokens) + len(ids) if turn.is_judged else 0 for turn in turns]
+        # a segment is read as the text that it would make, without the quality prompt
+        after = [len(turn.tokens) if turn.is_judged else 0 for turn in turns]
         self._reach([row.num_context + num for row, num in zip(self.live, after, strict=True)])
         blocks = [
             row.context(length) + turn.tokens + ids * turn.is_judged

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.ropes import can_cross, changes_of
+from ..engine.ropes import can_cross, changes_of, most_tokens
 from ..engine.traits import CACHE_NAME, CACHE_NAMES, FilledCache, check_cache_layers, prepare_inputs
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
@@ -240,13 +240,9 @@ def max_context(
     Raises:
         UnsupportedRequestError: If answers could pass such a length, and may not. Names it.
     """
-    text = model.config.get_text_config(decoder=True)
-    most = getattr(text, "max_position_embeddings", None) or 2**31
-    changes = changes_of(model)
-    if changes is None:
+    most, changes = most_tokens(model), changes_of(model)
+    if changes is None or (only_one_side_for is None and can_cross(model)):
         return most - num_unseen
-    if only_one_side_for is None and can_cross(model):
-        return int(most * changes.factor) - num_unseen
     lengths = [len(row.prompt) + num_unseen for row in rows]
     longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
     for change in changes.lengths:

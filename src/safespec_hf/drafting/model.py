@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..answer.logits import process_rows, split_processors
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
+from ..engine.ropes import most_tokens
 from ..engine.token_tree import chain_parents, is_chain
 from ..engine.transfer import to_host
 from .draft_length import DraftLength, confidence_kind, other_kind
@@ -74,7 +75,7 @@ class ModelDrafter:
         self.do_sample = do_sample
         self.num_others = num_others
         text = model.config.get_text_config()
-        self.num_positions: int = getattr(text, "max_position_embeddings", None) or 2**31
+        self.num_positions = most_tokens(model)
         self.num_known: int = text.vocab_size  # tokens it has an embedding of
         self._unknown_at: list[int | None] = [None] * num_rows  # where a row's first other token is
         self._starts: list[int] = []

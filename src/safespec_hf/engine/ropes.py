@@ -91,6 +91,13 @@ def changes_of(model: nn.Module) -> Changes | None:
     return Changes(tuple(sorted(two_sets)), most if factors else None, min(factors, default=1.0))
 
 
+def most_tokens(model: nn.Module) -> int:
+    """Tokens that a text may get, by the config of a model: as many as it was trained for, or is stretched to."""
+    text: Any = model.config.get_text_config(decoder=True)
+    most, changes = getattr(text, "max_position_embeddings", None) or 2**31, changes_of(model)
+    return int(most if changes is None else most * changes.factor)
+
+
 class _Way(NamedTuple):
     """What a model does where its frequencies change.
 
