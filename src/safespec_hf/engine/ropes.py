@@ -14,7 +14,7 @@ Shapes: B rows, T positions of a block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def changes_of(model: nn.Module) -> Changes | None:
     return Changes(tuple(sorted(two_sets)), most if factors else None, min(factors, default=1.0))
 
 
-def most_tokens(model: nn.Module) -> int:
+def most_tokens(model: PreTrainedModel) -> int:
     """Tokens that a text may get, by the config of a model: as many as it was trained for, or is stretched to."""
     text: Any = model.config.get_text_config(decoder=True)
     most, changes = getattr(text, "max_position_embeddings", None) or 2**31, changes_of(model)
@@ -231,7 +231,7 @@ class RowRopes:
         if rotation is None:  # as the model chooses by itself
             yield
             return
-        hooks = {id(module): partial(_put_on, module) for module in self._way.modules}
+        hooks: dict[Hashable, Any] = {id(module): partial(_put_on, module) for module in self._way.modules}
         # a compiled forward would not look for hooks again
         with _HOOKS.held(hooks), compiled_forwards((), is_wanted=False):
             _CURRENT.rotation = rotation
@@ -268,7 +268,7 @@ class _Rotation(NamedTuple):
     ends: list[int]
     is_kept: bool
 
-    def turn(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def turn(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a module gives for its positions, if each group is in a text of its own."""
         by_name = "position_ids" in kwargs
         positions: Tensor = kwargs["position_ids"] if by_name else args[1]
@@ -315,7 +315,7 @@ _CURRENT = _Current()
 _HOOKS = Shared()
 
 
-def _put_on(module: nn.Module) -> Callable[[], None]:
+def _put_on(module: nn.Module) -> Callable[[], object]:
     return module.register_forward_hook(_rotate, with_kwargs=True).remove
 
 
