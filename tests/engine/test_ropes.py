@@ -110,12 +110,12 @@ def test_the_positions_of_these_models_change_what_they_say(kind):
 
 
 @pytest.mark.parametrize("source", DRAFTING)
-@pytest.mark.parametrize("num_tokens", [4, 15, 16, 17, 20])
+@pytest.mark.parametrize("num_tokens", [6, 16, 17])
 @pytest.mark.parametrize("kind", GIVEN)
 def test_greedy_answers_are_plain_ones_on_both_sides_and_across(kind, num_tokens, source, tokenizer):
     model, prompt = build_guarded(kind, tokenizer), TEXT[:, :num_tokens]
     arguments = {"max_new_tokens": 24, "do_sample": False}
-    for policy in (POLICY, ADAPTIVE):
+    for policy in (POLICY, ADAPTIVE) if source in ("draft", "head") else (POLICY,):
         with cheap_drafts():
             guarded = model.generate(prompt, **arguments, **drafting(source, model), safespec=policy)
         assert torch.equal(guarded, plain(kind, 0, num_tokens, 24))
