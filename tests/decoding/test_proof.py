@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("Future
 
 @pytest.fixture(autouse=True)
 def _unproven(monkeypatch):
-    monkeypatch.setattr(proof, "_proven", set())
+    monkeypatch.setattr(proof, "_proven", {})
 
 
 REFUSED = {

@@ -10,6 +10,7 @@ from tiny import VOCAB_SIZE, is_before, since
 from transformers.cache_utils import LinearAttentionLayer
 
 from safespec_hf import UnsupportedRequestError
+from safespec_hf.engine.alone import cached_model
 from safespec_hf.engine.cache import CACHE_NAME, CachedModel
 from safespec_hf.engine.mixers import mixers_of
 from safespec_hf.engine.recurrent import SPAN, Copy, thin
@@ -36,7 +37,7 @@ class History:
     """A `CachedModel`, and the tokens that its rows should hold."""
 
     def __init__(self, model, num_rows, choose):
-        self.model, self.choose, self.cached = model, choose, CachedModel(model, num_rows)
+        self.model, self.choose, self.cached = model, choose, cached_model(model, num_rows)
         self.rows = [[] for _ in range(num_rows)]
 
     def tokens(self, least, most):

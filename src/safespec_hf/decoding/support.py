@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..answer.rows import Row
 from ..engine.growing import num_columns
-from ..engine.traits import CACHE_NAME, CACHE_NAMES, check_cache_layers, prepare_inputs
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, prepare_inputs
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -58,7 +58,6 @@ def check_kind(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
         )
     check_sizes(model)
-    check_cache_layers(model)
     check_signature(model)
     check_windows(model)
 

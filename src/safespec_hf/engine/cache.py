@@ -30,7 +30,6 @@ from .recurrent import Block, RecurrentStates
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
-from .traits import check_cache_layers as check_cache_layers
 from .traits import check_prompt_columns, has_windows, input_device, max_positions, takes_positions
 from .traits import takes_trees as takes_trees
 from .windows import Windows, copy_columns, crop, fill_with_zeros, move_columns, put_row, row_states, set_layer
@@ -48,11 +47,10 @@ class CachedModel:
         usage ([`Usage`], *optional*): Counts to add to.
 
     Raises:
-        UnsupportedRequestError: If the model has layers whose state can't be rolled back.
+        UnsupportedRequestError: If recurrent states of the model are not in its cache.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, layers: Sequence[int] = (), usage: Usage | None = None):
-        check_cache_layers(model)
         self.model = model
         self.layers = tuple(layers)
         self.cache: Any = growing_cache(model)
