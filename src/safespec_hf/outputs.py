@@ -99,7 +99,8 @@ class SafeSpecStatistics:
         num_target_forwards (`int`): Forwards of the target, recovery included.
         num_reread_tokens (`int`):
             Tokens that the target read once more, in forwards that it made anyway: recurrent states go back to where
-            a copy of them is, and what was accepted after that is read again. 0 for attention alone.
+            a copy of them is, and what was accepted after that is read again. 0 for attention alone. Where rows are
+            read one by one, a long stretch is read again in a forward of its own.
         num_draft_forwards (`int`): Forwards of the draft model or head.
         num_draft_tokens (`int`): Tokens drafted in General Mode.
         num_accepted_tokens (`int`): Those of them that the target accepted.

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from architectures import build_architecture
-from engine.test_recurrent import History, read
+from histories import History, read
 from tiny import is_before
 
 from safespec_hf import UnsupportedRequestError
@@ -98,7 +98,7 @@ def test_states_that_are_kept_elsewhere_are_refused_by_name():
     with pytest.raises(UnsupportedRequestError, match="are not in its cache"):
         check_model(model)
     read_alone(model)  # nor does it help to read its rows alone
-    with pytest.raises(UnsupportedRequestError, match="differ from|it fails"):
+    with pytest.raises(UnsupportedRequestError, match=r"differ from|it fails"):
         check_model(model)
 
 

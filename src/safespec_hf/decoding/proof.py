@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..engine.alone import cached_model
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.growing import column_states
-from ..engine.private_names import attention_name
+from ..engine.private_names import attention_name, num_writes
 from ..engine.tap import main_stream, read_tap
 from ..engine.traits import (
     CACHE_NAMES,
@@ -159,7 +159,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
     before = [(store, dict(store)) for store in stores if isinstance(store, dict)]
     devices = {weight.device for weight in model.parameters()} | {input_device(model)}
     devices = {device for device in devices if device.type not in ("cpu", "mps", "meta")}
-    versions = [weight._version for weight in model.parameters()]
+    versions = list(map(num_writes, model.parameters()))
     kind = next((device.type for device in devices), "cuda")
     try:
         with (
@@ -173,7 +173,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         # where the weights were changed for good, as RWKV's are for inference, so is what a module says about it
-        is_changed = [weight._version for weight in model.parameters()] != versions
+        is_changed = list(map(num_writes, model.parameters())) != versions
         for now, then in before:
             for name in now.keys() - then.keys():
                 del now[name]

@@ -206,7 +206,7 @@ class RowsAlone(CachedModel):
         self.keep([max(length, 0)])
 
     def give_cache(self) -> Any:
-        return self._states[0].cache
+        return None if self._cache_name == STATE_NAME else self._states[0].cache
 
 
 def _stack(parts: Sequence[Tensor], width: int) -> Tensor:
