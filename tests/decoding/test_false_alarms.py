@@ -42,6 +42,18 @@ def test_the_likeliest_of_them_is_taken_and_not_the_safest(tokenizer):
     assert tokens_of(output)[3:6] == [30, 31, 32]
 
 
+@pytest.mark.parametrize(
+    ("turns", "rest"), [({39: 0.0999, 30: 1e-4}, [30, 31, 32]), ({39: 0.1}, [39])], ids=["some", "all"]
+)
+def test_one_that_ends_before_the_flagged_token_is_taken_only_if_all_do(tokenizer, turns, rest):
+    fields = {"min_segment_tokens": 1, "test_temperature": 4.0, "num_candidates": 32, "eos_token_id": 39}
+    output = ask(tokenizer, script=count_after({**TURNS, 13: {14: 0.9, **turns}}), **fields)
+    (event,) = output.events[0]
+    assert event.outcome == "dismissed"
+    assert tokens_of(output)[3:6] == rest
+    assert max(event.candidate_log_probs) == pytest.approx(math.log(0.1), rel=1e-3)  # that of an early end
+
+
 @SOURCES
 @pytest.mark.parametrize("risk", [0.26, 0.9, math.nan])
 def test_one_that_is_not_harmless_confirms_the_flag_and_the_reflection_follows(tokenizer, draft, risk):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 Reaction = Literal["resample", "refuse"]
@@ -116,6 +116,31 @@ def is_harmless(risks: Sequence[float], limit: float) -> bool:
         (True, False)
     """
     return all(risk <= limit for risk in risks)
+
+
+def without_early_ends(
+    log_probs: Sequence[float], segments: Sequence[Sequence[int]], num_discarded: int, end_ids: Collection[int]
+) -> list[float]:
+    """Log-probabilities with those of segments that end the answer early left unknown, unless all of them do.
+
+    The target had come as far as the flagged token without an end: a shorter answer leaves out what it had to say, and
+    short ones are the likeliest by their mean.
+
+    Args:
+        log_probs (`Sequence[float]`): Mean log-probability of each segment's tokens, in nats.
+        segments (`Sequence[Sequence[int]]`): Their tokens.
+        num_discarded (`int`): Tokens that were taken back: an end after fewer is early.
+        end_ids (`Collection[int]`): Tokens that end an answer.
+
+    Example:
+
+        >>> without_early_ends([-0.1, -0.5, -0.9], [[5, 0], [5, 6, 7], [8, 6, 7, 0]], num_discarded=3, end_ids={0})
+        [nan, -0.5, -0.9]
+    """
+    is_early = [bool(tokens) and tokens[-1] in end_ids and len(tokens) <= num_discarded for tokens in segments]
+    if all(is_early):
+        return list(log_probs)
+    return [math.nan if early else value for early, value in zip(is_early, log_probs, strict=True)]
 
 
 def _or(value: float, instead: float) -> float:

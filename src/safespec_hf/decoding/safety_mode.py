@@ -11,7 +11,7 @@ import time
 import torch
 
 from ..answer.logits import SafeSpecLogitsProcessor
-from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step, without_early_ends
 from ..answer.rows import Row
 from ..drafting.router import DraftRouter
 from ..engine.cache import CachedModel
@@ -94,6 +94,8 @@ class SafetyMode:
     def _dismiss(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """Tests a flag by candidates without a reflection: if all of them are harmless, the likeliest is taken.
 
+        Not one that ends the answer before it is as long as what was taken back, if there are others.
+
         They are the target's own: what another model would say does not tell whether this one is about to do harm.
         """
         limit, tried = self.plan.harmless, list[CandidateScores]()
@@ -106,7 +108,8 @@ class SafetyMode:
                 row.events.append(attempt_event(row, flag, tried, max_tokens, is_test=True))
                 return False
         row.num_recoveries += 1
-        choice = choose(scores.worst(), scores.log_probs, self.plan.risk_threshold, limit)
+        log_probs = without_early_ends(scores.log_probs, scores.segments, flag.num_discarded, self.plan.eos_ids)
+        choice = choose(scores.worst(), log_probs, self.plan.risk_threshold, limit)
         row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate, is_test=True))
         self._take(index, row, scores, scorer, choice.candidate)
         return True

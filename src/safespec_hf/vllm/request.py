@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step
+from ..answer.recovery import Choice, batch_sizes, choose, is_harmless, next_step, without_early_ends
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
@@ -335,7 +335,9 @@ class GuardedRequest:
         if recovery.sizes:
             return self._sample(recovery, recovery.sizes.pop(0))
         self.row.num_recoveries += 1
-        return self._take(recovery, choose(batch.worst(), batch.log_probs, plan.risk_threshold, plan.harmless))
+        num_discarded = recovery.flag.num_discarded
+        log_probs = without_early_ends(batch.log_probs, batch.segments, num_discarded, plan.eos_ids)
+        return self._take(recovery, choose(batch.worst(), log_probs, plan.risk_threshold, plan.harmless))
 
     def _take(self, recovery: Recovery, choice: Choice) -> list[Submission]:
         """The answer goes on with a candidate."""
