@@ -153,8 +153,12 @@ def test_what_padding_alone_would_make_wrong_is_read_row_by_row(cls, tokenizer):
     alone = [
         model.generate(row[real.bool()][None], **SHORT)[0, real.sum() :] for row, real in zip(ids, mask, strict=True)
     ]
-    found = model.generate(ids, attention_mask=mask, **SHORT, safespec=True, prompt_lookup_num_tokens=3)
-    assert torch.equal(found[:, 4:], torch.stack(alone))
+    for each in (model, copy.deepcopy(model)):
+        draft = perturb(model, 0.03)
+        for extra in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+            policy = SafeSpecConfig(adaptive_drafts=False, lookup_drafts=False)
+            found = each.generate(ids, attention_mask=mask, **SHORT, safespec=policy, **extra)
+            assert torch.equal(found[:, 4:], torch.stack(alone))
 
 
 @pytest.mark.filterwarnings("error")

@@ -104,38 +104,41 @@ class RowsAlone(CachedModel):
         start = time.perf_counter()
         blocks = blocks.tolist() if isinstance(blocks, Tensor) else blocks
         rows = zip(blocks, num_drafts or [0] * len(blocks), strict=True)
-        parts = [self._read_row(row, list(block), num) for row, (block, num) in enumerate(rows)]
+        parts = [self._read_row(row, block, num, num_logits) for row, (block, num) in enumerate(rows)]
         width = max(map(len, blocks))
         logits_BTV = _stack([part.logits_BTV[:, -num_logits:] for part in parts], min(num_logits, width))
         hidden = [part.hidden_BTF for part in parts if part.hidden_BTF is not None]
         self.usage.seconds += time.perf_counter() - start
         return BlockOutput(logits_BTV, _stack(hidden, width) if hidden else None)
 
-    def _read_row(self, row: int, block: Sequence[int], num_drafts: int) -> BlockOutput:
+    def _read_row(self, row: int, block: Sequence[int], num_drafts: int, num_logits: int) -> BlockOutput:
         length = self._states[row].length
         num_known = min(len(self._tokens[row]), length + len(block)) - length
         self.usage.num_reread_tokens += num_known
-        self._tokens[row] = [*self._tokens[row][:length], *block, *self._tokens[row][length + len(block) :]]
+        self._tokens[row][length : length + len(block)] = block
         num_certain = min(len(block) - num_drafts, len(block) - 1)
         if num_drafts and min(num_known, num_certain) > MOST_REREAD:
             # or else, as long as drafts are rejected, more and more would be read again
-            parts = [self._read_on(row, block[:num_certain]), self._read_tail(row, block[num_certain:])]
+            before = self._read_on(row, block[:num_certain], max(num_logits - len(block) + num_certain, 1))
+            parts = [before, self._read_tail(row, block[num_certain:], num_logits)]
             hidden = [part.hidden_BTF for part in parts if part.hidden_BTF is not None]
             logits_BTV = torch.cat([part.logits_BTV for part in parts], dim=1)
             return BlockOutput(logits_BTV, torch.cat(hidden, dim=1) if hidden else None)
-        return self._read_tail(row, block) if num_drafts else self._read_on(row, block)
+        return self._read_tail(row, block, num_logits) if num_drafts else self._read_on(row, block, num_logits)
 
-    def _read_tail(self, row: int, block: Sequence[int]) -> BlockOutput:
+    def _read_tail(self, row: int, block: Sequence[int], num_logits: int) -> BlockOutput:
         """Reads what may be rejected."""
         state, before = self._states[row], self._copies[row]
         if state.length > (0 if before is None else before.length + MOST_BEHIND):
             self._copies[row] = state.copied()
-        return self._read_on(row, block)
+        return self._read_on(row, block, num_logits)
 
-    def _read_on(self, row: int, block: Sequence[int]) -> BlockOutput:
+    def _read_on(self, row: int, block: Sequence[int], num_logits: int) -> BlockOutput:
         length, cache = self._states[row]
-        arguments: dict[str, Any] = {"input_ids": torch.tensor([block], device=self._device), **self._fixed}
+        arguments: dict[str, Any] = {"input_ids": torch.tensor([list(block)], device=self._device), **self._fixed}
         arguments[self._cache_name] = cache
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = min(num_logits, len(block))
         if self._takes_positions:
             arguments["position_ids"] = torch.arange(length, length + len(block), device=self._device)[None]
         self._states[row] = self._empty()  # if it fails midway, nothing of it is trusted
@@ -175,7 +178,7 @@ class RowsAlone(CachedModel):
         missing = self._tokens[row][self._states[row].length :]
         if num_copies > 1 and missing:  # read again once, and not in every copy
             self.usage.num_reread_tokens += len(missing)
-            self._read_on(row, missing)
+            self._read_on(row, missing, 1)
         fork = RowsAlone(self.model, num_copies, self.layers if layers is None else layers, self.usage)
         fork._states = [self._states[row].copied() for _ in range(num_copies)]
         fork._tokens = [list(self._tokens[row]) for _ in range(num_copies)]

@@ -39,7 +39,9 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, m
     """
     is_known = isinstance(cache, (DynamicCache, StaticCache)) and not getattr(cache, "offloading", False)
     if not is_known or any(type(layer) not in TAKEN for layer in cache.layers) or goes_back_by_copies(model):
-        copied = " of a model whose states are copied" if goes_back_by_copies(model) else ""
+        copied = (
+            " of a model with recurrent states, or rows that are read one by one" if goes_back_by_copies(model) else ""
+        )
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` must be a `DynamicCache` or `StaticCache` of attention layers, not offloaded, but it is "
             f"a {type(cache).__name__}{copied}. Leave it out, and the cache is made for you."
