@@ -47,6 +47,7 @@ from safespec_hf.decoding.proof import FAILURES
 from safespec_hf.decoding.support import check_model
 from safespec_hf.engine.cache import takes_trees
 from safespec_hf.engine.mixers import mixers_of
+from safespec_hf.engine.traits import reads_alone
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny
@@ -126,6 +127,8 @@ def outcome(what: str, why: str, cells: dict[str, bool] | None = None) -> Outcom
 
 def how(model: PreTrainedModel) -> str:
     """How its drafts are verified, and its states taken back."""
+    if reads_alone(model):
+        return "chains; rows one by one, copied"
     mixers = mixers_of(model)
     states = "" if mixers is None else "; recurrent, read in " + ("parts" if mixers.reads_blocks else "single tokens")
     return ("trees" if takes_trees(model) else "chains") + states

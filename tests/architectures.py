@@ -99,6 +99,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"mamba_n_heads": 8, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mamba2": {"num_heads": 8, "state_size": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16},

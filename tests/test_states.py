@@ -8,7 +8,7 @@ from tiny import FIELDS, build_head, build_noisy_head, perturb, since
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.engine.cache import CACHE_NAME
 
-NAMES = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "minimax", "gemma3n_text"]
+NAMES = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "minimax", "gemma3n_text", "rwkv", "mpt"]
 PROMPTS = [[11, 17, 23, 31, 17, 23], [21, 22, 24], [30]]
 SHORT = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CONSTANT = SafeSpecConfig(adaptive_drafts=False)
@@ -51,7 +51,7 @@ def test_a_silent_head_gives_plain_greedy_text_alone_and_in_an_uneven_batch(name
     assert torch.equal(whole, torch.stack(alone))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "rwkv"])
 def test_a_perfect_draft_costs_no_forward_and_no_token_more(name, models):
     model = models[name]
     policy = SafeSpecConfig(adaptive_drafts=False, num_draft_tokens=3, score_last_token=False)
@@ -75,7 +75,7 @@ def test_what_is_read_again_is_counted_and_takes_no_forward_of_its_own(models):
     assert counts.num_target_forwards == counts.num_rounds
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "rwkv"])
 def test_what_is_sampled_does_not_depend_on_the_drafts(name, models):
     model, answers = models[name], []
     for extra in ({}, {"prompt_lookup_num_tokens": 3}):
@@ -86,7 +86,7 @@ def test_what_is_sampled_does_not_depend_on_the_drafts(name, models):
 
 
 @pytest.mark.parametrize("source", ["draft", "target"])
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "jamba", "lfm2", "gemma3n_text"])
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "jamba", "lfm2", "gemma3n_text", "rwkv", "mpt"])
 def test_flags_are_survived_and_nothing_flagged_comes_back(name, source, models, tokenizer):
     model, ids, mask = models[name], *batch()
     attach_safety_head(model, build_noisy_head(model, 0.5), tokenizer=tokenizer)
@@ -98,7 +98,9 @@ def test_flags_are_survived_and_nothing_flagged_comes_back(name, source, models,
     assert not bool((output.risks >= threshold).any())
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "falcon_h1", since("5.20", "refused there", "deepseek_v32")])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "jamba", "falcon_h1", "roformer", since("5.20", "refused there", "deepseek_v32")]
+)
 def test_the_returned_cache_can_be_continued(name, tokenizer):
     model = build_architecture(name)
     attach_safety_head(model, build_head(model), tokenizer=tokenizer)
@@ -106,7 +108,7 @@ def test_the_returned_cache_can_be_continued(name, tokenizer):
     output = model.generate(torch.tensor(PROMPTS[:1]), **arguments)
     cache, ids = output[CACHE_NAME], output.sequences
     length = cache.get_seq_length()
-    assert 0 < length < ids.shape[1]
+    assert (0 if name == "roformer" else 1) <= length < ids.shape[1]  # there it may be empty
     with torch.no_grad():
         # by single tokens: some of these models, unlike us, forget a state when they read several
         steps = [model(ids[:, at : at + 1], **{CACHE_NAME: cache}) for at in range(length, ids.shape[1])]
@@ -115,5 +117,5 @@ def test_the_returned_cache_can_be_continued(name, tokenizer):
 
 
 def test_recurrent_layers_can_not_be_compiled(models):
-    with pytest.raises(UnsupportedRequestError, match="recurrent layers of Qwen3NextForCausalLM"):
+    with pytest.raises(UnsupportedRequestError, match="Qwen3NextForCausalLM is read in parts, or row by row"):
         models["qwen3_next"].generate(torch.tensor(PROMPTS[:1]), **SHORT, safespec=SafeSpecConfig(compile=True))

@@ -100,7 +100,8 @@ class SafeSpecStatistics:
         num_reread_tokens (`int`):
             Tokens that the target read once more, in forwards that it made anyway: recurrent states go back to where
             a copy of them is, and what was accepted after that is read again; some models read the whole text again
-            where their rotary positions change. 0 for attention alone.
+            where their rotary positions change. 0 for attention alone. Where rows are read one by one,
+            a long stretch is read again in a forward of its own.
         num_draft_forwards (`int`): Forwards of the draft model or head.
         num_draft_tokens (`int`): Tokens drafted in General Mode.
         num_accepted_tokens (`int`): Those of them that the target accepted.

@@ -8,11 +8,11 @@ import torch
 from tiny import CONFIGS, VOCAB_SIZE, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM
+from transformers import DynamicCache
 
-from safespec_hf import UnsupportedRequestError
-from safespec_hf.engine.cache import CACHE_NAME, CachedModel, Usage, check_cache_layers, takes_trees
+from safespec_hf.engine.cache import CACHE_NAME, CachedModel, Usage, takes_trees
 from safespec_hf.engine.token_tree import path_to
+from safespec_hf.engine.traits import reads_alone
 
 KINDS = list(CONFIGS)
 # The same float32 sums in another order, through two layers of a model whose logits reach about 10: 1e-5 is seen.
@@ -323,12 +323,6 @@ def test_trimming_knows_that_a_trees_path_has_not_been_chosen_yet(target):
     assert cached.cache.get_seq_length() == 3
 
 
-def test_a_model_whose_state_is_in_no_cache_is_refused_by_name():
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2))
-    with pytest.raises(UnsupportedRequestError, match="RwkvForCausalLM has layers whose state can't be rolled back"):
-        CachedModel(model, 1)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_models_are_taken(kind):
-    assert check_cache_layers(build_model(kind)) is None
+def test_rows_of_attention_models_are_read_together(kind):
+    assert not reads_alone(build_model(kind))

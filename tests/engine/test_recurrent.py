@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from architectures import build_architecture
+from histories import TOLERANCE, History, prefill, read
 from tiny import VOCAB_SIZE, is_before, since
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -18,70 +19,11 @@ from safespec_hf.engine.recurrent import SPAN, Copy, thin
 # without attention beside them or in the same layer, convolutions, shared keys and values, an indexer's keys
 KINDS = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "minimax", "zaya", "gemma3n_text", "deepseek_v32"]
 READS_WRONGLY = "it reads blocks after a cache wrongly there, and is refused"
-# The same float32 sums in another order, and scans in another order than steps.
-TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}
 
 
 @pytest.fixture(scope="module")
 def models():
     return {name: build_architecture(name, 0.1) for name in KINDS}
-
-
-@torch.no_grad()
-def prefill(model, tokens):
-    return model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-
-
-class History:
-    """A `CachedModel`, and the tokens that its rows should hold."""
-
-    def __init__(self, model, num_rows, choose):
-        self.model, self.choose, self.cached = model, choose, CachedModel(model, num_rows)
-        self.rows = [[] for _ in range(num_rows)]
-
-    def tokens(self, least, most):
-        return [self.choose.randrange(VOCAB_SIZE) for _ in range(self.choose.randint(least, most))]
-
-    def waiting(self):
-        return [row[length:] for row, length in zip(self.rows, self.cached.lengths, strict=True)]
-
-    def verify(self):
-        """A round: new tokens and drafts, of which some are accepted."""
-        new, drafts = ([self.tokens(least, most) for _ in self.rows] for least, most in ((1, 3), (0, 4)))
-        blocks = [old + more + guess for old, more, guess in zip(self.waiting(), new, drafts, strict=True)]
-        self.cached.forward(blocks, 1, num_drafts=[len(guess) for guess in drafts])
-        kept = [more + guess[: self.choose.randint(0, len(guess))] for more, guess in zip(new, drafts, strict=True)]
-        self.rows = [row + more for row, more in zip(self.rows, kept, strict=True)]
-        self.cached.keep([len(row) for row in self.rows])
-
-    def roll_back(self):
-        self.rows = [row[: self.choose.randint(1, len(row))] for row in self.rows]
-        self.cached.keep([len(row) for row in self.rows])
-
-    def select(self):
-        order = [self.choose.randrange(len(self.rows)) for _ in self.rows]
-        self.cached.select(order)
-        self.rows = [self.rows[row] for row in order]
-
-    def recover(self):
-        """Candidates that continue a row, one of which becomes a row."""
-        source, num = self.choose.randrange(len(self.rows)), self.choose.randint(1, 3)
-        fork, waiting = self.cached.fork(source, num), self.waiting()[source]
-        segments = [self.tokens(1, 4) for _ in range(num)]
-        nums = [len(tokens) for tokens in segments]
-        fork.forward([waiting + tokens for tokens in segments], 1, num_drafts=nums)
-        chosen, row = self.choose.randrange(num), self.choose.randrange(len(self.rows))
-        self.cached.replace(row, fork, chosen)
-        self.rows[row] = self.rows[source] + segments[chosen]
-        self.cached.keep([len(row) - (at == row) for at, row in enumerate(self.rows)])
-
-    def check(self):
-        new = [self.tokens(1, 2) for _ in self.rows]
-        blocks = [old + more for old, more in zip(self.waiting(), new, strict=True)]
-        logits_BV = self.cached.forward(blocks, 1).logits_BTV[:, -1]
-        self.rows = [row + more for row, more in zip(self.rows, new, strict=True)]
-        for row, logits_V in zip(self.rows, logits_BV, strict=True):
-            torch.testing.assert_close(logits_V, prefill(self.model, row), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [*KINDS[:-1], since("5.20", READS_WRONGLY, "deepseek_v32")])
@@ -95,11 +37,6 @@ def test_any_history_leaves_what_a_prefill_gives(name, num_rows, models):
         for _ in range(3):
             choose.choice([history.verify, history.verify, history.roll_back, history.select, history.recover])()
         history.check()
-
-
-@torch.no_grad()
-def read(cached, block, num_drafts):
-    return cached.forward([block], 1, num_drafts=[num_drafts])
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1"])

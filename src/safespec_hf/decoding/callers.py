@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
-from ..engine.growing import column_states, is_recurrent, model_layers
+from ..engine.growing import column_states, model_layers
 from ..engine.private_names import is_user_cache
-from ..engine.traits import CACHE_NAME, has_windows
+from ..engine.traits import CACHE_NAME, goes_back_by_copies, has_windows
 from ..errors import UnsupportedRequestError
 from .loop import Decoder
 
@@ -45,7 +45,7 @@ class CallersCache:
         self.is_users = is_user_cache(given)
         if self.is_users:
             check_user_cache(model, given, prompt_ids, config.max_length)
-        elif isinstance(given, StaticCache) and is_recurrent(model):
+        elif isinstance(given, StaticCache) and goes_back_by_copies(model):
             raise UnsupportedRequestError(
                 f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
                 "default, a dynamic cache."
@@ -85,7 +85,11 @@ class CallersCache:
 
     def _is_laid_out(self, decoder: Decoder) -> bool:
         """Whether what was read has to be laid out anew, because it lies otherwise in a cache of a plain call."""
-        if self._is_used_as_it_is or is_recurrent(self.model) or not (self.is_wanted or self._given is not None):
+        if (
+            self._is_used_as_it_is
+            or goes_back_by_copies(self.model)
+            or not (self.is_wanted or self._given is not None)
+        ):
             return False
         has_windows = any(getattr(layer, "is_sliding", False) for layer in model_layers(self.model))
         is_single = len(decoder.rows) == 1 and bool(self._is_real.all())

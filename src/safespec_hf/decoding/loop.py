@@ -20,7 +20,8 @@ from ..answer.logits import process_rows, split_processors
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
-from ..engine.cache import CACHE_NAME, CachedModel
+from ..engine.alone import cached_model
+from ..engine.cache import CACHE_NAME
 from ..engine.callers_cache import States, lay_out
 from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
@@ -76,7 +77,7 @@ class Decoder:
     ):
         # of the tapped states, the first ones are the safety head's and the others the draft head's
         self._risk_layers = [] if plan.monitor is None else plan.monitor.layers
-        self.target = CachedModel(model, len(rows), [*self._risk_layers, *drafter.layers])
+        self.target = cached_model(model, len(rows), [*self._risk_layers, *drafter.layers])
         drafter.attach(self.target)
         self.rows = rows
         self.live = list(rows)

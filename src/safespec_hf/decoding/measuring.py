@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..drafting.draft_length import DraftCosts
-from ..engine.cache import CachedModel
+from ..engine.alone import cached_model
 from ..engine.speeds import BlockSeconds, describe, measure_blocks, remembered
 from ..engine.traits import input_device, max_positions
 from ..heads.draft_head import DraftHead
@@ -124,7 +124,7 @@ def _read_points(values: Any) -> BlockSeconds:
 
 
 def _target_run(model: PreTrainedModel, num_rows: int, num_context: int, layers: tuple[int, ...]) -> Any:
-    cached = CachedModel(model, num_rows, layers)
+    cached = cached_model(model, num_rows, layers)
     cached.forward([[0, 0]] * num_rows, 1)
     cached.pretend(num_context)
 
@@ -137,7 +137,7 @@ def _target_run(model: PreTrainedModel, num_rows: int, num_context: int, layers:
 
 
 def _draft_run(assistant: PreTrainedModel, num_rows: int, num_context: int) -> Any:
-    cached, states_BTF = CachedModel(assistant, num_rows), None
+    cached, states_BTF = cached_model(assistant, num_rows), None
     if isinstance(assistant, DraftHead):
         shape = num_rows, 2, assistant.config.num_features
         states_BTF = torch.zeros(shape, dtype=assistant.dtype, device=input_device(assistant))

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..engine.growing import is_recurrent
 from ..engine.private_names import is_user_cache, next_model_kwargs
 from ..engine.prompt import FILLER, Prompt
 from ..engine.traits import (
     CACHE_NAME,
     CACHE_NAMES,
     FilledCache,
+    goes_back_by_copies,
     has_windows,
     input_device,
     min_window,
     prepare_inputs,
+    reads_alone,
     takes_positions,
 )
 from ..errors import UnsupportedRequestError
@@ -78,6 +79,11 @@ def check_prompts(
     """
     prompt, device = read_prompt(model, prompt_ids, model_kwargs), input_device(model)
     if prompt is not None:
+        if reads_alone(model):
+            raise UnsupportedRequestError(
+                f"{type(model).__name__} reads the rows of a batch one by one, from tokens padded on the left, and "
+                "takes no prompts that are more than that. Remove what else there is, or generate without `safespec`."
+            )
         return torch.from_numpy(prompt.is_real_BL).to(device), prompt
     check_prompt(model, prompt_ids, model_kwargs)
     mask: Tensor | None = model_kwargs.get("attention_mask")
@@ -143,7 +149,7 @@ def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float)
     if bool(is_real[:, -1].all()):
         return
     reach = min_window(model) if has_windows(model) else None
-    if is_recurrent(model) or (reach is not None and is_real.shape[1] + num_new > reach):
+    if goes_back_by_copies(model) or (reach is not None and is_real.shape[1] + num_new > reach):
         raise UnsupportedRequestError(
             "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, or beyond a "
             "sliding window, guarded decoding needs left padding; set `tokenizer.padding_side = 'left'`."

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..engine.alone import cached_model
 from ..engine.cache import CACHE_NAME, CachedModel
 from ..engine.growing import column_states
-from ..engine.private_names import attention_name
+from ..engine.private_names import attention_name, num_writes
 from ..engine.tap import main_stream, read_tap
 from ..engine.traits import (
     CACHE_NAMES,
@@ -32,6 +33,8 @@ from ..engine.traits import (
     is_plain,
     lacks_weights,
     max_positions,
+    read_alone,
+    reads_alone,
     resharded,
     takes_positions,
 )
@@ -49,18 +52,20 @@ BLOCK = 2
 COARSE = (torch.bfloat16, torch.float16)
 MAX_COPY = 2**30
 """Bytes that a copy in float32 may take for the time of the proof."""
-_proven: set[tuple[type, str, bool]] = set()
+_proven: dict[tuple[type, str, bool], bool] = {}
+"""What has been proven, and whether only with rows that are read one by one."""
 _PROVING = threading.RLock()
 
 
 def prove(model: PreTrainedModel, has_states: bool = True) -> None:
     """Raises unless a model's cached, padded and rolled back forwards give what a plain one gives.
 
-    Costs three forwards of a few tokens, once for each class and config in a process, and as many again of a copy in
-    float32 where the model is in a coarser format and that takes at most 1 GiB. The model is left as it was:
-    its modes, buffers and gradients, and the random numbers to come. Offloaded weights come for the time of a
-    forward, as always. Those that nobody brings, on the `meta` device, prove nothing: they are asked when a call comes
-    (see [`check_weights`]). Nor is a model asked that has positions for fewer tokens.
+    What does not with rows that are read together, padded, may with rows that are read one by one: then they are, from
+    then on (see [`RowsAlone`]). Costs three forwards of a few tokens, or about ten, once for each class and config in
+    a process, and as many again of a copy in float32 where the model is in a coarser format and that takes at most
+    1 GiB. The model is left as it was: its modes, buffers and gradients, and the random numbers to come. Offloaded
+    weights come for the time of a forward, as always. Those that nobody brings, on the `meta` device, prove nothing:
+    they are asked when a call comes (see [`check_weights`]). Nor is a model asked that has positions for fewer tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Target or draft.
@@ -71,19 +76,43 @@ def prove(model: PreTrainedModel, has_states: bool = True) -> None:
     """
     config = model.config.to_json_string(use_diff=False)
     key = _class_of(model), f"{config} {attention_name(model)} {model.dtype}", has_states
-    if key in _proven or lacks_weights(model):
+    if key not in _proven and lacks_weights(model):
         return
     if (max_positions(model) or NUM_TOKENS + NUM_WRONG) < NUM_TOKENS + NUM_WRONG:
+        if reads_alone(model):
+            raise UnsupportedRequestError(
+                f"{type(model).__name__} has layers whose state can't be rolled back in place, and no room for the "
+                f"{NUM_TOKENS + NUM_WRONG} tokens that would show whether it can be rolled back at all."
+            )
         return  # it has no room for the proof
     with _PROVING:  # threads that make the first call of a model together wait until it is proven
         if key not in _proven:
-            _prove_exactly(model, has_states)
+            _proven[key] = _prove_either(model, has_states)
+        if _proven[key]:
+            read_alone(model)
+
+
+def _prove_either(model: PreTrainedModel, has_states: bool) -> bool:
+    """Whether the rows of a model have to be read one by one.
+
+    Raises:
+        UnsupportedRequestError: If that does not help, either; what it says is about rows that are read together.
+    """
+    refused: UnsupportedRequestError | None = None
+    for is_alone in [True] if reads_alone(model) else [False, True]:
+        try:
+            _prove_exactly(model, has_states, is_alone)
             with _untouched(model):
-                _compare(model, has_states)
-            _proven.add(key)
+                _compare(model, has_states, is_alone)
+        except UnsupportedRequestError as error:
+            refused = refused or error
+        else:
+            return is_alone
+    assert refused is not None
+    raise refused
 
 
-def _prove_exactly(model: PreTrainedModel, has_states: bool) -> None:
+def _prove_exactly(model: PreTrainedModel, has_states: bool, is_alone: bool) -> None:
     """Has a copy in float32 show it first, if the model is in a coarser format and small: there rounding hides faults.
 
     Of what can't be copied, or does not run in float32, only the model itself is asked.
@@ -96,7 +125,7 @@ def _prove_exactly(model: PreTrainedModel, has_states: bool) -> None:
     try:
         exact = copy.deepcopy(model).float()
         with _untouched(exact):
-            _compare(exact, has_states)
+            _compare(exact, has_states, is_alone)
     except UnsupportedRequestError as error:
         if not isinstance(error.__cause__, FAILURES):
             raise
@@ -130,6 +159,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
     before = [(store, dict(store)) for store in stores if isinstance(store, dict)]
     devices = {weight.device for weight in model.parameters()} | {input_device(model)}
     devices = {device for device in devices if device.type not in ("cpu", "mps", "meta")}
+    versions = list(map(num_writes, model.parameters()))
     kind = next((device.type for device in devices), "cuda")
     try:
         with (
@@ -142,10 +172,13 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
             _pick_few(model)
             yield
     finally:
+        # where the weights were changed for good, as RWKV's are for inference, so is what a module says about it
+        is_changed = list(map(num_writes, model.parameters())) != versions
         for now, then in before:
             for name in now.keys() - then.keys():
                 del now[name]
-            now.update(then)
+            said = {name for name in then if is_changed and isinstance(now[name], bool) and name != "training"}
+            now.update({name: value for name, value in then.items() if name not in said})
 
 
 def _pick_few(model: PreTrainedModel) -> None:
@@ -161,7 +194,7 @@ def _pick_few(model: PreTrainedModel) -> None:
                 )
 
 
-def _compare(model: PreTrainedModel, has_states: bool) -> None:
+def _compare(model: PreTrainedModel, has_states: bool, is_alone: bool) -> None:
     name = type(model).__name__
     tokens = _tokens(model)
     text = model.config.get_text_config(decoder=True)
@@ -170,7 +203,7 @@ def _compare(model: PreTrainedModel, has_states: bool) -> None:
     with _named(name, "as it is now, it fails even without a cache. If it lacks its device, attach after moving it"):
         logits_TV, states_TF = plain()
     with _named(name, "it fails with a cache, padding and explicit positions"):
-        parts = _read_cached(model, tokens, layers)
+        parts = _read_cached(model, tokens, layers, is_alone)
     for what, rows, logits_BTV, states_BTF in parts:
         for row, positions in rows.items():
             pairs = [("logits", logits_BTV, logits_TV), ("hidden states", states_BTF, states_TF)]
@@ -227,16 +260,17 @@ def _check_shape(kind: str, values: Tensor, num_tokens: int, size: int | None) -
 Part = tuple[str, dict[int, list[int]], Tensor, Tensor | None]
 
 
-def _read_cached(model: PreTrainedModel, tokens: Sequence[int], layers: Sequence[int]) -> list[Part]:
+def _read_cached(model: PreTrainedModel, tokens: Sequence[int], layers: Sequence[int], is_alone: bool) -> list[Part]:
     """The same as guarded decoding reads it: what was read, positions of each row, logits and hidden states.
 
     Both rows take wrong drafts that are rolled back. In the longer row they were the last ones, which crops the cache;
     in the shorter one that leaves a hole.
     """
     right, wrong = list(tokens[:NUM_TOKENS]), list(tokens[NUM_TOKENS:])
-    cached = CachedModel(model, 2, layers)
+    cached = cached_model(model, 2, layers, is_alone=is_alone)
     first = cached.forward([right[:4] + wrong[:1], right[:2] + wrong], 5, num_drafts=[1, 2])
-    _check_columns(model, cached)
+    if not is_alone:
+        _check_columns(model, cached)
     cached.keep([4, 2])
     starts = cached.lengths
     second = cached.forward([right[starts[0] : 6], right[starts[1] : 3]], 2)
@@ -250,7 +284,7 @@ def _read_cached(model: PreTrainedModel, tokens: Sequence[int], layers: Sequence
         ("in a batch with left padding", {1: [0, 1]}, padded[0], padded[1]),
         ("after a rollback", {0: [4, 5], 1: [2]}, second.logits_BTV, second.hidden_BTF),
     ]
-    if cached.recurrent is not None:
+    if cached.recurrent is not None or is_alone:
         # again, further back than there is a copy of, and from a copy that lies inside of a block
         cached.keep([5, 3])
         starts = cached.lengths

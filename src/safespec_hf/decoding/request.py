@@ -37,11 +37,10 @@ from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..engine.compiling import check_compiler
-from ..engine.growing import is_recurrent
 from ..engine.private_names import allowed_tokens, pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.ropes import rereads
-from ..engine.traits import input_device, max_positions
+from ..engine.traits import goes_back_by_copies, input_device, max_positions
 from ..errors import UnsupportedRequestError
 from ..heads.safety_head import SafetyHead
 from .assistant import Draft, check_assistant
@@ -100,9 +99,9 @@ def check_request(
     if policy.compile:
         check_compiler(input_device(model))
         for each in (model, None if draft.make_drafter else draft.model):
-            if each is not None and is_recurrent(each):
+            if each is not None and goes_back_by_copies(each):
                 raise UnsupportedRequestError(
-                    f"`compile=True` can't be kept: the recurrent layers of {type(each).__name__} are read in parts, "
+                    f"`compile=True` can't be kept: {type(each).__name__} is read in parts, or row by row, "
                     "which compiled code does not allow. Leave `compile` out."
                 )
     if policy.candidate_source == "draft" and not draft.writes:

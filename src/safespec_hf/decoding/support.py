@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..answer.rows import Row
 from ..engine.growing import num_columns
 from ..engine.ropes import can_cross, changes_of, most_tokens
-from ..engine.traits import CACHE_NAME, CACHE_NAMES, FilledCache, check_cache_layers, prepare_inputs
+from ..engine.traits import CACHE_NAME, CACHE_NAMES, FilledCache, prepare_inputs
 from ..errors import UnsupportedRequestError
 from .adapters import check_adapters
 from .proof import check_signature, check_sizes, prove
@@ -57,7 +57,6 @@ def check_kind(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is an encoder-decoder; guarded decoding needs a decoder-only model."
         )
     check_sizes(model)
-    check_cache_layers(model)
     check_signature(model)
     check_windows(model)
 

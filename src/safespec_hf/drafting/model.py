@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..answer.logits import process_rows, split_processors
 from ..answer.rows import Row
+from ..engine.alone import cached_model
 from ..engine.cache import BlockOutput, CachedModel
 from ..engine.ropes import most_tokens
 from ..engine.token_tree import chain_parents, is_chain
@@ -69,7 +70,7 @@ class ModelDrafter:
         do_sample: bool,
         num_others: int = 0,
     ):
-        self.cached = CachedModel(model, num_rows)
+        self.cached = cached_model(model, num_rows)
         self.length = length
         self.vocab_size = vocab_size
         self.do_sample = do_sample
@@ -159,7 +160,7 @@ class ModelDrafter:
             yield
         except BaseException:
             # whatever broke it off, the cache may hold half of a forward
-            self.cached = CachedModel(self.cached.model, len(rows), usage=self.cached.usage)
+            self.cached = cached_model(self.cached.model, len(rows), usage=self.cached.usage)
             raise
 
     def _divide(self, rows: Sequence[Row], num_tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:

@@ -30,7 +30,6 @@ from .recurrent import Block
 from .tap import read_tap, tap_arguments
 from .traits import CACHE_NAME as CACHE_NAME
 from .traits import cache_argument as cache_argument
-from .traits import check_cache_layers as check_cache_layers
 from .traits import check_prompt_columns, input_device, takes_positions
 from .traits import takes_trees as takes_trees
 from .windows import Windows, row_states, set_layer
@@ -46,7 +45,7 @@ class CachedModel(CachedRows):
         usage ([`Usage`], *optional*): Counts to add to.
 
     Raises:
-        UnsupportedRequestError: If the model has layers whose state can't be rolled back.
+        UnsupportedRequestError: If recurrent states of the model are not in its cache.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, layers: Sequence[int] = (), usage: Usage | None = None):

@@ -19,7 +19,7 @@ from .mixers import mixers_of
 from .prompt import AfterPrompt
 from .recurrent import RecurrentStates
 from .ropes import RowRopes
-from .traits import check_cache_layers, has_windows, max_positions
+from .traits import has_windows, max_positions
 from .windows import Windows, copy_columns, crop, fill_with_zeros, move_columns, put_row, row_states, set_layer
 
 UNLIMITED = 2**31
@@ -33,11 +33,10 @@ class CachedRows:
         num_rows (`int`): Rows of the batch, all empty.
 
     Raises:
-        UnsupportedRequestError: If the model has layers whose state can't be rolled back.
+        UnsupportedRequestError: If recurrent states of the model are not in its cache.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int):
-        check_cache_layers(model)
         self.model = model
         self.cache: Any = growing_cache(model)
         self.columns = Columns(num_rows)

@@ -22,8 +22,8 @@ from transformers.cache_utils import (
 )
 
 from ..errors import UnsupportedRequestError
-from .growing import column_states, is_recurrent, set_column_states
-from .traits import CACHE_NAME
+from .growing import column_states, set_column_states
+from .traits import CACHE_NAME, goes_back_by_copies
 
 TAKEN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 States = list[list[Tensor]]
@@ -38,11 +38,13 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, m
             window, that holds the beginning of every row and has room for the rest.
     """
     is_known = isinstance(cache, (DynamicCache, StaticCache)) and not getattr(cache, "offloading", False)
-    if not is_known or any(type(layer) not in TAKEN for layer in cache.layers) or is_recurrent(model):
+    if not is_known or any(type(layer) not in TAKEN for layer in cache.layers) or goes_back_by_copies(model):
+        copied = (
+            " of a model with recurrent states, or rows that are read one by one" if goes_back_by_copies(model) else ""
+        )
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` must be a `DynamicCache` or `StaticCache` of attention layers, not offloaded, but it is "
-            f"a {type(cache).__name__}{' of a model with recurrent states' if is_recurrent(model) else ''}. Leave it "
-            "out, and the cache is made for you."
+            f"a {type(cache).__name__}{copied}. Leave it out, and the cache is made for you."
         )
     length, num_rows = int(cache.get_seq_length()), len(prompt_ids)
     held = {len(states[0]) for layer in cache.layers if length and (states := _states(layer))}

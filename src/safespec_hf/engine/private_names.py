@@ -91,6 +91,11 @@ def is_stateful(model: PreTrainedModel) -> bool:
     return bool(model._is_stateful)
 
 
+def num_writes(tensor: Tensor) -> int:
+    """How often a tensor has been written in place."""
+    return int(tensor._version)
+
+
 def keeps_logits(model: Any) -> bool:
     """Whether a model's forward can be told how many positions it has to give logits of."""
     return bool(model._supports_logits_to_keep())
@@ -276,6 +281,7 @@ NAMES = (
     PrivateName("transformers.GenerationMixin", "_update_model_kwargs_for_generation", lambda: GenerationMixin),
     PrivateName("transformers.GenerationMixin", "_extract_generation_mode_kwargs", lambda: GenerationMixin),
     PrivateName("transformers.GenerationMixin", "_validate_generation_mode", lambda: GenerationMixin),
+    PrivateName("torch.Tensor", "_version", lambda: Tensor),
     PrivateName("torch.nn.Module", "_buffers", nn.Module),
     PrivateName("torch.nn.Module", "_modules", nn.Module),
     PrivateName("torch.nn.Module", "_forward_pre_hooks", nn.Module),

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import UnsupportedRequestError
 from .compiling import compiled_forwards
 from .sharing import Shared
-from .traits import CACHE_NAME, FAILURES, FilledCache, cache_argument, prepare_inputs, takes_positions
+from .traits import CACHE_NAME, FAILURES, FilledCache, cache_argument, prepare_inputs, reads_alone, takes_positions
 
 KINDS = ("dynamic", "longrope")
 
@@ -127,8 +127,8 @@ def _way_of(model: PreTrainedModel) -> _Way | None:
 
 
 def can_cross(model: PreTrainedModel) -> bool:
-    """Whether it is known how a model goes on after the length at which its frequencies change."""
-    return _way_of(model) is not None
+    """Whether it is known how a model goes on after the length at which its frequencies change, rows read together."""
+    return _way_of(model) is not None and not reads_alone(model)
 
 
 def rereads(model: PreTrainedModel) -> bool:

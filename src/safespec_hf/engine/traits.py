@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from .private_names import attention_name, buffers_of, is_stateful, moving_hook
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: version 5.24 renamed it."""
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What forwards call it, and have called it; the last one is of state-space models."""
+STATE_NAME = "state"
+"""What a forward calls all that it keeps, where that is no cache but tensors that it takes and returns (RWKV)."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", STATE_NAME)
+"""What forwards call it, and have called it; the third one is of state-space models."""
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What the code of a model raises that is given something it does not know."""
 WHOLE_CONTEXT = {"full_attention", "global", "indexed_attention"}
@@ -31,6 +33,7 @@ WHOLE_CONTEXT = {"full_attention", "global", "indexed_attention"}
 NO_CONTEXT = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
 """What they call one that attends to none, but for the whole context where it is beside a recurrent state."""
 _HAS_TABLE: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_ALONE: WeakSet[nn.Module] = WeakSet()
 MAX_OFFSET = 8
 """Rows that a table of positions may have beyond those that can be used; OPT's has 2."""
 
@@ -197,7 +200,7 @@ def takes_trees(model: PreTrainedModel) -> bool:
     has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
     has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
     is_fit = attention_name(model) in ("sdpa", "eager")
-    is_fit = is_fit and takes_positions(model)
+    is_fit = is_fit and takes_positions(model) and not reads_alone(model)
     return is_fit and not (has_own_mask or has_bias or has_windows(model) or is_recurrent(model))
 
 
@@ -237,20 +240,25 @@ def _input_embeddings(model: Any) -> nn.Module | None:
         return None
 
 
-def check_cache_layers(model: PreTrainedModel) -> None:
-    """Raises unless it is known how to roll every layer's state back.
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether it is known how to roll back in place what transformers says a model keeps of the tokens before."""
+    is_in_layers = not is_stateful(model) or is_recurrent(model)
+    return is_in_layers and {type(layer).__name__ for layer in model_layers(model)} <= KINDS.keys()
 
-    Raises:
-        UnsupportedRequestError: For layers of other kinds, and for models whose state is in no cache.
-    """
-    layers = model_layers(model)
-    others = sorted({type(layer).__name__ for layer in layers} - KINDS.keys())
-    if others or (is_stateful(model) and not is_recurrent(model)):
-        raise UnsupportedRequestError(
-            f"{type(model).__name__} has layers whose state can't be rolled back ({', '.join(others) or 'stateful'}). "
-            "Guarded decoding knows attention with a KV cache, full, sliding-window or indexed, and recurrent states "
-            "that are in the cache."
-        )
+
+def reads_alone(model: PreTrainedModel) -> bool:
+    """Whether the rows of a model have to be read one by one, each with a cache of its own; see [`RowsAlone`]."""
+    return model in _ALONE or not is_known(model)
+
+
+def read_alone(model: PreTrainedModel) -> None:
+    """Has the rows of a model be read one by one from now on."""
+    _ALONE.add(model)
+
+
+def goes_back_by_copies(model: PreTrainedModel) -> bool:
+    """Whether a rollback takes copies of states, because something of them has no columns that could be dropped."""
+    return is_recurrent(model) or reads_alone(model)
 
 
 def check_prompt_columns(model: PreTrainedModel, cache: Any, width: int) -> None:
