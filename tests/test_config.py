@@ -55,6 +55,9 @@ ILLEGAL_POLICY = [
     ("quality_prompt", " \n"),
     ("quality_reading", "median"),
     ("num_target_segments", -1),
+    ("num_draft_segments", 0),
+    ("num_draft_segments", 2),
+    ("draft_uncertainty", 0.5),
 ]
 ILLEGAL_HEAD = [
     ("hidden_size", -1),
@@ -101,6 +104,8 @@ WRONG_TYPE_POLICY = [
     ("quality_threshold", "9"),
     ("quality_prompt", None),
     ("num_target_segments", 1.0),
+    ("num_draft_segments", 2.0),
+    ("draft_uncertainty", "0.5"),
 ]
 WRONG_TYPE_HEAD = [
     ("hidden_size", 8.0),
@@ -154,6 +159,19 @@ def test_a_value_of_a_wrong_type_is_refused_with_its_field_and_type(config, name
 
 def test_a_whole_number_will_do_for_a_fraction():
     assert SafeSpecConfig(risk_threshold=1, recovery_temperature=2).recovery_temperature == 2
+
+
+@pytest.mark.parametrize("doubt", [-0.1, 1.0, math.nan])
+def test_uncertainty_is_a_share(doubt):
+    fields = {"verification": "segment", "num_draft_segments": 2}
+    assert SafeSpecConfig(**fields, draft_uncertainty=0).draft_uncertainty == 0
+    with pytest.raises(ValueError, match="`draft_uncertainty` must be in"):
+        SafeSpecConfig(**fields, draft_uncertainty=doubt)
+
+
+def test_where_risks_are_only_reported_nothing_is_drawn_again():
+    with pytest.raises(ValueError, match=r"`num_draft_segments` must be 1 .* with `policy='observe'`"):
+        SafeSpecConfig(policy="observe", verification="segment", num_draft_segments=2)
 
 
 CONTRADICTIONS = [

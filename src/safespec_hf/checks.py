@@ -45,6 +45,18 @@ def check_types(config: object, hints: Mapping[str, Any]) -> None:
             raise TypeError(f"`{name}` must be of type {legal}, but it is a {type(value).__name__}: {value!r}.")
 
 
+def check_choices(config: object, hints: Mapping[str, Any]) -> None:
+    """Raises unless every field of a `Literal` type is one of its values.
+
+    Raises:
+        ValueError: Names the field, its values and what it is.
+    """
+    for name, hint in hints.items():
+        if get_origin(hint) is Literal:
+            value, choices = getattr(config, name), get_args(hint)
+            check_value(name, value, value in choices, f"one of {choices}")
+
+
 def _is_of_type(value: object, hint: Any) -> bool:
     """`True` is no number, a whole number is a float as well, and NumPy's integers are not what JSON can hold."""
     origin, arguments = get_origin(hint), get_args(hint)

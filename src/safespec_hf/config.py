@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from .checks import check_types, check_value, field_types
+from .checks import check_choices, check_types, check_value, field_types
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
@@ -30,9 +30,12 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
     "recover": {},
     "recover_single": {"num_candidates": 1, "candidates_per_batch": None},
     "recover_unreflected": {"reflection": "", "keep_reflection": False},
-    **{name: {"max_recoveries": 0} for name in ("refuse", "stop", "observe")},
+    **{name: {"max_recoveries": 0} for name in ("refuse", "stop")},
+    "observe": {"max_recoveries": 0, "num_draft_segments": 1},
 }
 """What a safety policy means for other fields."""
+LEAST = {"max_segment_tokens": 1, "min_segment_tokens": 1, "num_candidates": 1, "num_draft_segments": 1}
+LEAST |= {"rollback_segments": 0, "max_recoveries": 0, "num_target_segments": 0}
 DEFAULT_QUALITY_PROMPT = (
     "\n\nNow grade the passage just above, and nothing else: is what it says correct, and does it follow from what "
     "came before? Length, style and tone don't count. On a scale from 0 (wrong) to 9 (entirely right) its grade is:"
@@ -241,6 +244,12 @@ class SafeSpecConfig:
             The grade is the likeliest digit, or the mean of the ten digits by their probabilities.
         num_target_segments (`int`, defaults to 0):
             So many segments, from the first one on, are written by the target whatever the draft has, >= 0.
+        num_draft_segments (`int`, defaults to 1):
+            The draft draws a segment up to so many times, >= 1, if its own head flags it, and the target gets the draw
+            of lowest risk to that head. More than 1 needs `verification="segment"` and an attached `draft_head`.
+        draft_uncertainty (`float`, *optional*):
+            They are also drawn where nothing was flagged, if 1 minus the mean probability of the draft's likeliest
+            tokens is above this; in [0, 1). Default: only after a flag.
 
     Saved and read back with a [`~transformers.GenerationConfig`] that holds it as `safespec`.
 
@@ -289,44 +298,38 @@ class SafeSpecConfig:
     quality_prompt: str = DEFAULT_QUALITY_PROMPT
     quality_reading: QualityReading = "argmax"
     num_target_segments: int = 0
+    num_draft_segments: int = 1
+    draft_uncertainty: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self, field_types(SafeSpecConfig))
+        check_choices(self, field_types(SafeSpecConfig))
+        for name, least in LEAST.items():
+            check_value(name, getattr(self, name), getattr(self, name) >= least, f">= {least}")
         threshold, drafts = self.risk_threshold, self.num_draft_tokens
         check_value("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
         is_one = threshold is None or self.operating_point is None
         check_value("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
         check_value("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
         check_value("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
-        check_value("costs", self.costs, self.costs in get_args(Costs), f"one of {get_args(Costs)}")
-        check_value("max_segment_tokens", self.max_segment_tokens, self.max_segment_tokens >= 1, ">= 1")
-        check_value("min_segment_tokens", self.min_segment_tokens, self.min_segment_tokens >= 1, ">= 1")
-        check_value("rollback_segments", self.rollback_segments, self.rollback_segments >= 0, ">= 0")
-        check_value("num_candidates", self.num_candidates, self.num_candidates >= 1, ">= 1")
-        check_value("max_recoveries", self.max_recoveries, self.max_recoveries >= 0, ">= 0")
         self._check_policy()
-        check_value("refusal", self.refusal, bool(self.refusal.strip()), "a text that is not blank")
+        for name in ("refusal", "quality_prompt"):
+            check_value(name, getattr(self, name), bool(getattr(self, name).strip()), "a text that is not blank")
         for name in ("recovery_temperature", "test_temperature"):
             temperature = getattr(self, name)
             check_value(name, temperature, 0 < temperature < math.inf, "> 0")
-        sources = get_args(CandidateSource)
-        check_value("candidate_source", self.candidate_source, self.candidate_source in sources, f"one of {sources}")
         check_value("flagged_token_penalty", self.flagged_token_penalty, self.flagged_token_penalty >= 0, ">= 0")
         check_value("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63) or None")
-        ways, readings = get_args(Verification), get_args(QualityReading)
-        check_value("verification", self.verification, self.verification in ways, f"one of {ways}")
         check_value("quality_threshold", self.quality_threshold, 0 <= self.quality_threshold <= 9, "in [0, 9]")
-        check_value(
-            "quality_prompt", self.quality_prompt, bool(self.quality_prompt.strip()), "a text that is not blank"
-        )
-        check_value("quality_reading", self.quality_reading, self.quality_reading in readings, f"one of {readings}")
-        check_value("num_target_segments", self.num_target_segments, self.num_target_segments >= 0, ">= 0")
+        num, doubt = self.num_draft_segments, self.draft_uncertainty
+        is_sound = num == 1 or self.verification == "segment"
+        check_value("num_draft_segments", num, is_sound, "1 with `verification='token'`")
+        check_value("draft_uncertainty", doubt, doubt is None or 0 <= doubt < 1, "in [0, 1) or None")
+        check_value("draft_uncertainty", doubt, doubt is None or num > 1, "None with `num_draft_segments=1`")
 
     def _check_policy(self) -> None:
-        """Raises where the policy after a flag is unknown, or other fields say something else."""
-        policy, choices, batch = self.policy, get_args(CandidateChoice), self.candidates_per_batch
-        check_value("policy", policy, policy in STANDS_FOR, f"one of {get_args(SafetyPolicy)}")
-        check_value("candidate_choice", self.candidate_choice, self.candidate_choice in choices, f"one of {choices}")
+        """Raises where fields say something else than the policy after a flag, or than each other."""
+        policy, batch = self.policy, self.candidates_per_batch
         check_value("safe_margin", self.safe_margin, 0 <= self.safe_margin < 1, "in [0, 1)")
         margin = self.false_alarm_margin
         check_value("false_alarm_margin", margin, margin is None or 0 <= margin < 1, "in [0, 1) or None")
@@ -334,12 +337,9 @@ class SafeSpecConfig:
         for name, meant in STANDS_FOR[policy].items():
             value, default = getattr(self, name), defaults[name]
             check_value(name, value, value in (meant, default), f"{meant!r} or its default with `policy={policy!r}`")
-        scopes = get_args(ReflectionScope)
-        check_value("reflection_scope", self.reflection_scope, self.reflection_scope in scopes, f"one of {scopes}")
         is_sound = self.reflection_scope == "answer" or not self.keep_reflection
         check_value("reflection_scope", self.reflection_scope, is_sound, "'answer' with `keep_reflection=True`")
-        is_variant = policy.startswith("recover_")
-        is_sound = self.max_recoveries > 0 or not is_variant
+        is_sound = self.max_recoveries > 0 or not policy.startswith("recover_")
         check_value("max_recoveries", self.max_recoveries, is_sound, f">= 1 with `policy={policy!r}`")
         is_sound = batch is None or 1 <= batch <= self.num_candidates
         check_value("candidates_per_batch", batch, is_sound, "in [1, `num_candidates`] or None")

@@ -76,7 +76,7 @@ def attach_safety_head(
         draft_head ([`SafetyHead`], `str` or `os.PathLike`, *optional*):
             A head of that draft, which is then a language model: of the candidates that the draft samples in a
             recovery, the target reads only those that this head finds safe, or else the safest. The target's head
-            has the last word, as without it. Not part of an export.
+            has the last word, as without it. It also sorts segments, with `num_draft_segments`. Not part of an export.
         ignore_mismatches (`tuple[str, ...]`, defaults to `()`):
             Fields of the target binding to excuse, such as `"model_id"` for a fine-tune that was checked.
         hub_kwargs: For loading the head: `revision`, `token`, `cache_dir`, ...

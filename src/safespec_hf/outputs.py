@@ -118,6 +118,7 @@ class SafeSpecStatistics:
         measuring_seconds (`float`): Spent on measuring what forwards take here: once on a machine, 0 afterwards.
         num_watch_pauses (`int`): How often speculation was stopped because it took longer than plain steps would have.
         num_segments (`int`): Segments that the draft proposed, with `verification="segment"`.
+        num_screened_segments (`int`): Those of them that the draft drew more than once (`num_draft_segments`).
         num_segments_accepted (`int`): Those of them that were taken whole.
         num_segments_by_target (`int`): Segments that the target wrote or began to write, instead of them or without.
     """
@@ -142,6 +143,7 @@ class SafeSpecStatistics:
     measuring_seconds: float = 0.0
     num_watch_pauses: int = 0
     num_segments: int = 0
+    num_screened_segments: int = 0
     num_segments_accepted: int = 0
     num_segments_by_target: int = 0
 

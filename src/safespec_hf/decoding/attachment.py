@@ -25,7 +25,7 @@ class Attachment:
         ignore_mismatches (`tuple[str, ...]`): Fields of the target binding that are excused.
         draft ([`~transformers.PreTrainedModel`], *optional*): For calls that ask for no other drafts.
         origin (`tuple[str, str | None]`, *optional*): The exported repository that it came from; see [`origin_of`].
-        draft_head ([`SafetyHead`], *optional*): Of the draft; sorts out candidates that it writes.
+        draft_head ([`SafetyHead`], *optional*): Of the draft; sorts candidates and segments that it writes.
         weights ([`Weights`], *optional*): A glance at the target's weights and adapters when the head was attached.
     """
 

@@ -160,6 +160,7 @@ class GuardedCall:
             model_kwargs=model_kwargs,
             tokenizer=tokenizer,
             is_streamed=self.streamer is not None,
+            has_draft_head=self._draft_head(model._safespec) is not None,
         )
         prove(model)  # again where it is another one than when its head was attached: loaded since, or recast
         warn_of_changes(model._safespec.weights, model)

@@ -1,4 +1,4 @@
-"""A head of the draft looks at the candidates that the draft samples: the target reads the promising ones only.
+"""A head of the draft looks at what the draft samples: the target reads the promising candidates and segments only.
 
 It decides nothing about safety: the target's head scores every token that an answer gets, as without it.
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..answer.pooling import pool_block
 from ..answer.rows import Row
 from ..answer.segments import Place
 from ..engine.cache import BlockOutput
@@ -55,6 +56,11 @@ class DraftScreen:
             self._score_next(segments, read, output)
         return list(is_open)
 
+    def read(self, segment: Sequence[int], hidden_TF: Tensor) -> Tensor:
+        """Risks of the tokens of one segment, given their hidden states: what `watch` finds one after the other."""
+        config, counts = self.monitor.head.config, self.row.segments.counts_ahead(segment)
+        return self.monitor.risks([pool_block(None, hidden_TF, counts, config.pooling, config.ewma_decay)])
+
     def _score_next(self, segments: Sequence[Sequence[int]], read: Sequence[int], output: BlockOutput) -> None:
         assert output.hidden_BTF is not None
         counts = []
@@ -92,8 +98,18 @@ def choose_promising(worst: Sequence[float], threshold: float) -> list[int]:
         >>> choose_promising([0.2, 0.9, 0.1], 0.5), choose_promising([0.8, 0.6], 0.5)
         ([0, 2], [1])
     """
-    safe = [k for k, risk in enumerate(worst) if risk < threshold]
-    return safe or [min(range(len(worst)), key=lambda k: math.inf if math.isnan(worst[k]) else worst[k])]
+    return [k for k, risk in enumerate(worst) if risk < threshold] or [safest(worst)]
+
+
+def safest(worst: Sequence[float]) -> int:
+    """Which of some has the lowest risk, the first of several; an unknown one is higher than any.
+
+    Example:
+
+        >>> safest([math.nan, 0.4, 0.2])
+        2
+    """
+    return min(range(len(worst)), key=lambda k: math.inf if math.isnan(worst[k]) else worst[k])
 
 
 def check_draft_head(

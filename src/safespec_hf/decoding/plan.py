@@ -34,7 +34,7 @@ class Plan:
         pad_token_id (`int`, defaults to 0): What criteria see after the end of a row, in a batch.
         quality_ids (`list[int]`): The policy's quality prompt, tokenised; none where tokens are verified.
         digit_ids (`list[list[int]]`): Of each digit the tokens that spell it; none where tokens are verified.
-        draft_monitor ([`RiskMonitor`], *optional*): Of the draft's own head, which sorts candidates out.
+        draft_monitor ([`RiskMonitor`], *optional*): Of the draft's own head, which sorts candidates and segments.
     """
 
     policy: SafeSpecConfig

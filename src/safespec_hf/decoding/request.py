@@ -76,12 +76,14 @@ def check_request(
     model_kwargs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     is_streamed: bool,
+    has_draft_head: bool = False,
 ) -> tuple[Tensor, Prompt | None]:
     """Raises unless everything that was asked for can be kept, safety included.
 
     Args:
         draft ([`Draft`]): What drafts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
+        has_draft_head (`bool`, defaults to `False`): Whether what drafts has a safety head of its own.
 
     Returns:
         `tuple`: A `torch.BoolTensor` of the prompts' shape, on the target's device: `False` for padding. And what the
@@ -111,6 +113,12 @@ def check_request(
         )
     if policy.verification == "segment":
         check_segment_mode(draft, config, tokenizer, model.config.get_text_config().vocab_size)
+    if policy.num_draft_segments > 1 and not has_draft_head:
+        raise UnsupportedRequestError(
+            f"`num_draft_segments={policy.num_draft_segments}` needs a safety head of the draft, to choose among what "
+            "that draws, but the draft of this call has none. Attach both with `attach_safety_head(..., draft=, "
+            "draft_head=)` and pass no other `assistant_model`, or leave the field at 1."
+        )
     check_assistant(model, draft, tokenizer)
     if num_rows > 1 and is_streamed:
         raise UnsupportedRequestError(f"A streamer takes one row, but the batch has {num_rows}.")

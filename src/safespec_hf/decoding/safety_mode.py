@@ -170,7 +170,7 @@ class SafetyMode:
             end_ids=self.plan.eos_ids,
             steer=steer,
             temperature=policy.test_temperature if is_test else policy.recovery_temperature,
-            generator=self._generator(row),
+            generator=self.generator(row),
             # the target's own forwards give the risks on the way, so hopeless segments end early
             judge=scores.watch if draft is None else None if screen is None else screen.watch,
             aside=aside,
@@ -199,8 +199,8 @@ class SafetyMode:
             reader.forward([row.context(0)[:-1]], 1)
             self.target.replace(index, reader, 0)
 
-    def _generator(self, row: Row) -> torch.Generator:
-        """Each row has its own, so that a row recovers in a batch as it would alone."""
+    def generator(self, row: Row) -> torch.Generator:
+        """Each row has its own, so that what is sampled for it in a batch is what would be sampled for it alone."""
         if row.index not in self._generators:
             self._generators[row.index] = torch.Generator(row.device).manual_seed(self.plan.seeds[row.index])
         return self._generators[row.index]

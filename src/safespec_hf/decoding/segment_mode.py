@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from .candidate_scores import worst_risk
 from .commit import Flag, Pending
 from .loop import Decoder, Reading
 from .quality import read_quality
+from .redraws import Redraws
 
 MAX_BROKEN = 3
 """Tokens for which a full segment may wait for a character to end."""
@@ -49,6 +51,11 @@ class SegmentDecoder(Decoder):
         self._writing: dict[int, int] = {}  # of rows, the segment that the target writes or wrote last
         self._guesses: dict[int, list[int]] = {}  # and what it may begin with
         self._num_right: dict[int, int] = {}  # of its last guess, the tokens that were right
+        self._redraws: Redraws | None = None
+        draft_monitor, is_wanted = self.plan.draft_monitor, self.plan.policy.num_draft_segments > 1
+        if is_wanted and draft_monitor is not None and self.safety_mode is not None:
+            generator, num_before_end = self.safety_mode.generator, self.commits.stopping.num_before_end
+            self._redraws = Redraws(self.drafter, self.plan, draft_monitor, generator, num_before_end)
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s a whole segment, P_eval the quality prompt."""
@@ -75,9 +82,30 @@ class SegmentDecoder(Decoder):
         is_writing = [self._target_writes(row) for row in self.live]
         limits = [self._num_drafts(*pair) for pair in zip(self.live, is_writing, strict=True)]
         drafts = self.drafter.write(self.live, limits, self._is_whole)
+        if self._redraws is not None:
+            drafts = self._screen(self._redraws, drafts, limits, is_writing)
         turns = [self._turn(*triple) for triple in zip(self.live, drafts, is_writing, strict=True)]
         self.statistics.draft_seconds += time.perf_counter() - start
         return turns
+
+    def _screen(
+        self, redraws: Redraws, drafts: list[list[int]], limits: Sequence[int], is_writing: Sequence[bool]
+    ) -> list[list[int]]:
+        """What the target gets: of some rows another segment, which their draft drew when its own head flagged one."""
+        chosen = list(drafts)
+        kept = [row.num_context + len(tokens) for row, tokens in zip(self.live, drafts, strict=True)]
+        for index, row in enumerate(self.live):
+            # the draft's states of a segment that has begun already are gone
+            if not drafts[index] or is_writing[index] or row.segments.num_open:
+                continue
+            is_whole = partial(self._is_whole, index)
+            chosen[index], is_redrawn = redraws.choose(index, row, drafts[index], limits[index], is_whole)
+            self.statistics.num_screened_segments += is_redrawn
+            if chosen[index] != drafts[index]:
+                kept[index] = row.num_context - 1
+        if chosen != drafts:  # the draft must not go on from what is not proposed
+            self.drafter.keep(kept)
+        return chosen
 
     def _turn(self, row: Row, drafts: list[int], is_writing: bool) -> Turn:
         self.statistics.num_draft_tokens += len(drafts)

@@ -104,6 +104,21 @@ class ModelDrafter:
         is_long = row.num_context + num_tokens - 1 > self.num_positions
         return None if is_long or not self._unread(index, row) else self.cached
 
+    def fork(self, index: int, row: Row, num_tokens: int, layers: Sequence[int]) -> CachedModel | None:
+        """A copy of a row's cache before the last token of its context, whatever was written since then.
+
+        Args:
+            num_tokens (`int`): So many tokens are to be read after the context. `None` if it can't read them.
+            layers (`Sequence[int]`): Hidden states that it returns.
+        """
+        end = row.num_context + num_tokens
+        if end > self.num_positions:
+            return None
+        fork = self.cached.fork(index, 1, layers)
+        fork.keep([row.num_context - 1])
+        fork.reach(0, end)
+        return fork if max(row.context(fork.lengths[0])) < self.num_known else None
+
     def draft(self, rows: Sequence[Row], num_tokens: Sequence[int], found: Found | None = None) -> Proposal:
         """At most `num_tokens[row]` drafts for each row, and other guesses beside them.
 

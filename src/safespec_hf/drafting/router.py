@@ -121,6 +121,11 @@ class DraftRouter:
         assert isinstance(self.model, ModelDrafter)
         return self.model.write(rows, num_tokens, is_whole)
 
+    def fork(self, index: int, row: Row, num_tokens: int, layers: Sequence[int]) -> CachedModel | None:
+        """A copy of the draft model at a row's context, to read so many tokens after it; see [`ModelDrafter`]."""
+        assert isinstance(self.model, ModelDrafter)
+        return self.model.fork(index, row, num_tokens, layers)
+
     def most(self, num_tokens: int) -> int:
         """How many drafts the next round may have, where the first one might have `num_tokens`.
 
