@@ -26,7 +26,7 @@ pytestmark += [pytest.mark.filterwarnings("ignore:You are calling .generate.. wi
 
 @pytest.fixture(autouse=True)
 def _unproven(monkeypatch):
-    monkeypatch.setattr(proof, "_proven", set())
+    monkeypatch.setattr(proof, "_proven", {})
 
 
 def attach(model, tokenizer):
