@@ -96,6 +96,18 @@ def test_candidates_in_batches_and_a_reflection_aside_are_screened_as_well(targe
     assert not (output.risks >= noisy.config.risk_threshold).any()
 
 
+@pytest.mark.parametrize("scope", ["answer", "recovery"])
+def test_a_draft_samples_up_to_its_last_position(tokenizer, scope):
+    target = tiny.build_model("gpt2")
+    for num_positions in range(8, 18):
+        draft = tiny.build_model("gpt2", seed=1, n_positions=num_positions)
+        policy = dataclasses.replace(MANY, reflection_scope=scope)
+        output = answer(
+            target, tokenizer, build_noisy_head(target), draft, build_head(draft), policy, max_new_tokens=8
+        )
+        assert output.statistics.num_candidates > 0
+
+
 def test_candidates_by_which_a_flag_is_tested_are_all_read(target, tokenizer, noisy, draft):
     head = build_noisy_head(draft)
     head.config.risk_threshold = 1e-9

@@ -152,11 +152,12 @@ class SafetyMode:
         self._reach(index, row, row.num_context + max_tokens)
         aside = () if is_test or policy.reflection_stays else self.plan.reflection_ids
         is_target = is_test or policy.candidate_source == "target"
-        draft = None if is_target else self.drafter.sampler(index, row, max_tokens)
+        monitor = self.plan.draft_monitor
+        num_read = len(aside) + max_tokens + (monitor is not None)  # its last token only to be scored
+        draft = None if is_target else self.drafter.sampler(index, row, num_read)
         steer = SafeSpecLogitsProcessor(
             row.visible_ids().shape[1], row.flagged_first_tokens.get(flag.kept, ()), policy.flagged_token_penalty
         )
-        monitor = self.plan.draft_monitor
         screen = None if draft is None or monitor is None else DraftScreen(row, monitor)
         layers = None if screen is None else screen.monitor.layers
         sampler = (self.target if draft is None else draft).fork(index, 1, layers)
