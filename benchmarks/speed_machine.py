@@ -20,7 +20,7 @@ from speed_statistics import bootstrap_median, ratios, summarise_arm
 from safespec_hf.engine import speeds
 from safespec_hf.engine.fusing import fast_layers
 
-BATCH_SIZES = (2, 4, 8, 16)
+BATCH_SIZES = (1, 2, 4, 8, 16)
 RAW_WIDTHS = (1, 2, 5, 9, 17)
 
 
