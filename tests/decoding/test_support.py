@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from architectures import build_architecture
-from tiny import attach, build_model, build_noisy_head, build_tokenizer, cheap_drafts, perturb
+from tiny import attach, build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, perturb
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -249,3 +249,15 @@ def test_a_draft_may_lack_the_tokens_that_were_added_to_its_target(target, num_a
 def test_an_empty_cache_of_the_caller_is_no_change_of_inputs(guarded):
     cache = DynamicCache()
     assert guarded.generate(PROMPT, **SHORT, **{CACHE_NAME: cache}, safespec=True).shape == (1, 16)
+
+
+@pytest.mark.parametrize(("name", "given"), [("bloom", {}), ("falcon", {"alibi": True})], ids=["bloom", "falcon"])
+def test_right_padding_is_refused_where_a_model_counts_positions_by_the_mask(name, given, tokenizer):
+    model = build_architecture(name, **given)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    mask = torch.ones_like(LONG_PROMPT[:, :6])
+    mask[:, -1] = 0
+    arguments = {"max_new_tokens": 2, "do_sample": False, "safespec": True}
+    with pytest.raises(UnsupportedRequestError, match="Right padding"):
+        model.generate(LONG_PROMPT[:, :6], attention_mask=mask, **arguments)
+    assert model.generate(LONG_PROMPT[:, :6], attention_mask=mask.flip(1), **arguments).shape == (1, 8)

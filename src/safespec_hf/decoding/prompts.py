@@ -21,6 +21,7 @@ from ..engine.traits import (
     CACHE_NAMES,
     FilledCache,
     goes_back_by_copies,
+    has_alibi,
     has_windows,
     input_device,
     min_window,
@@ -136,7 +137,8 @@ def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
 def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
     """Raises if padding between a prompt and its answer would not stay what it is in plain decoding.
 
-    There its places count, in the state of a recurrent layer and in the distance that a sliding window reaches.
+    There its places count, in the state of a recurrent layer and in the distance that a sliding window reaches; and
+    where a model counts positions itself, by the mask (ALiBi), its last column has one that no token here can have.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
@@ -144,15 +146,18 @@ def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float)
         num_new (`float`): Tokens that an answer may have.
 
     Raises:
-        UnsupportedRequestError: For recurrent layers, and for sliding windows that the text outgrows.
+        UnsupportedRequestError: For recurrent layers, for sliding windows that the text outgrows, and for models that
+            count positions themselves.
     """
     if bool(is_real[:, -1].all()):
         return
     reach = min_window(model) if has_windows(model) else None
-    if goes_back_by_copies(model) or (reach is not None and is_real.shape[1] + num_new > reach):
+    is_long = reach is not None and is_real.shape[1] + num_new > reach
+    if goes_back_by_copies(model) or is_long or has_alibi(model) or not takes_positions(model):
         raise UnsupportedRequestError(
-            "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, or beyond a "
-            "sliding window, guarded decoding needs left padding; set `tokenizer.padding_side = 'left'`."
+            "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, beyond a "
+            "sliding window, or where a model counts positions itself, guarded decoding needs left padding; set "
+            "`tokenizer.padding_side = 'left'`."
         )
 
 

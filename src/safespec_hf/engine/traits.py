@@ -196,12 +196,16 @@ def takes_trees(model: PreTrainedModel) -> bool:
 
     A mask of who sees whom has to reach its attention as it is, and positions alone must tell the order of tokens.
     """
-    text = model.config.get_text_config()
     has_own_mask = "create_causal_mask" not in vars(sys.modules[type(model).__module__])
-    has_bias = bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
     is_fit = attention_name(model) in ("sdpa", "eager")
     is_fit = is_fit and takes_positions(model) and not reads_alone(model)
-    return is_fit and not (has_own_mask or has_bias or has_windows(model) or is_recurrent(model))
+    return is_fit and not (has_own_mask or has_alibi(model) or has_windows(model) or is_recurrent(model))
+
+
+def has_alibi(model: PreTrainedModel) -> bool:
+    """Whether a config says that attention counts distances by the mask, and takes no positions for them."""
+    text = model.config.get_text_config()
+    return bool(getattr(text, "alibi", False)) or getattr(text, "position_embedding_type", "") == "alibi"
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
