@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import DRAFTING, PROMPT, REFLECTION, REFUSAL, attach, build_coin_head, build_model, drafting
+from architectures import build_architecture
+from tiny import DRAFTING, PROMPT, REFLECTION, REFUSAL, attach, build_coin_head, build_head, build_model, drafting
 
-from safespec_hf import SafeSpecConfig, UnsupportedRequestError
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 
 OUTPUTS = ("scores", "logits", "hidden_states", "attentions")
 PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
@@ -119,3 +120,14 @@ def test_after_a_recovery_scores_are_of_the_tokens_that_came_back(fields, tokeni
         for step, origin in enumerate(origins.tolist()):
             if origin in (0, 1):
                 assert int(output.scores[step][row].argmax()) == int(output.sequences[row, PADDED.shape[1] + step])
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "nemotron_h", "zamba", "zamba2"])
+def test_models_that_say_themselves_how_many_logits_they_keep_give_those_of_every_step(name, tokenizer):
+    model, ids = build_architecture(name), torch.randint(10, 40, (1, 7), generator=torch.Generator().manual_seed(0))
+    arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    plain = model.generate(ids, **arguments)
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    guarded = model.generate(ids, safespec=True, **arguments)
+    torch.testing.assert_close(guarded.scores, plain.scores, atol=5e-3, rtol=0)  # scans that are split otherwise

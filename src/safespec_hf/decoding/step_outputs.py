@@ -114,6 +114,8 @@ def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model
             new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
             given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)
     inputs = prepare_inputs(model, ids, is_first_iteration=True, **given)
+    if "logits_to_keep" in inputs:  # some models have a number of their own for it, whatever they are given
+        inputs["logits_to_keep"] = num_new
     return model(
         **inputs,
         return_dict=True,
