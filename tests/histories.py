@@ -57,6 +57,14 @@ class History:
         self.rows[row] = self.rows[source] + segments[chosen]
         self.cached.keep([len(row) - (at == row) for at, row in enumerate(self.rows)])
 
+    def play(self, num):
+        """So many times three steps at random, after each of which the rows are what a prefill gives."""
+        self.verify()
+        for _ in range(num):
+            for _ in range(3):
+                self.choose.choice([self.verify, self.verify, self.roll_back, self.select, self.recover])()
+            self.check()
+
     def check(self):
         new = [self.tokens(1, 2) for _ in self.rows]
         blocks = [old + more for old, more in zip(self.waiting(), new, strict=True)]

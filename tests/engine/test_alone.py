@@ -30,14 +30,9 @@ def models():
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
 def test_any_history_leaves_what_a_prefill_gives(name, num_rows, models):
-    choose = random.Random(f"{name}{num_rows}")
-    history = History(models[name], num_rows, choose)
+    history = History(models[name], num_rows, random.Random(f"{name}{num_rows}"))
     assert isinstance(history.cached, RowsAlone)
-    history.verify()
-    for _ in range(8):
-        for _ in range(3):
-            choose.choice([history.verify, history.verify, history.roll_back, history.select, history.recover])()
-        history.check()
+    history.play(8)
 
 
 @pytest.mark.parametrize("name", KINDS)

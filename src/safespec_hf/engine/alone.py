@@ -21,10 +21,9 @@ from .blocks import BlockOutput, Usage
 from .cache import CachedModel
 from .cached_rows import CachedRows
 from .growing import column_states
-from .private_names import keeps_logits
 from .prompt import Prompt
-from .tap import read_tap, tap_arguments
-from .traits import STATE_NAME, cache_argument, input_device, reads_alone, takes_positions
+from .tap import read_tap
+from .traits import STATE_NAME, reads_alone
 
 MOST_BEHIND = 8
 """Tokens that a row may have read since its last copy, for another one to be worth its time."""
@@ -71,15 +70,8 @@ class RowsAlone(CachedModel):
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, layers: Sequence[int] = (), usage: Usage | None = None):
-        self.model = model
-        self.layers = tuple(layers)
-        self.usage = usage if usage is not None else Usage()
+        self._prepare(model, layers, usage)
         self.recurrent = self.windows = self.ropes = self._after = None
-        self._device = input_device(model)
-        self._fixed = {"use_cache": True, "return_dict": True, **tap_arguments(self.layers)}
-        self._cache_name = cache_argument(model)
-        self._keeps_logits = keeps_logits(model)
-        self._takes_positions = takes_positions(model)
         self._states: list[State] = [self._empty() for _ in range(num_rows)]
         self._copies: list[State | None] = [None] * num_rows
         # those that were read and stand, also where the cache does not hold them any more

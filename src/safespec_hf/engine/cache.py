@@ -50,6 +50,16 @@ class CachedModel(CachedRows):
 
     def __init__(self, model: PreTrainedModel, num_rows: int, layers: Sequence[int] = (), usage: Usage | None = None):
         super().__init__(model, num_rows)
+        self._prepare(model, layers, usage)
+        self._has_columns = has_columns(model)
+        self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
+        self._may_divide = self._has_columns and ragged.can_be_divided(model, self.cache)
+        # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
+        self._masks_itself = self._device.type != "cpu" and takes_trees(model)
+
+    def _prepare(self, model: PreTrainedModel, layers: Sequence[int], usage: Usage | None) -> None:
+        """What its forwards are asked with, however rows lie in the cache."""
+        self.model = model
         self.layers = tuple(layers)
         self.usage = usage if usage is not None else Usage()
         self._device = input_device(model)
@@ -57,11 +67,6 @@ class CachedModel(CachedRows):
         self._cache_name = cache_argument(model)
         self._keeps_logits = keeps_logits(model)
         self._takes_positions = takes_positions(model)
-        self._has_columns = has_columns(model)
-        self._can_share = self._max_columns == UNLIMITED and takes_trees(model)
-        self._may_divide = self._has_columns and ragged.can_be_divided(model, self.cache)
-        # transformers asks the device whether a mask masks anything, and waits for the answer in every forward
-        self._masks_itself = self._device.type != "cpu" and takes_trees(model)
 
     def forward(
         self,
