@@ -1,12 +1,12 @@
 """Prompts that are more than tokens: embeddings, token types, positions of the caller's own."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from architectures import build_architecture
 from tiny import ADAPTIVE, FIELDS, Recorder, attach, build_draft_head, build_model, build_noisy_head, perturb
-from transformers import DynamicCache
 from vision import build_vision, look, reread
 
 from safespec_hf import Provenance, SafeSpecConfig, UnsupportedRequestError
@@ -122,6 +122,32 @@ def test_with_embeddings_only_new_tokens_and_a_cache_that_goes_on_are_returned(b
         torch.testing.assert_close(steps[-1].logits[:, -1], expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("lengths", [(7,), LENGTHS])
+@pytest.mark.parametrize(("kind", "how"), [(kind, how) for kind, how in WAYS if kind != "qwen3_next"])
+def test_a_cache_of_the_callers_own_is_gone_on_with(built, tokenizer, kind, how, lengths):
+    model = attach(built[kind], tokenizer)
+    inputs, part = given(how, model, lengths), given(how, model, lengths)
+    part = {name: value[:, :5] for name, value in part.items()}
+    cache = model.generate(**part, max_new_tokens=1, return_dict_in_generate=True)[CACHE_NAME]
+    assert cache.get_seq_length() == 5
+    theirs = copy.deepcopy(cache)
+    plain = model.generate(**inputs, **GREEDY, **{CACHE_NAME: theirs})
+    is_real = torch.nn.functional.pad(inputs["attention_mask"], (0, 13), value=1).bool()
+    for extra in [*drafts(model), {"assistant_model": build_draft_head(model)} if kind == "llama" else {}]:
+        ours = copy.deepcopy(cache)
+        output = model.generate(**inputs, **GREEDY, **extra, **{CACHE_NAME: ours}, safespec=CONSTANT)
+        assert torch.equal(output, plain)
+        for own, other in zip(ours.layers, theirs.layers, strict=True):
+            assert own.keys.shape == other.keys.shape
+            is_held = is_real[:, -own.keys.shape[2] :, None]
+            torch.testing.assert_close(
+                own.keys.movedim(1, 2).flatten(2).where(is_held, 0),
+                other.keys.movedim(1, 2).flatten(2).where(is_held, 0),
+                atol=1e-4,
+                rtol=1e-4,
+            )
+
+
 def test_streamed_is_what_is_returned(built, tokenizer):
     model, streamer = attach(built["llama"], tokenizer), Recorder()
     output = model.generate(**given("embeddings", model, (7,)), **GREEDY, safespec=True, streamer=streamer)
@@ -172,11 +198,9 @@ def test_a_prompt_is_read_in_one_forward(built, tokenizer):
     assert output.statistics.num_target_forwards == GREEDY["max_new_tokens"]
 
 
-POSITIONS = torch.tensor([[3, 4, 5]])
 REFUSED = {
     "ids of other places": ({"inputs_embeds": torch.zeros(1, 5, 32)}, "not the same tokens"),
     "positions of fewer tokens": ({"position_ids": torch.tensor([[3, 4]])}, "must be as long"),
-    "positions and a cache": ({"position_ids": POSITIONS, CACHE_NAME: DynamicCache()}, "tokens only"),
 }
 
 

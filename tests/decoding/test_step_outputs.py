@@ -1,11 +1,16 @@
 """What comes back of every step besides the tokens is what plain `generate` gives, whatever was drafted."""
 
+import copy
+
 import pytest
 import torch
 from architectures import build_architecture
+from test_caches import fill
 from tiny import DRAFTING, PROMPT, REFLECTION, REFUSAL, attach, build_coin_head, build_head, build_model, drafting
+from vision import IMAGE, VISION, build_vision, look
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.engine.cache import CACHE_NAME
 
 OUTPUTS = ("scores", "logits", "hidden_states", "attentions")
 PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
@@ -37,13 +42,13 @@ def assert_alike(ours, theirs, is_real=None):
 
 def agree(model, drafts, **arguments):
     arguments = ASKED | arguments
-    theirs = model.generate(**arguments)
+    theirs = model.generate(**copy.deepcopy(arguments))  # of a cache, which is filled
     ours = model.generate(**arguments, **drafts, safespec=POLICY)
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     mask = arguments.get("attention_mask")
     for name in OUTPUTS:
         has_places = name in ("hidden_states", "attentions") and mask is not None
-        assert_alike(ours[name], theirs[name], mask.bool() if has_places else None)
+        assert_alike(ours.get(name), theirs.get(name), mask.bool() if has_places else None)
     return ours
 
 
@@ -131,3 +136,50 @@ def test_models_that_say_themselves_how_many_logits_they_keep_give_those_of_ever
     attach_safety_head(model, build_head(model), tokenizer=tokenizer)
     guarded = model.generate(ids, safespec=True, **arguments)
     torch.testing.assert_close(guarded.scores, plain.scores, atol=5e-3, rtol=0)  # scans that are split otherwise
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return {name: build_vision(name) for name in VISION}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", VISION)
+def test_images_are_shown_as_often_as_in_plain_decoding(name, use_cache, seeing, tokenizer):
+    model, source = attach(seeing[name], tokenizer), {"prompt_lookup_num_tokens": 3}
+    asked = {"output_attentions": False, "suppress_tokens": [IMAGE], "use_cache": use_cache}
+    agree(model, source, **look(name, (9, 11)), **asked, do_sample=False)
+
+
+@pytest.mark.parametrize("wanted", [("scores",), OUTPUTS])
+@pytest.mark.parametrize("name", VISION)
+def test_an_answer_may_have_tokens_that_stand_for_images(name, wanted, seeing, tokenizer):
+    model, inputs = attach(seeing[name], tokenizer), look(name, (9, 11))
+    words = [12, IMAGE, 13, 14, IMAGE]
+    asked = {f"output_{each}": each in wanted and each != "attentions" for each in OUTPUTS}
+    asked |= {"prefix_allowed_tokens_fn": lambda _, ids: [words[(len(ids) - 11) % 5]], "max_new_tokens": 6}
+    agree(model, {}, **inputs, **asked, do_sample=False)
+
+
+@pytest.mark.parametrize("wanted", [("logits",), OUTPUTS])
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("name", [name for name in VISION if name != "qwen3_5"])
+def test_after_a_cache_steps_know_what_no_token_tells(name, num_rows, wanted, seeing, tokenizer):
+    model = attach(seeing[name], tokenizer)
+    inputs = look(name, (9, 11)[:num_rows])
+    first = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[15, 16]] * num_rows)], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 7), value=1)
+    asked = {f"output_{each}": each in wanted and each != "attentions" for each in OUTPUTS}
+    given = {"input_ids": ids, "attention_mask": mask, CACHE_NAME: first[CACHE_NAME]}
+    agree(model, {"prompt_lookup_num_tokens": 3}, **given, **asked, do_sample=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "sliding", "alternating", "gpt2"])
+def test_after_a_cache_steps_are_those_of_plain_decoding(kind, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    for num_cached in (1, 3):
+        given = {"inputs": PROMPT, CACHE_NAME: fill(model, num_cached, PROMPT)}
+        agree(model, {"prompt_lookup_num_tokens": 3}, **given, do_sample=False)
+    other = fill(model, 3, PROMPT + 1)  # a cache is the caller's word on what was read
+    agree(model, {}, **{"inputs": PROMPT, CACHE_NAME: other}, do_sample=False)

@@ -24,7 +24,7 @@ def filled(model, num_tokens, num_rows=1):
 @pytest.mark.parametrize(("shape", "num_cached"), [((2, 5), 3), ((1, 3), 3), ((1, 2), 3)])
 def test_a_cache_that_does_not_fit_the_prompt_is_refused(target, shape, num_cached):
     with pytest.raises(UnsupportedRequestError, match="as many rows as it has, each longer than the cache"):
-        check_user_cache(target, filled(target, num_cached), torch.zeros(shape))
+        check_user_cache(target, filled(target, num_cached), shape)
 
 
 def test_a_cache_of_another_kind_is_refused_by_name(target):
@@ -32,19 +32,19 @@ def test_a_cache_of_another_kind_is_refused_by_name(target):
     recurrent = build_architecture("mamba2")
     for model, cache, name in ((target, offloaded, "not offloaded"), (recurrent, DynamicCache(), "recurrent states")):
         with pytest.raises(UnsupportedRequestError, match=name):
-            check_user_cache(model, cache, torch.zeros(1, 4))
+            check_user_cache(model, cache, (1, 4))
 
 
 def test_a_static_cache_without_room_for_the_answer_is_refused(target):
     cache = StaticCache(config=target.config, max_cache_len=8)
-    assert check_user_cache(target, cache, torch.zeros(1, 4), max_length=9) is None
+    assert check_user_cache(target, cache, (1, 4), max_length=9) is None
     with pytest.raises(UnsupportedRequestError, match="room for 8 tokens, but the text may get 10"):
-        check_user_cache(target, cache, torch.zeros(1, 4), max_length=10)
+        check_user_cache(target, cache, (1, 4), max_length=10)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_cache_of_a_part_of_the_prompt_is_taken(target, num_rows):
-    assert check_user_cache(target, filled(target, 3, num_rows), torch.zeros(num_rows, 4)) is None
+    assert check_user_cache(target, filled(target, 3, num_rows), (num_rows, 4)) is None
 
 
 @pytest.mark.parametrize("num_tokens", [3, 20])

@@ -124,9 +124,9 @@ class GuardedCall:
         ids, cache = input_ids.to(input_device(model)), callers.take_back(decoder)
         output = decoder.output(ids, pad_token_id(generation_config) or 0, cache)
         if wanted_outputs(generation_config):
-            cached = callers.num_cached
+            begun_with = callers.before
             with self._fast_forwards(model, head):
-                output = with_steps(output, model, generation_config, logits_processor, model_kwargs, cached)
+                output = with_steps(output, model, generation_config, logits_processor, model_kwargs, begun_with)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _draft_head(self, attachment: Attachment) -> SafetyHead | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 from torch import Tensor
@@ -9,10 +10,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
 from ..engine.growing import column_states, model_layers
-from ..engine.private_names import is_user_cache
+from ..engine.private_names import is_user_cache, mark_user_cache
 from ..engine.traits import CACHE_NAME, goes_back_by_copies, has_windows
 from ..errors import UnsupportedRequestError
 from .loop import Decoder
+from .step_outputs import wanted_outputs
 
 
 class CallersCache:
@@ -26,6 +28,7 @@ class CallersCache:
 
     Attributes:
         num_cached (`int`): Columns that a cache of the caller holds.
+        before ([`~transformers.Cache`], *optional*): A copy of it, if outputs of steps are wanted.
         model_kwargs (`dict[str, Any]`): The same, with a dynamic cache in the place of any other.
 
     Raises:
@@ -44,7 +47,8 @@ class CallersCache:
         self._is_real = prompt_ids.new_ones(shape) if mask is None else mask
         self.is_users = is_user_cache(given)
         if self.is_users:
-            check_user_cache(model, given, prompt_ids, config.max_length)
+            num_unknown = shape[1] - prompt_ids.shape[1]  # places that are embeddings only, and not in `max_length`
+            check_user_cache(model, given, shape, config.max_length + num_unknown)
         elif isinstance(given, StaticCache) and goes_back_by_copies(model):
             raise UnsupportedRequestError(
                 f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
@@ -56,12 +60,15 @@ class CallersCache:
                 "what the windows have forgotten would be in reach. Pass the whole text, and no cache."
             )
         self.num_cached = int(given.get_seq_length()) if self.is_users else 0
-        self._is_used_as_it_is = self.is_users and is_plain(given, prompt_ids, mask)
+        self.before = copy.deepcopy(given) if wanted_outputs(config) else None
+        self._is_used_as_it_is = self.is_users and is_plain(given, shape[0], mask)
         # one that the caller will see filled
         self._given = given if self.is_users or isinstance(given, StaticCache) else None
         opened = None if self._given is None or self._is_used_as_it_is else open_cache(given)
         self._opened = opened
         self.model_kwargs = model_kwargs if opened is None else {**model_kwargs, CACHE_NAME: opened}
+        if self.is_users:
+            mark_user_cache(self.model_kwargs)
 
     def give_to(self, decoder: Decoder) -> None:
         """Has a decoder begin with what the cache holds."""

@@ -113,8 +113,10 @@ class Decoder:
         self.prompt, output = None, self.target.prefill(prompt)  # images are read once, and need not be kept
         _, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
         if states_BLF is not None and any(prompt.num_tokens):
+            num_cached = prompt.is_real_BL.shape[1] - states_BLF.shape[1]
             for index, is_real_L in enumerate(torch.from_numpy(prompt.is_real_BL)):
-                self.drafter.observe(index, 0, states_BLF[index, is_real_L.to(states_BLF.device)])
+                is_new_L = is_real_L[num_cached:].to(states_BLF.device)
+                self.drafter.observe(index, int(is_real_L[:num_cached].sum()), states_BLF[index, is_new_L])
 
     def _round(self) -> None:
         """One round of the method. The paper's x is a row's context, s the drafts that go on with it."""

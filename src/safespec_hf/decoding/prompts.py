@@ -116,7 +116,9 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
         return None
     given = Given(prompt_ids, model_kwargs, extras, is_real)
     _check_given(model, given, embedded)
-    inputs = prepare_inputs(model, prompt_ids, is_first_iteration=True, **model_kwargs)
+    num_cached = _num_cached(model_kwargs)
+    cut = {"next_sequence_length": shape[1] - num_cached} if num_cached else {}
+    inputs = prepare_inputs(model, prompt_ids, is_first_iteration=True, **cut, **model_kwargs)
     _check_first(model, given, inputs)
     nums = is_real.sum(dim=1).tolist() if prompt_ids.shape[1] else [0] * len(prompt_ids)
     inputs = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
@@ -124,14 +126,20 @@ def read_prompt(model: Any, prompt_ids: Tensor, model_kwargs: Mapping[str, Any])
         inputs=inputs,
         is_real_BL=is_real.numpy(),
         num_tokens=nums,
-        placeholders=_placeholders(model.config),
+        placeholders=placeholders(model.config),
         **_continue(model, given),
     )
 
 
-def _placeholders(config: PreTrainedConfig) -> frozenset[int]:
+def placeholders(config: PreTrainedConfig) -> frozenset[int]:
     """Tokens that stand for images and the like."""
     return frozenset(token for name in PLACEHOLDERS if isinstance(token := getattr(config, name, None), int))
+
+
+def _num_cached(kwargs: Mapping[str, Any]) -> int:
+    """Columns that a cache of the caller's holds."""
+    cache: Any = kwargs.get(CACHE_NAME)
+    return int(cache.get_seq_length()) if is_user_cache(cache) else 0
 
 
 def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
@@ -171,8 +179,6 @@ def _is_counted(positions: Tensor | None, is_real: Tensor) -> bool:
 
 
 def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) -> None:
-    is_padded_right = not bool(given.is_real[:, -1].all())
-    extras = sorted(given.extras) or ["right padding" if is_padded_right else "position_ids"]
     shape = given.ids.shape if embedded is None else embedded.shape[:2]
     if given.ids.shape[1] not in (0, shape[1]) or given.ids.shape[0] != shape[0]:
         raise UnsupportedRequestError(
@@ -189,11 +195,6 @@ def _check_given(model: PreTrainedModel, given: Given, embedded: Tensor | None) 
         raise UnsupportedRequestError(
             f"`position_ids` must be as long as the prompt, {shape[1]} places, but cover {positions.shape[-1]}."
         )
-    if is_user_cache(given.kwargs.get(CACHE_NAME)):
-        raise UnsupportedRequestError(
-            f"`{CACHE_NAME}` can be continued with tokens only, but got {extras} as well. Pass the whole prompt, and "
-            "no cache."
-        )
     beside = [name for name in given.extras if "pixel" in name or "cross_attention" in name]
     if beside and getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
         raise UnsupportedRequestError(
@@ -207,8 +208,11 @@ def _check_first(model: Any, given: Given, inputs: Mapping[str, Any]) -> None:
     """Raises unless the first forward reads what was given, and nothing else."""
     changed = [name for name in inputs if name not in {*KNOWN_INPUTS, *given.extras} and _says(inputs[name])]
     embedded = given.kwargs.get("inputs_embeds")
+    num_cached = _num_cached(given.kwargs)
+    if embedded is not None:
+        embedded = embedded[:, num_cached:]
     expected = {"attention_mask": given.kwargs.get("attention_mask"), "inputs_embeds": embedded}
-    expected["input_ids"] = given.ids if embedded is None else None
+    expected["input_ids"] = given.ids[:, num_cached:] if embedded is None else None
     for name, value in expected.items():
         found = inputs.get(name)
         is_same = found is None if value is None else _is_equal(found, value)
@@ -259,7 +263,8 @@ def _continue(model: Any, given: Given) -> dict[str, Any]:
 
 def _after(model: Any, given: Given, num_new: int) -> dict[str, Any]:
     """What a forward over so many tokens after the prompt is given."""
-    kwargs = dict(given.kwargs)
+    # without a cache transformers shows images at every step; here there is one in any case
+    kwargs = {**given.kwargs, "use_cache": True}
     for _ in range(num_new):  # of several at once transformers says other things
         kwargs = next_model_kwargs(model, kwargs)
     kwargs[CACHE_NAME] = FilledCache(given.is_real.shape[1])

@@ -2,7 +2,8 @@
 
 Speculation reads several tokens at once, gives some of them up, and lets rows end at different times. So what plain
 decoding would have had at each step is read in one forward over the finished answers, with the inputs that the model
-itself prepares for them. Causal attention makes it the same.
+itself prepares for them. Causal attention makes it the same. Where a cache of the caller's holds what no token says,
+such as an image, answers are read on from a copy of it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from ..engine.growing import model_layers
-from ..engine.private_names import next_model_kwargs
-from ..engine.traits import CACHE_NAME, prepare_inputs
+from ..engine.private_names import is_user_cache, next_model_kwargs
+from ..engine.traits import CACHE_NAME, goes_back_by_copies, prepare_inputs
 from ..outputs import SafeSpecOutput
+from .prompts import placeholders
 
 NAMES = ("scores", "logits", "attentions", "hidden_states")
 Steps = tuple[Any, ...]
@@ -56,9 +58,9 @@ def with_steps(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     model_kwargs: dict[str, Any],
-    num_cached: int = 0,
+    before: Any = None,
 ) -> SafeSpecOutput:
-    """An output with what was asked for besides: one forward over finished answers, cut into plain decoding's steps.
+    """An output with what was asked for besides: finished answers are read once more, and cut into plain steps.
 
     A row that has ended goes on with padding, as in plain decoding.
 
@@ -68,7 +70,7 @@ def with_steps(
         config ([`~transformers.GenerationConfig`]): Of the call; says what is wanted.
         processors ([`~transformers.LogitsProcessorList`]): The caller's, for the whole batch.
         model_kwargs (`dict[str, Any]`): What `generate` prepared for the prompt.
-        num_cached (`int`, defaults to 0): Tokens of the prompts that a cache of the caller held.
+        before ([`~transformers.Cache`], *optional*): What the call began with: empty, or the caller's. It is filled.
     """
     wanted, steps = wanted_outputs(config), dict[str, Any]()
     assert output.risks is not None
@@ -77,51 +79,104 @@ def with_steps(
     if num_new == 0:
         steps.update(dict.fromkeys(wanted, ()))
         return replace(output, **steps)
-    embedded = model_kwargs.get("inputs_embeds")
-    num_places = output.sequences.shape[1] - num_new if embedded is None else embedded.shape[1]
-    outputs = _forward(model, output.sequences[:, :-1], num_new, wanted, model_kwargs)
-    output.statistics.num_target_forwards += 1
+    ids, answer = output.sequences[:, :-1], output.sequences[:, -num_new:]
+    given = {name: value for name, value in model_kwargs.items() if not name.startswith("output_")}
+    if before is not None and (is_user_cache(before) or _has_placeholders(model, answer)):
+        parts, num_forwards = _read_on(model, ids, num_new, wanted, {**given, CACHE_NAME: before})
+    else:
+        is_cached = config.use_cache is not False
+        parts, num_forwards = _read_at_once(model, ids, num_new, wanted, given, is_cached), 1
+    output.statistics.num_target_forwards += num_forwards
     output.statistics.target_seconds += time.perf_counter() - start
     with torch.inference_mode(False), torch.no_grad():
+        steps |= {name: _own(parts[name]) for name in wanted if name in parts}
         if "scores" in wanted or "logits" in wanted:
-            logits_BNV = outputs.logits[:, -num_new:]  # not all models leave out what was not asked for
-            steps["logits"] = tuple(logits_BNV[:, step].to(torch.float32, copy=True) for step in range(num_new))
+            steps["logits"] = tuple(each.to(torch.float32, copy=True) for each in parts["logits"])
         if "scores" in wanted:
             steps["scores"] = _scores(steps["logits"], output.sequences, processors)
-        is_cached = config.use_cache is not False
-        cuts = _cuts(num_places, num_new, num_cached, is_cached)
-        if "hidden_states" in wanted:
-            steps["hidden_states"] = tuple(
-                tuple(each[..., cut, :].clone() for each in outputs.hidden_states) for cut in cuts
-            )
-        if "attentions" in wanted:
-            widths = _widths(model, len(outputs.attentions), model_kwargs.get(CACHE_NAME)) if is_cached else []
-            steps["attentions"] = tuple(_attentions(outputs.attentions, cut, widths) for cut in cuts)
     return replace(output, **{name: each for name, each in steps.items() if name in wanted})
 
 
-def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], model_kwargs: dict[str, Any]) -> Any:
+def _has_placeholders(model: Any, answer: Tensor) -> bool:
+    """Whether an answer has tokens that stand for images: read with the prompt, they would ask for some."""
+    unknown = torch.tensor(sorted(placeholders(model.config)), device=answer.device)
+    return bool(torch.isin(answer, unknown).any())
+
+
+def _read_at_once(
+    model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any], is_cached: bool
+) -> dict[str, Steps]:
+    """What one forward over prompts and answers says, the last token left out, by steps."""
+    embedded = given.get("inputs_embeds")
+    num_places = ids.shape[1] + 1 - num_new if embedded is None else embedded.shape[1]
+    outputs, steps = _forward(model, ids, num_new, wanted, given), dict[str, Steps]()
+    # not all models leave out what was not asked for
+    steps["logits"] = outputs.logits[:, -num_new:].unbind(dim=1)
+    cuts = _cuts(num_places, num_new, is_cached)
+    if "hidden_states" in wanted:
+        steps["hidden_states"] = tuple(tuple(each[..., cut, :] for each in outputs.hidden_states) for cut in cuts)
+    if "attentions" in wanted:
+        widths = _widths(model, len(outputs.attentions), given.get(CACHE_NAME)) if is_cached else []
+        steps["attentions"] = tuple(_attentions(outputs.attentions, cut, widths) for cut in cuts)
+    return steps
+
+
+def _read_on(
+    model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any]
+) -> tuple[dict[str, Steps], int]:
+    """The same as plain decoding reads it, after what a cache holds; and the number of forwards.
+
+    All of an answer is read at once where only logits are wanted, and states can go on from several tokens.
+    """
+    embedded, num_prompt = given.get("inputs_embeds"), ids.shape[1] + 1 - num_new
+    num_cached = int(given[CACHE_NAME].get_seq_length())
+    num_first = (num_prompt if embedded is None else embedded.shape[1]) - num_cached
+    is_by_token = bool({"hidden_states", "attentions"} & set(wanted)) or goes_back_by_copies(model)
+    width = 1 if is_by_token else max(num_new - 1, 1)
+    given, outputs = {**given, "use_cache": True}, list[Any]()
+    for end in range(num_prompt, num_prompt + num_new, width):
+        num_read = width if outputs else num_first
+        for _ in range(width if outputs else 0):
+            given = next_model_kwargs(model, given)
+        cut = {"next_sequence_length": num_read} if outputs or num_cached else {}
+        inputs = prepare_inputs(model, ids[:, :end], is_first_iteration=not outputs, **cut, **given)
+        outputs.append(_ask(model, inputs, wanted, width if outputs else 1))
+    logits = [
+        each for part, one in enumerate(outputs) for each in one.logits[:, -width if part else -1 :].unbind(dim=1)
+    ]
+    names = [name for name in ("hidden_states", "attentions") if name in wanted]
+    return {"logits": tuple(logits)} | {name: tuple(each[name] for each in outputs) for name in names}, len(outputs)
+
+
+def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any]) -> Any:
     """Reads prompts and answers, the last token left out, as the model itself prepares them."""
     num_after = num_new - 1
-    given = {name: value for name, value in model_kwargs.items() if not name.startswith("output_")}
-    given |= {CACHE_NAME: None, "use_cache": False}
-    if "logits_to_keep" in given:
-        given["logits_to_keep"] = num_new
+    given = given | {CACHE_NAME: None, "use_cache": False}
     if num_after > 0:
         for _ in range(num_after):  # of several at once transformers says other things
             given = next_model_kwargs(model, given)
         if (embedded := given.get("inputs_embeds")) is not None:
             new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
             given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)
-    inputs = prepare_inputs(model, ids, is_first_iteration=True, **given)
+    return _ask(model, prepare_inputs(model, ids, is_first_iteration=True, **given), wanted, num_new)
+
+
+def _ask(model: Any, inputs: dict[str, Any], wanted: Sequence[str], num_logits: int) -> Any:
     if "logits_to_keep" in inputs:  # some models have a number of their own for it, whatever they are given
-        inputs["logits_to_keep"] = num_new
+        inputs["logits_to_keep"] = num_logits
     return model(
         **inputs,
         return_dict=True,
         output_hidden_states="hidden_states" in wanted,
         output_attentions="attentions" in wanted,
     )
+
+
+def _own(steps: Any) -> Any:
+    """The same in memory of its own."""
+    if isinstance(steps, tuple):
+        return tuple(map(_own, steps))
+    return None if steps is None else steps.clone()
 
 
 def _scores(logits: Steps, sequences: Tensor, processors: LogitsProcessorList) -> Steps:
@@ -133,16 +188,16 @@ def _scores(logits: Steps, sequences: Tensor, processors: LogitsProcessorList) -
     )
 
 
-def _cuts(num_places: int, num_new: int, num_cached: int, is_cached: bool) -> list[slice]:
+def _cuts(num_places: int, num_new: int, is_cached: bool) -> list[slice]:
     """The places that each step reads: without a cache, all of them again."""
     ends = range(num_places, num_places + num_new)
-    starts = [num_cached, *ends[:-1]] if is_cached else [0] * num_new
+    starts = [0, *ends[:-1]] if is_cached else [0] * num_new
     return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _attentions(layers: Sequence[Tensor | None], cut: slice, widths: Sequence[Width]) -> Steps:
     """The weights of one step; those of a layer that gives none are `None`, as in plain decoding."""
-    steps = [None if each is None else each[..., cut, : cut.stop].clone() for each in layers]
+    steps = [None if each is None else each[..., cut, : cut.stop] for each in layers]
     if not widths:
         return tuple(steps)
     return tuple(None if each is None else width.fit(each) for width, each in zip(widths, steps, strict=True))

@@ -149,7 +149,7 @@ class CachedModel(CachedRows):
         return BlockOutput(logits[:, -num_logits:], hidden)
 
     def prefill(self, prompt: Prompt) -> BlockOutput:
-        """Reads prompts that are more than tokens, with which every row begins.
+        """Reads prompts that are more than tokens, with which every row begins, or what is left of them.
 
         Returns:
             [`BlockOutput`]: Logits after the prompts, and the tapped states of all their places.
@@ -159,7 +159,8 @@ class CachedModel(CachedRows):
         """
         self.keep_all()  # nothing of them can be read again
         start, width = time.perf_counter(), prompt.is_real_BL.shape[1]
-        added_BT: Any = prompt.is_real_BL.shape if prompt.is_real_BL.all() else prompt.is_real_BL
+        added_BT: Any = prompt.is_real_BL[:, self.columns.num :]  # before it is what a caller's cache holds
+        added_BT = added_BT.shape if added_BT.all() else added_BT
         reading = self._reading(added_BT, None, False)
         self.columns.extend(added_BT)
         arguments = {**prompt.inputs, self._cache_name: self.cache, **self._fixed}

@@ -30,8 +30,14 @@ States = list[list[Tensor]]
 """For each layer the states of one row that have columns, of shape `(1, H, L, D)`; none where a layer has none."""
 
 
-def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, max_length: float = 0) -> None:
+def check_user_cache(model: PreTrainedModel, cache: Cache, shape: tuple[int, ...], max_length: float = 0) -> None:
     """Raises unless a cache that the caller passed can be continued, by texts of so many tokens at most.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        cache ([`~transformers.Cache`]): What was passed.
+        shape (`tuple[int, ...]`): Rows and places of the prompts, what is cached included.
+        max_length (`float`, defaults to 0): Places of prompt and answer.
 
     Raises:
         UnsupportedRequestError: For anything but a dynamic or static cache of attention layers, full or with a sliding
@@ -46,13 +52,13 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, m
             f"`{CACHE_NAME}` must be a `DynamicCache` or `StaticCache` of attention layers, not offloaded, but it is "
             f"a {type(cache).__name__}{copied}. Leave it out, and the cache is made for you."
         )
-    length, num_rows = int(cache.get_seq_length()), len(prompt_ids)
+    length, (num_rows, num_places) = int(cache.get_seq_length()), shape
     held = {len(states[0]) for layer in cache.layers if length and (states := _states(layer))}
-    if length >= prompt_ids.shape[1] or held - {num_rows}:
+    if length >= num_places or held - {num_rows}:
         raise UnsupportedRequestError(
             f"`{CACHE_NAME}` can be continued by as many rows as it has, each longer than the cache, but there are "
-            f"{num_rows} rows of {prompt_ids.shape[1]} tokens, and {length} cached ones of {sorted(held) or 0} rows. "
-            "Pass the whole text as `input_ids`, what is cached included."
+            f"{num_rows} rows of {num_places} tokens, and {length} cached ones of {sorted(held) or 0} rows. "
+            "Pass the whole text, what is cached included."
         )
     rooms = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
     if rooms and max_length - 1 > min(rooms):  # the last token is written but not read
@@ -62,11 +68,11 @@ def check_user_cache(model: PreTrainedModel, cache: Cache, prompt_ids: Tensor, m
         )
 
 
-def is_plain(cache: Any, prompt_ids: Tensor, attention_mask: Tensor | None) -> bool:
+def is_plain(cache: Any, num_rows: int, attention_mask: Tensor | None) -> bool:
     """Whether a cache can be used as it is: one row without padding, all of whose columns are there."""
     is_padded = attention_mask is not None and not bool(attention_mask.all())
     is_whole = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return is_whole and len(prompt_ids) == 1 and not is_padded
+    return is_whole and num_rows == 1 and not is_padded
 
 
 def open_cache(cache: Any) -> DynamicCache:
