@@ -121,8 +121,8 @@ class GuardedCall:
             decoder.statistics.measuring_seconds = spent() - before
             callers.give_to(decoder)
             decoder.run()
-        ids, cache = input_ids.to(input_device(model)), callers.take_back(decoder)
-        output = decoder.output(ids, pad_token_id(generation_config) or 0, cache)
+        ids = input_ids.to(input_device(model))
+        output = decoder.output(ids, pad_token_id(generation_config) or 0, callers.take_back(decoder, ids))
         if wanted_outputs(generation_config):
             begun_with = callers.before
             with self._fast_forwards(model, head):

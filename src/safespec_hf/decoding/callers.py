@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
+from ..answer.rows import pad_rows
 from ..engine.callers_cache import check_user_cache, fill_cache, is_plain, open_cache, used_columns
-from ..engine.growing import column_states, model_layers
+from ..engine.evaluating import evaluating
+from ..engine.growing import column_states, has_columns, model_layers
+from ..engine.mixers import mixers_of
 from ..engine.private_names import is_user_cache, mark_user_cache
-from ..engine.traits import CACHE_NAME, goes_back_by_copies, has_windows
+from ..engine.traits import CACHE_NAME, goes_back_by_copies, has_windows, reads_alone
 from ..errors import UnsupportedRequestError
 from .loop import Decoder
-from .step_outputs import wanted_outputs
+from .step_outputs import read_into, wanted_outputs
 
 
 class CallersCache:
@@ -49,11 +54,6 @@ class CallersCache:
         if self.is_users:
             num_unknown = shape[1] - prompt_ids.shape[1]  # places that are embeddings only, and not in `max_length`
             check_user_cache(model, given, shape, config.max_length + num_unknown)
-        elif isinstance(given, StaticCache) and goes_back_by_copies(model):
-            raise UnsupportedRequestError(
-                f"A static cache can't be given back with the recurrent states of {type(model).__name__}. Use the "
-                "default, a dynamic cache."
-            )
         if self.is_users and has_windows(model) and bool((self._is_real.long().diff(dim=1) < 0).any()):
             raise UnsupportedRequestError(
                 f"`{CACHE_NAME}` of a model with sliding windows can't be continued after padding between tokens: "
@@ -64,8 +64,10 @@ class CallersCache:
         self._is_used_as_it_is = self.is_users and is_plain(given, shape[0], mask)
         # one that the caller will see filled
         self._given = given if self.is_users or isinstance(given, StaticCache) else None
-        opened = None if self._given is None or self._is_used_as_it_is else open_cache(given)
-        self._opened = opened
+        opened = None
+        if self._given is not None and not self._is_used_as_it_is:
+            opened = open_cache(given) if self.is_users else DynamicCache(config=model.config)
+        self._opened, self._made, self._prepared = opened, given, model_kwargs
         self.model_kwargs = model_kwargs if opened is None else {**model_kwargs, CACHE_NAME: opened}
         if self.is_users:
             mark_user_cache(self.model_kwargs)
@@ -81,14 +83,48 @@ class CallersCache:
             decoder.finished = {}
             decoder.target.keep_all()  # rows are cut back to where the first of them ends
 
-    def take_back(self, decoder: Decoder) -> Any:
+    def take_back(self, decoder: Decoder, prompt_ids: Tensor) -> Any:
         """What the caller gets after the call; a cache of the caller's is filled in any case."""
         cache = None
         if self._is_laid_out(decoder):
             cache = fill_cache(self.model, decoder.whole_cache(used_columns(self._is_real)), self._given)
-        elif self.is_wanted and len(decoder.rows) == 1 and bool(self._is_real.all()):
+        elif self.is_wanted and self._is_single(decoder) and (self._is_used_as_it_is or self._may_be_short()):
             cache = decoder.target.give_cache()
+        elif self.is_wanted:
+            cache = self._read_again(decoder, prompt_ids)
         return cache if self.is_wanted else None
+
+    def _read_again(self, decoder: Decoder, prompt_ids: Tensor) -> Any:
+        """The cache that `generate` made, filled by reading what the caller gets, up to where the first row ends.
+
+        There are copies of recurrent states, but none of where rows end, and those of padding are nowhere.
+        """
+        start, num_new = time.perf_counter(), min(row.num_visible for row in decoder.rows)
+        sees_padding = reads_alone(self.model) and not bool(self._is_real.all())
+        if self._made is None or sees_padding or num_new == 0:
+            return None
+        answers, _, _ = pad_rows(decoder.rows, 0, prompt_ids.device)
+        ids = torch.cat([prompt_ids, answers[:, : num_new - 1]], dim=1)
+        with evaluating([self.model]):
+            num_forwards = read_into(self.model, self._made, ids, num_new, self._prepared)
+        decoder.statistics.num_target_forwards += num_forwards
+        decoder.statistics.target_seconds += time.perf_counter() - start
+        return self._made
+
+    def _may_be_short(self) -> bool:
+        """Whether a cache that ends before the last token but one is as good: a rollback may have gone back further.
+
+        Not one that does not say where it ends, nor one from which a plain forward can't go on with several tokens.
+        """
+        if not goes_back_by_copies(self.model):
+            return True
+        if self._given is not None or reads_alone(self.model):
+            return False
+        mixers = mixers_of(self.model)
+        return has_columns(self.model) and mixers is not None and mixers.reads_blocks
+
+    def _is_single(self, decoder: Decoder) -> bool:
+        return len(decoder.rows) == 1 and bool(self._is_real.all())
 
     def _is_laid_out(self, decoder: Decoder) -> bool:
         """Whether what was read has to be laid out anew, because it lies otherwise in a cache of a plain call."""
@@ -99,5 +135,4 @@ class CallersCache:
         ):
             return False
         has_windows = any(getattr(layer, "is_sliding", False) for layer in model_layers(self.model))
-        is_single = len(decoder.rows) == 1 and bool(self._is_real.all())
-        return self._given is not None or has_windows or not is_single
+        return self._given is not None or has_windows or not self._is_single(decoder)

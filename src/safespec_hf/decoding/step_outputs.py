@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from ..engine.growing import model_layers
+from ..engine.mixers import Mixers, Parts, mixers_of
 from ..engine.private_names import is_user_cache, next_model_kwargs
-from ..engine.traits import CACHE_NAME, goes_back_by_copies, prepare_inputs
+from ..engine.traits import CACHE_NAME, prepare_inputs, reads_alone
 from ..outputs import SafeSpecOutput
 from .prompts import placeholders
 
@@ -122,16 +124,18 @@ def _read_at_once(
 
 
 def _read_on(
-    model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any]
+    model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any], num_cached: int | None = None
 ) -> tuple[dict[str, Steps], int]:
     """The same as plain decoding reads it, after what a cache holds; and the number of forwards.
 
-    All of an answer is read at once where only logits are wanted, and states can go on from several tokens.
+    All of an answer is read at once where only logits are wanted, and states can go on from several tokens: in parts,
+    if those of a single token are other ones.
     """
     embedded, num_prompt = given.get("inputs_embeds"), ids.shape[1] + 1 - num_new
-    num_cached = int(given[CACHE_NAME].get_seq_length())
+    num_cached = int(given[CACHE_NAME].get_seq_length()) if num_cached is None else num_cached
     num_first = (num_prompt if embedded is None else embedded.shape[1]) - num_cached
-    is_by_token = bool({"hidden_states", "attentions"} & set(wanted)) or goes_back_by_copies(model)
+    is_by_token = bool({"hidden_states", "attentions"} & set(wanted)) or reads_alone(model)
+    mixers = _mixers(model)
     width = 1 if is_by_token else max(num_new - 1, 1)
     given, outputs = {**given, "use_cache": True}, list[Any]()
     for end in range(num_prompt, num_prompt + num_new, width):
@@ -140,7 +144,9 @@ def _read_on(
             given = next_model_kwargs(model, given)
         cut = {"next_sequence_length": num_read} if outputs or num_cached else {}
         inputs = prepare_inputs(model, ids[:, :end], is_first_iteration=not outputs, **cut, **given)
-        outputs.append(_ask(model, inputs, wanted, width if outputs else 1))
+        cuts = [] if mixers is None or mixers.reads_blocks or not outputs else list(range(1, width))
+        with nullcontext() if mixers is None else mixers.reading(Parts(given[CACHE_NAME], width, cuts)):
+            outputs.append(_ask(model, inputs, wanted, width if outputs else 1))
     logits = [
         each for part, one in enumerate(outputs) for each in one.logits[:, -width if part else -1 :].unbind(dim=1)
     ]
@@ -148,7 +154,34 @@ def _read_on(
     return {"logits": tuple(logits)} | {name: tuple(each[name] for each in outputs) for name in names}, len(outputs)
 
 
-def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any]) -> Any:
+def read_into(model: Any, cache: Any, ids: Tensor, num_new: int, model_kwargs: dict[str, Any]) -> int:
+    """Reads prompts and answers into an empty cache, the last token left out; returns the number of forwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        cache ([`~transformers.Cache`]): What `generate` made for it.
+        ids (`torch.LongTensor` of shape `(B, L)`): Prompts, but for those that are embeddings, and answers without
+            their last token.
+        num_new (`int`): Tokens of the answers, the last one counted.
+        model_kwargs (`dict[str, Any]`): What `generate` prepared for the prompt.
+    """
+    given = {name: value for name, value in model_kwargs.items() if not name.startswith("output_")}
+    mixers = _mixers(model)
+    is_by_steps = mixers is not None and not mixers.reads_blocks  # a state of all at once would be another one
+    if num_new > 1 and (is_by_steps or _has_placeholders(model, ids[:, 1 - num_new :])):
+        return _read_on(model, ids, num_new, (), {**given, CACHE_NAME: cache}, num_cached=0)[1]
+    _forward(model, ids, num_new, (), given, cache)
+    return 1
+
+
+def _mixers(model: Any) -> Mixers | None:
+    """What keeps recurrent states, where that is known."""
+    return None if reads_alone(model) else mixers_of(model)
+
+
+def _forward(
+    model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given: dict[str, Any], cache: Any = None
+) -> Any:
     """Reads prompts and answers, the last token left out, as the model itself prepares them."""
     num_after = num_new - 1
     given = given | {CACHE_NAME: None, "use_cache": False}
@@ -158,7 +191,10 @@ def _forward(model: Any, ids: Tensor, num_new: int, wanted: Sequence[str], given
         if (embedded := given.get("inputs_embeds")) is not None:
             new = model.get_input_embeddings()(ids[:, -num_after:].to(embedded.device))
             given["inputs_embeds"] = torch.cat([embedded, new.to(embedded.dtype)], dim=1)
-    return _ask(model, prepare_inputs(model, ids, is_first_iteration=True, **given), wanted, num_new)
+    if cache is not None:
+        given |= {CACHE_NAME: cache, "use_cache": True}
+    inputs = prepare_inputs(model, ids, is_first_iteration=True, **given)
+    return _ask(model, inputs, wanted, num_new if cache is None else 1)
 
 
 def _ask(model: Any, inputs: dict[str, Any], wanted: Sequence[str], num_logits: int) -> Any:
