@@ -15,6 +15,9 @@ with prompt lookup where the call says nothing about drafts (`tests/peer/guardin
 The tests are those of the installed version: of a checkout, of the source distribution on PyPI, or, since that holds
 only a part of them, of the tag on GitHub. They are kept in `~/.cache/safespec-hf/peer`, never here. Without them and
 without a network nothing is run, and nothing is written. An interrupted run goes on where it was.
+
+Tests run without the Hub. Nearly all of `generation` load their models from there, so they fail before any call; what
+it shares with all models' tests runs in theirs.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ MODELS = (
     *("mixtral", "phi3", "bloom", "codegen", "deepseek_v3", "qwen3_next", "bamba", "mamba2", "falcon_h1"),
 )
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{}.tar.gz"
+HELPERS = {"parameterized": "parameterized", "timeout_decorator": "timeout-decorator"}
+"""What the tests import beside what we do: modules, and the packages that they are in."""
 MIN_GUARDED = 0.70
 SECONDS = 1200
 OUTCOMES = ("guarded", "refused", "differed", "crashed")
@@ -116,13 +121,12 @@ def _unpack(archive: Path) -> bool:
 
 def find_helpers() -> list[str]:
     """Where the packages are that the tests import and ours don't."""
-    if importlib.util.find_spec("parameterized"):
-        return []
+    needed = {module: package for module, package in HELPERS.items() if importlib.util.find_spec(module) is None}
     target = CACHE / "packages"
-    if not (target / "parameterized").is_dir():
+    if missing := [package for module, package in needed.items() if not (target / module).is_dir()]:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
-        subprocess.run([*command, "parameterized"], check=True)
-    return [str(target)]
+        subprocess.run([*command, *missing], check=True)
+    return [str(target)] if needed else []
 
 
 def test_file(name: str) -> str:

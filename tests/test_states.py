@@ -116,6 +116,80 @@ def test_the_returned_cache_can_be_continued(name, tokenizer):
     torch.testing.assert_close(steps[-1].logits[0, -1], expected, atol=2e-3, rtol=2e-3)  # a scan against steps
 
 
+def all_states(cache, is_real):
+    """Of every layer what it keeps, but for what it keeps of padding."""
+    states = []
+    for layer in cache.layers:
+        for kind in ("keys", "values", "conv_states", "recurrent_states"):
+            kept = getattr(layer, kind, None)
+            kept = [*kept.values()] if isinstance(kept, dict) else [kept]
+            for state in (each for each in kept if each is not None):
+                is_real_L = torch.nn.functional.pad(is_real, (0, state.shape[2] - is_real.shape[1]), value=1)
+                states.append(state * is_real_L[:, None, :, None] if kind in ("keys", "values") else state)
+    return states
+
+
+CACHED = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "roformer"]
+"""Of these jamba reads single tokens, mamba2 has no columns, and RoFormer is read row by row."""
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("name", CACHED)
+def test_the_cache_that_comes_back_has_the_states_of_a_plain_call(name, implementation, tokenizer):
+    model, (ids, mask) = build_architecture(name), batch()
+    attach_safety_head(model, build_head(model), tokenizer=tokenizer)
+    arguments = {**SHORT, "cache_implementation": implementation, "return_dict_in_generate": True}
+    guarding = {"safespec": CONSTANT, "prompt_lookup_num_tokens": 3}
+    for prompts, is_real in ((ids[:1], mask[:1]), (ids[:1].flip(1).repeat(2, 1), mask[:1].repeat(2, 1)), (ids, mask)):
+        plain = model.generate(prompts, attention_mask=is_real, **arguments)
+        output = model.generate(prompts, attention_mask=is_real, **arguments, **guarding)
+        if name == "roformer" and not bool(is_real.all()):  # to which padding is tokens: a plain call says other ones
+            assert output.get(CACHE_NAME) is None
+            continue
+        assert torch.equal(output.sequences, plain.sequences)
+        if len(prompts) == 1 and implementation is None:
+            continue  # this one may end earlier
+        theirs, ours = (all_states(each[CACHE_NAME], is_real) for each in (plain, output))
+        assert type(output[CACHE_NAME]) is type(plain[CACHE_NAME])
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)  # a scan against steps
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "falcon_h1"])
+def test_plain_generate_goes_on_with_the_cache_of_a_batch(name, implementation, models):
+    model, (ids, mask) = models[name], batch()
+    arguments = {**SHORT, "cache_implementation": implementation, "return_dict_in_generate": True}
+    arguments |= {} if implementation is None else {"max_cache_len": 40}
+    texts = []
+    for guarding in ({}, {"safespec": CONSTANT, "prompt_lookup_num_tokens": 3}):
+        output = model.generate(ids, attention_mask=mask, **arguments, **guarding)
+        is_real = torch.nn.functional.pad(mask, (0, 12), value=1)
+        given = {"attention_mask": is_real, CACHE_NAME: output[CACHE_NAME]}
+        texts.append(model.generate(output.sequences, **given, **SHORT))
+    assert torch.equal(*texts)
+
+
+def test_a_static_cache_of_recurrent_layers_is_read_for_those_who_get_it(models):
+    ids, mask = batch()
+    arguments = {**SHORT, "cache_implementation": "static", "safespec": CONSTANT, "return_dict_in_generate": True}
+    nums = []
+    for use_cache in (False, True):
+        output = models["qwen3_next"].generate(ids, attention_mask=mask, use_cache=use_cache, **arguments)
+        assert (output.get(CACHE_NAME) is not None) is use_cache
+        nums.append(output.statistics.num_target_forwards)
+    assert nums[1] == nums[0] + 1
+
+
+def test_a_batchs_states_end_with_its_shortest_answer(models):
+    model, (ids, mask) = models["qwen3_next"], batch()
+    end = int(model.generate(ids, attention_mask=mask, **SHORT)[0, ids.shape[1] + 4])
+    arguments = {**SHORT, "eos_token_id": end, "safespec": CONSTANT, "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, **arguments)
+    cache, shortest = output[CACHE_NAME], int((output.provenance >= 0).sum(dim=1).min())
+    assert 0 < shortest < output.risks.shape[1]
+    assert int(cache.get_seq_length()) == ids.shape[1] + shortest - 1
+
+
 def test_recurrent_layers_can_not_be_compiled(models):
     with pytest.raises(UnsupportedRequestError, match="Qwen3NextForCausalLM is read in parts, or row by row"):
         models["qwen3_next"].generate(torch.tensor(PROMPTS[:1]), **SHORT, safespec=SafeSpecConfig(compile=True))

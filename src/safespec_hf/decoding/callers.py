@@ -88,7 +88,7 @@ class CallersCache:
         cache = None
         if self._is_laid_out(decoder):
             cache = fill_cache(self.model, decoder.whole_cache(used_columns(self._is_real)), self._given)
-        elif self.is_wanted and self._is_single(decoder) and (self._is_used_as_it_is or self._may_be_short()):
+        elif self.is_wanted and self._is_single(decoder) and self._is_as_good(decoder):
             cache = decoder.target.give_cache()
         elif self.is_wanted:
             cache = self._read_again(decoder, prompt_ids)
@@ -111,17 +111,21 @@ class CallersCache:
         decoder.statistics.target_seconds += time.perf_counter() - start
         return self._made
 
-    def _may_be_short(self) -> bool:
-        """Whether a cache that ends before the last token but one is as good: a rollback may have gone back further.
+    def _is_as_good(self, decoder: Decoder) -> bool:
+        """Whether a row's own cache can be gone on with as that of a plain call, though it may end earlier.
 
-        Not one that does not say where it ends, nor one from which a plain forward can't go on with several tokens.
+        A rollback to a copy may have gone back further. Then it can't if it does not say where it ends, or if a plain
+        forward over several tokens does not go on from it.
         """
         if not goes_back_by_copies(self.model):
             return True
-        if self._given is not None or reads_alone(self.model):
+        if self._given is not None:
             return False
-        mixers = mixers_of(self.model)
-        return has_columns(self.model) and mixers is not None and mixers.reads_blocks
+        row = decoder.rows[0]
+        if decoder.target.lengths[0] == row.num_continuable == len(row.prompt) + row.num_visible - 1:
+            return True
+        mixers = None if reads_alone(self.model) else mixers_of(self.model)
+        return mixers is not None and mixers.reads_blocks and has_columns(self.model)
 
     def _is_single(self, decoder: Decoder) -> bool:
         return len(decoder.rows) == 1 and bool(self._is_real.all())
