@@ -299,7 +299,7 @@ def test_padding_before_short_rows_is_not_read(monkeypatch):
     for row, start in enumerate((30, 29, 0, 12)):
         sees[row, ..., :start] = False
         sees[row, 0, 0, 39] = sees[row, ..., 35] = False
-    keys[0, :, :30], values[1, :, :29] = torch.nan, torch.nan
+    keys[0, :, :29], values[1, :, :29] = torch.nan, torch.nan
     seen = []
 
     def attend(*args, **kwargs):
