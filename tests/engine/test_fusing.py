@@ -1,6 +1,7 @@
 """Fused attention and MLPs compute what the model's own do, and only those that do are fused."""
 
 import copy
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ from safespec_hf.engine import fusing
 from safespec_hf.engine.cache import CachedModel
 from safespec_hf.engine.fusing import Fused, fast_layers, fused_layers
 
+ATTEND = torch.nn.functional.scaled_dot_product_attention
 PROMPT = torch.tensor([[12, 18, 24, 13]])
 EVEN = ([[5, 6], [7, 8]], [[3], [4]], [[9], [10]])  # nothing is masked in blocks of a token
 BLOCKS = ([[5, 6, 7, 8, 9], [10, 11]], [[3], [4]], [[12, 13, 14], [15, 16, 17]], [[20] * 70, [21] * 3])
@@ -265,3 +267,47 @@ def test_a_guarded_call_runs_fused_and_says_what_the_target_says(num_rows, token
         found = model.generate(prompts, max_new_tokens=12, do_sample=False, assistant_model=draft, safespec=policy)
         assert torch.equal(found, expected)
     assert runs
+
+
+def test_rows_are_divided_where_it_takes_the_least_time():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        num_rows, num_heads = (int(torch.randint(1, 7, (), generator=generator)) for _ in range(2))
+        starts = torch.randint(0, 2000, (num_rows,), generator=generator).tolist()
+
+        def cost(parts, num_heads=num_heads):
+            turns = [-(-(rows.stop - rows.start) * num_heads // 2) for rows, _ in parts]
+            seen = [2000 - columns.start for _, columns in parts]
+            places = (2 / num_heads * turn * num for turn, num in zip(turns, seen, strict=True))
+            return sum(places) + fusing._CALL * len(parts)
+
+        parts = fusing.divide_rows(starts, 2000, num_heads, num_threads=2)
+        assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(num_rows))
+        assert all(columns.start == min(starts[rows]) for rows, columns in parts)
+        for cuts in itertools.product([False, True], repeat=num_rows - 1):
+            ends = [index + 1 for index, cut in enumerate(cuts) if cut] + [num_rows]
+            rows = [slice(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
+            assert cost(parts) <= cost([(each, slice(min(starts[each]), None)) for each in rows]) + 1e-6
+
+
+def test_padding_before_short_rows_is_not_read(monkeypatch):
+    monkeypatch.setattr(fusing, "_CALL", 1)
+    draw = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 6, 2, 8, generator=draw)
+    keys, values = (torch.randn(4, 2, 40, 8, generator=draw) for _ in range(2))
+    sees = torch.ones(4, 1, 2, 40, dtype=torch.bool)
+    for row, start in enumerate((30, 29, 0, 12)):
+        sees[row, ..., :start] = False
+        sees[row, 0, 0, 39] = sees[row, ..., 35] = False
+    keys[0, :, :29], values[1, :, :29] = torch.nan, torch.nan
+    seen = []
+
+    def attend(*args, **kwargs):
+        seen.append(tuple(args[1].shape[:3:2]))
+        return ATTEND(*args, **kwargs)
+
+    monkeypatch.setattr(fusing.F, "scaled_dot_product_attention", attend)
+    ours = fusing._attend_in_groups(queries, keys, values, sees, 0.3)
+    assert seen == [(2, 11), (1, 40), (1, 28)]
+    expected = ATTEND(queries, keys.nan_to_num(), values.nan_to_num(), sees, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, expected.transpose(1, 2), atol=1e-5, rtol=1e-5, equal_nan=True)

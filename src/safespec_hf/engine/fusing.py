@@ -36,6 +36,7 @@ _NORMS = {"q_norm", "k_norm"}
 # of positions only the embeddings count, which the proof makes sure of
 _KNOWN = {"hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"}
 _KNOWN |= {*CACHE_NAMES, "use_cache", "output_hidden_states"}
+_CALL = 300  # places of rows that are read in the time that a call of the kernel takes
 _FAR = 10**7  # positions at which the proof looks, where whatever depends on them shows
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _PATCHES = Shared()
@@ -295,31 +296,90 @@ def _are_known(arguments: Mapping[str, Any]) -> bool:
 def _attend_in_groups(
     queries_BHTC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, mask_B1TL: Tensor | None, scaling: float
 ) -> Tensor:
-    """Attention in which the heads of a group are rows of one head, since they read the same keys and values."""
+    """Attention in which the heads of a group are rows of one head, since they read the same keys and values.
+
+    Rows are read in parts, so that the padding before short ones is not read.
+    """
     (num_rows, num_queries, width, size), num_keys = queries_BHTC.shape, keys_BKLC.shape[1]
     num_shared = num_queries // num_keys
-    mixed_BKNC = F.scaled_dot_product_attention(
-        queries_BHTC.reshape(num_rows, num_keys, num_shared * width, size),
-        keys_BKLC,
-        values_BKLC,
-        attn_mask=None if mask_B1TL is None else _repeated(mask_B1TL, num_shared, queries_BHTC.dtype),
-        scale=scaling,
-    )
+    queries_BKNC = queries_BHTC.reshape(num_rows, num_keys, num_shared * width, size)
+    mask = None if mask_B1TL is None else _Mask.of(mask_B1TL, num_shared, queries_BHTC.dtype)
+    parts = [(slice(None), slice(None))] if mask is None else mask.parts(num_keys)
+    mixed = [
+        F.scaled_dot_product_attention(
+            queries_BKNC[rows],
+            keys_BKLC[rows, :, columns],
+            values_BKLC[rows, :, columns],
+            attn_mask=None if mask is None else mask.repeated[rows, ..., columns],
+            scale=scaling,
+        )
+        for rows, columns in parts
+    ]
+    mixed_BKNC = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
     return mixed_BKNC.reshape(num_rows, num_queries, width, size).transpose(1, 2)
 
 
-def _repeated(mask_B1TL: Tensor, num_times: int, dtype: torch.dtype) -> Tensor:
+class _Mask:
     """A mask for so many heads, one after the other, as numbers to add. The layers of a model have the same one."""
-    known = getattr(_MASKS, "last", None)
-    if known is not None and known[0] is mask_B1TL and known[1:3] == (num_times, dtype):
-        repeated: Tensor = known[3]
-        return repeated
-    added_B1TL = mask_B1TL
-    if mask_B1TL.dtype == torch.bool:
-        added_B1TL = torch.zeros(mask_B1TL.shape, dtype=dtype).masked_fill_(~mask_B1TL, -math.inf)
-    repeated = added_B1TL.repeat(1, 1, num_times, 1)
-    _MASKS.last = mask_B1TL, num_times, dtype, repeated
-    return repeated
+
+    def __init__(self, mask_B1TL: Tensor, num_times: int, dtype: torch.dtype):
+        self._mask, self._arguments, self._parts = (
+            mask_B1TL,
+            (num_times, dtype),
+            dict[int, list[tuple[slice, slice]]](),
+        )
+        added_B1TL = mask_B1TL
+        if mask_B1TL.dtype == torch.bool:
+            added_B1TL = torch.zeros(mask_B1TL.shape, dtype=dtype).masked_fill_(~mask_B1TL, -math.inf)
+        self.repeated = added_B1TL.repeat(1, 1, num_times, 1)
+
+    @classmethod
+    def of(cls, mask_B1TL: Tensor, num_times: int, dtype: torch.dtype) -> _Mask:
+        """That of this mask, made once."""
+        known: _Mask | None = getattr(_MASKS, "last", None)
+        if known is None or known._mask is not mask_B1TL or known._arguments != (num_times, dtype):
+            known = _MASKS.last = cls(mask_B1TL, num_times, dtype)
+        return known
+
+    def parts(self, num_heads: int) -> list[tuple[slice, slice]]:
+        """Neighbouring rows that are read together, and the columns that any of them sees."""
+        if (known := self._parts.get(num_heads)) is None:
+            seen_BL = self.repeated.amax(dim=(1, 2)) > -math.inf
+            starts = seen_BL.int().argmax(dim=1).tolist()  # of a row that sees nothing all is read
+            known = self._parts[num_heads] = divide_rows(starts, seen_BL.shape[1], num_heads, torch.get_num_threads())
+        return known
+
+
+def divide_rows(
+    starts: Sequence[int], num_columns: int, num_heads: int, num_threads: int
+) -> list[tuple[slice, slice]]:
+    """Parts of a batch, of neighbouring rows, so that all of them together take the least time.
+
+    Args:
+        starts (`Sequence[int]`): Of each row, the first column that it sees.
+        num_columns (`int`): Of all rows.
+        num_heads (`int`): Heads of a row, which threads share among them.
+        num_threads (`int`): So many.
+
+    Returns:
+        `list[tuple[slice, slice]]`: Rows and columns of each part.
+
+    Example:
+
+        >>> divide_rows([900, 890, 0], 1000, num_heads=4, num_threads=2)
+        [(slice(0, 2, None), slice(890, None, None)), (slice(2, 3, None), slice(0, None, None))]
+    """
+    best: list[tuple[float, list[tuple[slice, slice]]]] = [(0.0, [])]
+    for end in range(1, len(starts) + 1):
+        start, options = num_columns, []
+        for first in range(end - 1, -1, -1):
+            start = min(start, starts[first])
+            num_turns = math.ceil((end - first) * num_heads / num_threads)
+            cost = best[first][0] + _CALL + num_turns * num_threads / num_heads * (num_columns - start)
+            options.append((cost, first, start))
+        cost, first, start = min(options)
+        best.append((cost, [*best[first][1], (slice(first, end), slice(start, None))]))
+    return best[-1][1]
 
 
 class _Past:
