@@ -129,7 +129,7 @@ def all_states(cache, is_real):
     return states
 
 
-CACHED = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", "roformer"]
+CACHED = ["qwen3_next", "mamba2", "jamba", "falcon_h1", "lfm2", since("5.20", "refused there", "roformer")]
 """Of these jamba reads single tokens, mamba2 has no columns, and RoFormer is read row by row."""
 
 
