@@ -183,3 +183,19 @@ def test_after_a_cache_steps_are_those_of_plain_decoding(kind, tokenizer):
         agree(model, {"prompt_lookup_num_tokens": 3}, **given, do_sample=False)
     other = fill(model, 3, PROMPT + 1)  # a cache is the caller's word on what was read
     agree(model, {}, **{"inputs": PROMPT, CACHE_NAME: other}, do_sample=False)
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("kind", ["llama", "sliding", "alternating", "gpt2"])
+def test_after_a_batchs_cache_steps_are_those_of_plain_decoding(kind, implementation, tokenizer):
+    model = attach(eager(kind), tokenizer)
+    embeds = model.get_input_embeddings()(PADDED).detach() * 1.3
+    ways = [{"inputs": PADDED}] if implementation else [{"inputs": PADDED}, {"inputs_embeds": embeds}]
+    for way in ways:
+        asked = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        asked |= {"cache_implementation": "static", "max_cache_len": 40} if implementation else {}
+        mask = BATCH["attention_mask"]
+        given = {name: value[:, :3] for name, value in way.items()}
+        cache = model.generate(**given, attention_mask=mask[:, :3], **asked)[CACHE_NAME]
+        given = {**way, "attention_mask": mask, CACHE_NAME: cache}
+        agree(model, {"prompt_lookup_num_tokens": 3}, **given, do_sample=False)

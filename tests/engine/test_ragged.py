@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from tiny import build_head, build_model, cheap_drafts, perturb
+from tiny import build_draft_head, build_head, build_model, cheap_drafts, perturb
 
 from safespec_hf import attach_safety_head
+from safespec_hf.engine import ragged
 from safespec_hf.engine.cache import CachedModel
 from safespec_hf.engine.ragged import FORWARD_TOKENS, divide
 
@@ -58,6 +59,27 @@ def test_rows_in_groups_are_read_as_each_alone(kind):
         alone.keep([max(len(block) - 2, 1)])
         expected = alone.forward([more[row]], 1)
         torch.testing.assert_close(then.logits_BTV[row], expected.logits_BTV[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_draft_head_reads_states_in_the_same_groups(monkeypatch):
+    monkeypatch.setattr(ragged, "FORWARD_TOKENS", 8)
+    lengths = (50, 3, 40, 1, 5, 20)
+    head, blocks = build_draft_head(build_model()), tokens(lengths)
+    states = torch.randn(len(blocks), max(lengths), head.width, generator=torch.Generator().manual_seed(0))
+    cached = CachedModel(head, len(blocks))
+    found = cached.forward(blocks, 1, states_BTF=states)
+    assert cached.usage.num_forwards == len(divide(lengths)) > 1
+    more = torch.randn(len(blocks), 1, head.width, generator=torch.Generator().manual_seed(1))
+    then = cached.forward([[11]] * len(blocks), 1, states_BTF=more)
+    for row, block in enumerate(blocks):
+        alone = CachedModel(head, 1)
+        for output, each, given in ((found, block, states[row, -len(block) :]), (then, [11], more[row])):
+            expected = alone.forward([each], 1, states_BTF=given[None])
+            torch.testing.assert_close(output.logits_BTV[row], expected.logits_BTV[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                output.hidden_BTF[row, -len(each) :], expected.hidden_BTF[0], atol=1e-4, rtol=1e-4
+            )
 
 
 @torch.no_grad()

@@ -94,10 +94,10 @@ class CachedModel(CachedRows):
         """
         if self._is_shared:
             return self._forward_shared(blocks, num_logits)
-        is_first = self._may_divide and self.columns.num == 0 and parents is None and states_BTF is None
+        is_first = self._may_divide and self.columns.num == 0 and parents is None
         if is_first and not isinstance(blocks, Tensor) and len(groups := ragged.divide(list(map(len, blocks)))) > 1:
             self._note_read(list(map(len, blocks)), num_drafts)
-            output, states, used_BL = ragged.read_in_groups(self._part, blocks, groups, num_logits)
+            output, states, used_BL = ragged.read_in_groups(self._part, blocks, groups, num_logits, states_BTF)
             self.begin_with(states, used_BL)
             return output
         if self._after is None or isinstance(blocks, Tensor) or not self._after.is_last_in(self.lengths):

@@ -56,6 +56,7 @@ def read_in_groups(
     blocks: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
     num_logits: int,
+    states_BTF: Tensor | None = None,
 ) -> tuple[BlockOutput, list[list[Tensor]], np.ndarray]:
     """Reads the first block of each row, a group of rows after the other.
 
@@ -63,17 +64,18 @@ def read_in_groups(
         make (`Callable`): Makes an empty [`CachedModel`] of some rows.
         blocks (`Sequence[Sequence[int]]`): The tokens of each row.
         groups (`Sequence[Sequence[int]]`): See [`divide`].
-        num_logits (`int`): As [`CachedModel.forward`] takes it.
+        num_logits, states_BTF: As [`CachedModel.forward`] takes them.
 
     Returns:
         `tuple`: What one forward over all rows would have given, with zeros for its padding; the states of each layer;
         and which of their columns hold tokens, of shape `(B, L)`.
     """
     parts: list[Any] = [make(rows) for rows in groups]
-    outputs = [
-        part.forward([blocks[row] for row in rows], num_logits) for part, rows in zip(parts, groups, strict=True)
-    ]
     lengths = list(map(len, blocks))
+    outputs = []
+    for part, rows in zip(parts, groups, strict=True):
+        states = None if states_BTF is None else states_BTF[rows, -max(lengths[row] for row in rows) :]
+        outputs.append(part.forward([blocks[row] for row in rows], num_logits, states))
     width = max(lengths)
     hidden = [output.hidden_BTF for output in outputs if output.hidden_BTF is not None]
     output = BlockOutput(
@@ -81,8 +83,8 @@ def read_in_groups(
         _join(groups, hidden, 1, width) if hidden else None,
     )
     layers = zip(*([column_states(layer) for layer in part.cache.layers] for part in parts), strict=True)
-    states = [[_join(groups, same, 2, width) for same in zip(*each, strict=True)] for each in layers]
-    return output, states, np.arange(width) >= width - np.array(lengths)[:, None]
+    cached = [[_join(groups, same, 2, width) for same in zip(*each, strict=True)] for each in layers]
+    return output, cached, np.arange(width) >= width - np.array(lengths)[:, None]
 
 
 def _join(groups: Sequence[Sequence[int]], parts: Sequence[Tensor], dim: int, width: int) -> Tensor:
