@@ -208,7 +208,7 @@ def arms_table(part: str, results: Results) -> Table:
 def run_parts(options: argparse.Namespace, parts: Sequence[str]) -> Results:
     """Runs the parts, writing the JSON after each of them."""
     log_path = None if options.json is None else options.json.with_suffix(".jsonl")
-    log = Log(log_path, [name for part in parts for name in (part, f"{part} tuning")], options.resume)
+    log = Log(log_path, parts, options.resume)
     results: Results = {}
     if options.json is not None and options.json.exists():
         results = read_results(options.json)

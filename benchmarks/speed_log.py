@@ -14,13 +14,14 @@ class Log:
 
     Args:
         path: The file. `None` keeps nothing.
-        parts: The parts about to be run: their old lines are dropped, unless `resume` is set.
+        parts: The parts about to be run: old lines of theirs, and of what they consist of ("batch 8" is of "batch"), are
+            dropped, unless `resume` is set.
         resume: Keep the old lines, for `done` to find.
     """
 
     def __init__(self, path: Path | None, parts: Collection[str], resume: bool):
         self.path = path
-        self.records = [record for record in read_lines(path) if resume or record["part"] not in parts]
+        self.records = [record for record in read_lines(path) if resume or record["part"].split()[0] not in parts]
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")

@@ -86,6 +86,9 @@ def test_a_killed_run_goes_on_after_its_last_whole_line(tmp_path):
     assert list(Log(path, ["real"], resume=True).done("real", {"tokens": 8})) == ["one"]
     assert Log(path, ["real"], resume=True).done("real", {"tokens": 9}) == {}
     assert Log(path, ["real"], resume=False).records == []
+    for part in ("batch 8", "real tuning"):
+        Log(path, [], resume=True).append({"part": part, "key": "one", "settings": {}})
+    assert [record["part"] for record in Log(path, ["batch"], resume=False).records] == ["real tuning"]
 
 
 def test_what_does_not_exist_in_the_file_is_nan_but_for_settings(tmp_path):
