@@ -14,7 +14,7 @@ class Log:
 
     Args:
         path: The file. `None` keeps nothing.
-        parts: The parts about to be run: old lines of theirs, and of what they consist of ("batch 8" is of "batch"), are
+        parts: The parts about to be run: old lines of theirs, and of what they consist of ("batch 8" of "batch"), are
             dropped, unless `resume` is set.
         resume: Keep the old lines, for `done` to find.
     """
