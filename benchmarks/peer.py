@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/peer.py                          # a dozen models, about ten minutes on two cores
     .venv/bin/python benchmarks/peer.py llama gpt2 generation    # some; `generation` is tests/generation/test_utils.py
     .venv/bin/python benchmarks/peer.py --tests ~/transformers   # the tests of a checkout, at the installed version
-    .venv/bin/python benchmarks/peer.py --again                  # what was run before, too
+    .venv/bin/python benchmarks/peer.py --again                  # what was run before with the same code, too
 
 Every call of `generate` that reaches a decoder-only model runs plain and then guarded, by a head that flags nothing,
 with prompt lookup where the call says nothing about drafts (`tests/peer/guarding.py`). A call is
@@ -14,7 +14,7 @@ with prompt lookup where the call says nothing about drafts (`tests/peer/guardin
 
 The tests are those of the installed version: of a checkout, of the source distribution on PyPI, or, since that holds
 only a part of them, of the tag on GitHub. They are kept in `~/.cache/safespec-hf/peer`, never here. Without them and
-without a network nothing is run, and nothing is written. An interrupted run goes on where it was.
+without a network nothing is run, and nothing is written. An interrupted run goes on where it was, if the code is the same.
 
 Tests run without the Hub. Nearly all of `generation` load their models from there, so they fail before any call; what
 it shares with all models' tests runs in theirs.
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from provenance import write_json
+from provenance import digest_of, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peer.json"
@@ -191,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Runs transformers' own generation tests guarded.")
     parser.add_argument("names", nargs="*", default=[*MODELS, GENERATION], help="models, or `generation`")
     parser.add_argument("--tests", type=Path, help="a checkout of transformers; default: found or downloaded")
-    parser.add_argument("--again", action="store_true", help="run what has results of this version, too")
+    parser.add_argument("--again", action="store_true", help="run what has results of this version and code, too")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
     folder = find_tests(options.tests)
@@ -200,15 +200,15 @@ def main() -> int:
         return 0
     before = CACHE / f"parts-{transformers.__version__}"
     before.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Any] = {}
+    parts, code = dict[str, Any](), digest_of(ROOT / "src", ROOT / "tests" / "peer", ROOT / "tests" / "tiny.py")
     for number, name in enumerate(options.names, 1):
         part, calls = before / f"{name}.json", before / f"{name}.jsonl"
-        if options.again or not part.is_file():
+        if options.again or not part.is_file() or json.loads(part.read_text(encoding="utf-8")).get("code") != code:
             print(f"[{number}/{len(options.names)}] {name} ...", flush=True)
             calls.unlink(missing_ok=True)
             said = run(folder, name, calls)
             lines = calls.read_text(encoding="utf-8").splitlines() if calls.is_file() else []
-            part.write_text(json.dumps({"pytest": said, "calls": [json.loads(line) for line in lines]}))
+            part.write_text(json.dumps({"code": code, "pytest": said, "calls": [json.loads(line) for line in lines]}))
         parts[name] = json.loads(part.read_text(encoding="utf-8"))
     summary = summarize(parts)
     show(parts, summary)

