@@ -14,7 +14,7 @@ with prompt lookup where the call says nothing about drafts (`tests/peer/guardin
 
 The tests are those of the installed version: of a checkout, of the source distribution on PyPI, or, since that holds
 only a part of them, of the tag on GitHub. They are kept in `~/.cache/safespec-hf/peer`, never here. Without them and
-without a network nothing is run, and nothing is written. An interrupted run goes on where it was, if the code is the same.
+without a network nothing is run, and nothing is written. An interrupted run goes on where it was, with the same code.
 
 Tests run without the Hub. Nearly all of `generation` load their models from there, so they fail before any call; what
 it shares with all models' tests runs in theirs.
