@@ -39,6 +39,27 @@ def test_products_are_those_of_the_matrix(num_inputs, has_bias, name, dtype):
     torch.testing.assert_close(found, F.linear(inputs, weight, bias), atol=atol, rtol=rtol)
 
 
+@pytest.mark.skipif(LAYOUTS["blocks"].pack(torch.ones(2, 2)) is None, reason="this torch was built without them")
+def test_prompts_of_all_lengths_take_few_kernels(monkeypatch):
+    read, multiply = set(), products.multiply_by_blocks
+
+    def note(inputs, packed, bias):
+        read.add(inputs.numel() // inputs.shape[-1])
+        return multiply(inputs, packed, bias)
+
+    monkeypatch.setattr(products, "multiply_by_blocks", note)
+    weight, bias = torch.randn(8, 4), torch.randn(8)
+    packed = products.pack_blocks(weight)
+    for num in [*range(300), 1000, 1500]:
+        inputs = torch.randn(1, num, 4)
+        found = products.multiply_blocks(inputs, packed, bias)
+        assert found.shape == (1, num, 8)
+        torch.testing.assert_close(found, F.linear(inputs, weight, bias), atol=1e-5, rtol=1e-5)
+        assert num <= products.round_rows(num) <= max(num, 1.125 * num)
+    assert len(read) < 64
+    assert {*range(1, 32)} <= read
+
+
 @halves
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**-12, 1.0, 2.0**12, 2.0**40])
 def test_halves_hold_every_number_of_bfloat16_however_large_or_small_they_are(scale):

@@ -30,6 +30,8 @@ PLAIN = "plain"
 """The name of the product that a layer has by itself."""
 WIDTHS = (1, 4, 16, 64)
 """Tokens for which products are timed."""
+FEW_ROWS, MAX_STEP = 32, 64
+"""Rows from which on some are added, and how many at most."""
 _NARROWEST = (1, 2, 9, 33)  # from how many on each of them counts
 HOPELESS = 2.0  # a layout that takes so many times as long as another for several tokens is not tried with many
 SAMPLE_BYTES = 2**25  # of a model's weights, which are timed instead of all of them
@@ -63,6 +65,9 @@ def pack_blocks(weight: Tensor) -> Tensor | None:
 def multiply_blocks(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` with blocks. Has no gradient. Sums may be taken in another order.
 
+    oneDNN makes a kernel for each number of rows, in milliseconds, and keeps a thousand of them, of some 0.6 MiB each.
+    So that prompts of all lengths do not make a process grow by that much, many rows are read as a few more.
+
     Example:
 
         >>> import torch
@@ -71,7 +76,23 @@ def multiply_blocks(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
         >>> (torch.ones(1, 2) if packed is None else multiply_blocks(torch.ones(1, 2), packed, None)).tolist()
         [[1.0, 1.0]]
     """
-    return multiply_by_blocks(inputs, packed, bias)
+    num = inputs.numel() // max(inputs.shape[-1], 1)
+    if num == (num_read := round_rows(num)):
+        return multiply_by_blocks(inputs, packed, bias)
+    rows = functional.pad(inputs.reshape(num, -1), (0, 0, 0, num_read - num))
+    return multiply_by_blocks(rows, packed, bias)[:num].view(*inputs.shape[:-1], -1)
+
+
+def round_rows(num: int) -> int:
+    """The number of rows that so many are read as: itself where it is small, else at most an eighth more.
+
+    Example:
+
+        >>> [round_rows(num) for num in (1, 31, 33, 100, 1000)]
+        [1, 31, 36, 104, 1024]
+    """
+    step = 1 if num < FEW_ROWS else min(1 << (num.bit_length() - 4), MAX_STEP)
+    return -(-num // step) * step
 
 
 class Halves(NamedTuple):
