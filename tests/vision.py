@@ -70,6 +70,7 @@ VISION: dict[str, dict[str, Any]] = {
         "vision_config": {**SIGHT, **SQUARE},
         "scale_factor": 1,
         "image_token_id": IMAGE,
+        "pad_token_id": 0,
     },
 }
 NUM_PLACES = 4  # of an image in a prompt

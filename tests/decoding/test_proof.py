@@ -93,17 +93,17 @@ class Forgetful(LlamaForCausalLM):
 
 class SeesPadding(LlamaForCausalLM):
     def forward(self, input_ids, position_ids=None, cache=None, attention_mask=None, **kwargs):
-        return super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache}, **kwargs)
+        return super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache, **kwargs})
 
 
 class Misplaced(GPT2LMHeadModel):
     def forward(self, input_ids, position_ids=None, cache=None, **kwargs):
-        return super().forward(input_ids, **{CACHE_NAME: cache}, **kwargs)
+        return super().forward(input_ids, **{CACHE_NAME: cache, **kwargs})
 
 
 class Few(LlamaForCausalLM):
     def forward(self, input_ids, position_ids=None, cache=None, **kwargs):
-        outputs = super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache}, **kwargs)
+        outputs = super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache, **kwargs})
         outputs.hidden_states = outputs.hidden_states and outputs.hidden_states[:-1]
         return outputs
 
@@ -112,7 +112,7 @@ class OnlyCache(LlamaForCausalLM):
     def forward(self, input_ids, position_ids=None, cache=None, attention_mask=None, use_cache=None, **kwargs):
         assert "past_key_values" not in kwargs
         given = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": use_cache}
-        return super().forward(input_ids, **given, **{CACHE_NAME: cache}, **kwargs)
+        return super().forward(input_ids, **given, **{CACHE_NAME: cache, **kwargs})
 
 
 class OnlyPastKeyValues(LlamaForCausalLM):
@@ -124,7 +124,7 @@ class OnlyPastKeyValues(LlamaForCausalLM):
 
 class Noisy(LlamaForCausalLM):
     def forward(self, input_ids, position_ids=None, cache=None, **kwargs):
-        outputs = super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache}, **kwargs)
+        outputs = super().forward(input_ids, position_ids=position_ids, **{CACHE_NAME: cache, **kwargs})
         outputs.logits = outputs.logits + torch.randn_like(outputs.logits)
         return outputs
 
