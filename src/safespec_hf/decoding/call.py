@@ -124,9 +124,8 @@ class GuardedCall:
         ids = input_ids.to(input_device(model))
         output = decoder.output(ids, pad_token_id(generation_config) or 0, callers.take_back(decoder, ids))
         if wanted_outputs(generation_config):
-            begun_with = callers.before
             with self._fast_forwards(model, head):
-                output = with_steps(output, model, generation_config, logits_processor, model_kwargs, begun_with)
+                output = with_steps(output, model, generation_config, logits_processor, model_kwargs, callers.before)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _draft_head(self, attachment: Attachment) -> SafetyHead | None:

@@ -33,7 +33,7 @@ class CallersCache:
 
     Attributes:
         num_cached (`int`): Columns that a cache of the caller holds.
-        before ([`~transformers.Cache`], *optional*): A copy of it, if outputs of steps are wanted.
+        before ([`~transformers.Cache`], *optional*): A copy of what is given, for outputs of steps.
         model_kwargs (`dict[str, Any]`): The same, with a dynamic cache in the place of any other.
 
     Raises:

@@ -303,8 +303,8 @@ def _attend_in_groups(
     (num_rows, num_queries, width, size), num_keys = queries_BHTC.shape, keys_BKLC.shape[1]
     num_shared = num_queries // num_keys
     queries_BKNC = queries_BHTC.reshape(num_rows, num_keys, num_shared * width, size)
-    mask = None if mask_B1TL is None else _Mask.of(mask_B1TL, num_shared, queries_BHTC.dtype)
-    parts = [(slice(None), slice(None))] if mask is None else mask.parts(num_keys)
+    mask = None if mask_B1TL is None else _Mask.of(mask_B1TL, num_shared, num_keys, queries_BHTC.dtype)
+    parts = [(slice(None), slice(None))] if mask is None else mask.parts
     mixed = [
         F.scaled_dot_product_attention(
             queries_BKNC[rows],
@@ -320,33 +320,29 @@ def _attend_in_groups(
 
 
 class _Mask:
-    """A mask for so many heads, one after the other, as numbers to add. The layers of a model have the same one."""
+    """What the layers of a model make of a mask, which is the same for all of them.
 
-    def __init__(self, mask_B1TL: Tensor, num_times: int, dtype: torch.dtype):
-        self._mask, self._arguments, self._parts = (
-            mask_B1TL,
-            (num_times, dtype),
-            dict[int, list[tuple[slice, slice]]](),
-        )
+    Attributes:
+        repeated (`torch.Tensor` of shape `(B, 1, N, L)`): For the heads of a group, one after the other, to be added.
+        parts (`list[tuple[slice, slice]]`): Neighbouring rows, and the columns that any of them sees.
+    """
+
+    def __init__(self, mask_B1TL: Tensor, num_shared: int, num_keys: int, dtype: torch.dtype):
+        self.given = mask_B1TL, num_shared, num_keys, dtype
         added_B1TL = mask_B1TL
         if mask_B1TL.dtype == torch.bool:
             added_B1TL = torch.zeros(mask_B1TL.shape, dtype=dtype).masked_fill_(~mask_B1TL, -math.inf)
-        self.repeated = added_B1TL.repeat(1, 1, num_times, 1)
+        self.repeated = added_B1TL.repeat(1, 1, num_shared, 1)
+        sees_BL = added_B1TL.amax(dim=(1, 2)) > -math.inf
+        starts = sees_BL.int().argmax(dim=1).tolist()  # of a row that sees nothing all is read
+        self.parts = divide_rows(starts, sees_BL.shape[1], num_keys, torch.get_num_threads())
 
     @classmethod
-    def of(cls, mask_B1TL: Tensor, num_times: int, dtype: torch.dtype) -> _Mask:
-        """That of this mask, made once."""
+    def of(cls, mask_B1TL: Tensor, *arguments: Any) -> _Mask:
+        """That of this mask, made once for all layers."""
         known: _Mask | None = getattr(_MASKS, "last", None)
-        if known is None or known._mask is not mask_B1TL or known._arguments != (num_times, dtype):
-            known = _MASKS.last = cls(mask_B1TL, num_times, dtype)
-        return known
-
-    def parts(self, num_heads: int) -> list[tuple[slice, slice]]:
-        """Neighbouring rows that are read together, and the columns that any of them sees."""
-        if (known := self._parts.get(num_heads)) is None:
-            seen_BL = self.repeated.amax(dim=(1, 2)) > -math.inf
-            starts = seen_BL.int().argmax(dim=1).tolist()  # of a row that sees nothing all is read
-            known = self._parts[num_heads] = divide_rows(starts, seen_BL.shape[1], num_heads, torch.get_num_threads())
+        if known is None or known.given[0] is not mask_B1TL or known.given[1:] != arguments:
+            known = _MASKS.last = cls(mask_B1TL, *arguments)
         return known
 
 
