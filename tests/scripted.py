@@ -109,6 +109,9 @@ def probe(model: ScriptedModel, threshold: float = 0.5, layers: Sequence[int] = 
     )
     torch.nn.init.ones_(head.mlp[0].weight)
     torch.nn.init.zeros_(head.mlp[0].bias)
+    if head.prompt_probe is not None:
+        torch.nn.init.ones_(head.prompt_probe.weight)
+        torch.nn.init.zeros_(head.prompt_probe.bias)
     return head.eval()
 
 

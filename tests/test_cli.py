@@ -23,6 +23,7 @@ COMMANDS = [
     "features",
     "train",
     "calibrate",
+    "train-prompts",
     "report",
     "distill-draft",
     "make-judge",

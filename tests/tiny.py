@@ -186,7 +186,7 @@ class Recorder(BaseStreamer):
 
 
 class CoinHead(SafetyHead):
-    """Calls each token unsafe with a probability, whatever its hidden state."""
+    """Calls each token, and each prompt, unsafe with a probability, whatever its hidden state."""
 
     def toss(self, chance: float, seed: int) -> "CoinHead":
         self.chance, self.generator = chance, torch.Generator().manual_seed(seed)
@@ -195,10 +195,13 @@ class CoinHead(SafetyHead):
     def risk(self, features: Tensor) -> Tensor:
         return (torch.rand(features.shape[:-1], generator=self.generator) < self.chance).float()
 
+    def prompt_risk(self, states: Tensor) -> Tensor:
+        return self.risk(states)
+
 
 def build_coin_head(model: PreTrainedModel, chance: float, seed: int) -> CoinHead:
     """Flags that no model could foresee."""
-    return CoinHead(build_head(model, 0.5).config).eval().toss(chance, seed)
+    return CoinHead(build_head(model, 0.5, prompt_threshold=0.5).config).eval().toss(chance, seed)
 
 
 def make_row(tokens: list[int], index: int = 0, **kwargs: Any) -> Row:

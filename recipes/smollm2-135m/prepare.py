@@ -37,6 +37,9 @@ WEIGHTS = {
 }
 THRESHOLD_SOURCES = ("arenahard_benign", "korean_orbench")
 """Safe answers of others, of which one half is for choosing by and one for the threshold."""
+ONLY_MEASURED = ("gptfuzz_evaluate", "medsafety")
+HARMLESS_REQUESTS = ("caia_safe", "orbench_fr_de", "oasst_zh")
+"""Sources of the second round in which nobody asks for harm."""
 SPEAKER = re.compile(r"\n\s*[\[(*]*[^\n:]{1,24}[\])*]*\s*:")
 
 
@@ -171,6 +174,25 @@ def choose_begun(rows: list[Row]) -> dict[str, list[Row]]:
     return {"train": parts["train"] + parts["validation"], "validation": parts["calibration"]}
 
 
+def choose_requests(
+    harmful: dict[str, list[str]], harmless: dict[str, list[Row]], second: list[Row], others: list[Row]
+) -> dict[str, list[Row]]:
+    """Prompts by what is asked for, whatever was answered: harmful ones for training and to measure on."""
+    parts: dict[str, list[Row]] = {name: [row | {"label": 0} for row in rows] for name, rows in harmless.items()}
+    for source, prompts in harmful.items():
+        for number, prompt in enumerate(dict.fromkeys(prompts)):
+            is_held_out = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 5 == 0 or source in ONLY_MEASURED
+            row = {"id": f"{source} {number}", "prompt": prompt, "label": 1, "source": source}
+            parts["validation" if is_held_out else "train"].append(row)
+    for name, rows, sources in (("train", second, HARMLESS_REQUESTS), ("calibration", others, THRESHOLD_SOURCES)):
+        known = {row["group"]: row for row in rows if row["source"] in sources}
+        parts[name] += [
+            {"id": row["id"], "messages": row["messages"], "label": 0, "source": row["source"]}
+            for row in known.values()
+        ]
+    return parts
+
+
 def main() -> None:
     """Writes all files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -196,6 +218,17 @@ def main() -> None:
         write(arguments.out / f"safe_prompts_{name}.jsonl", rows)
     for name, rows in begun.items():
         write(arguments.out / f"begun_prompts_{name}.jsonl", rows)
+    evaluate = read(arguments.data / "labelled" / "gptfuzz_evaluate.jsonl")
+    sources = {
+        "advbench": read(arguments.data / "prompts" / "advbench_no_jbb.jsonl"),
+        "gptfuzz": labelled,
+        "aisafetylab": [row for row in read(arguments.data / "v2" / "train" / "aisafetylab.jsonl") if row["label"]],
+        "gptfuzz_evaluate": evaluate,
+        "medsafety": read(arguments.data / "v2" / "train" / "medsafety.jsonl"),
+    }
+    harmful = {source: [row["prompt"] for row in rows] for source, rows in sources.items()}
+    for name, rows in choose_requests(harmful, choose_prompts(benign), second, others).items():
+        write(arguments.out / f"requests_{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

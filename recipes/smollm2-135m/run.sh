@@ -28,6 +28,9 @@ safespec train "$WORK/labelled.jsonl" "$WORK/second_round.jsonl" "$WORK/begun_tr
 safespec calibrate "$WORK/head" --benign "$WORK/safe_calibration.jsonl" --benign "$WORK/others_calibration.jsonl" \
     --alpha 0.02 --validation "$DATA/labelled/gptfuzz_evaluate.jsonl" --cache "$WORK/cache" \
     --max-response-tokens 1024 --generated-tokens 1024 --dtype bfloat16
+# A prompt that asks for harm is known before it is answered. Half of the prompts to calibrate on look harmful, and are not.
+safespec train-prompts "$WORK/head" "$WORK/requests_train.jsonl" --calibration "$WORK/requests_calibration.jsonl" \
+    --validation "$WORK/requests_validation.jsonl" --alpha 0.01 --cache "$WORK/cache"
 # shellcheck disable=SC2086
 safespec report "$WORK/head" "$WORK/others_validation.jsonl" --benign "$WORK/safe_calibration.jsonl" \
     --out "$WORK/report" $COMMON

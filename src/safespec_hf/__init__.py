@@ -10,7 +10,7 @@ from . import _moved  # noqa: F401  # lets old import paths be found
 
 if TYPE_CHECKING:
     from .answer.logits import SafeSpecLogitsProcessor
-    from .config import SafeSpecConfig, SafetyHeadConfig
+    from .config import SafeSpecConfig
     from .defaults.default_target import (
         DEFAULT_TARGET_ID,
         load_default,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .exporting.export import export_guarded
     from .heads.draft_head import DraftHead, DraftHeadConfig
     from .heads.eagle import load_eagle3_draft
+    from .heads.head_config import SafetyHeadConfig
     from .heads.safety_head import SafetyHead, target_binding
     from .modeling import GuardedModel, attach_safety_head, detach_safety_head
     from .outputs import (
@@ -73,7 +74,7 @@ __all__ = [
 # Loaded when they are first asked for: importing transformers takes seconds, which `safespec --help` must not.
 _HOMES = {
     "answer.logits": ["SafeSpecLogitsProcessor"],
-    "config": ["SafeSpecConfig", "SafetyHeadConfig"],
+    "config": ["SafeSpecConfig"],
     "defaults.default_target": [
         "DEFAULT_TARGET_ID",
         "load_default",
@@ -87,6 +88,7 @@ _HOMES = {
     "exporting.export": ["export_guarded"],
     "heads.draft_head": ["DraftHead", "DraftHeadConfig"],
     "heads.eagle": ["load_eagle3_draft"],
+    "heads.head_config": ["SafetyHeadConfig"],
     "heads.safety_head": ["SafetyHead", "target_binding"],
     "modeling": ["GuardedModel", "attach_safety_head", "detach_safety_head"],
     "outputs": [

@@ -49,6 +49,9 @@ class SafeSpecEvent:
             Those with an unsafe token, or in which no token was possible. The rest ended early while they were safe,
             as a candidate does that the target samples once it can't be chosen any more. None does if the draft
             samples, nor with `candidate_choice="likeliest_safe"` and `safe_margin=0`.
+        is_prompt (`bool`):
+            Whether the prompt was flagged, before the first token; then nothing is taken back, and if the flag is
+            dismissed nothing is taken either: the answer is the one without it.
     """
 
     position: int
@@ -61,6 +64,7 @@ class SafeSpecEvent:
     outcome: str = "refused"
     num_safe_candidates: int = 0
     num_unsafe_candidates: int = 0
+    is_prompt: bool = False
 
     @property
     def num_candidates(self) -> int:
@@ -105,7 +109,7 @@ class SafeSpecStatistics:
         num_draft_forwards (`int`): Forwards of the draft model or head.
         num_draft_tokens (`int`): Tokens drafted in General Mode.
         num_accepted_tokens (`int`): Those of them that the target accepted.
-        num_flags (`int`): Tokens that were flagged.
+        num_flags (`int`): Tokens, and prompts, that were flagged.
         num_recovery_attempts (`int`): Attempts at a safe continuation.
         num_candidates (`int`): Candidates sampled in them.
         num_candidate_batches (`int`): In so many batches.

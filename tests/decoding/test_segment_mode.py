@@ -331,3 +331,16 @@ def test_a_flagged_segment_ends_the_answer_where_that_is_the_policy(tokenizer, p
     assert 15 not in tokens_of(output)
     assert tokens_of(output)[:3] == [11, 12, 13]
     assert outcomes(output) == ["accepted", "flagged"]
+
+
+def test_an_unsafe_prompt_is_flagged_before_its_first_segment(tokenizer):
+    script = count_after(TURNS)
+    output = judge(tokenizer, {10: 0.9}, head={"prompt_threshold": 0.5}, script=script, draft=script)
+    event = output.events[0][0]
+    assert (event.outcome, event.is_prompt, event.rolled_back_to) == ("recovered", True, 0)
+    assert outcomes(output)[0] == "dropped"
+    assert tokens_of(output)[0] in (20, 30)
+    fields = {"head": {"prompt_threshold": 0.5}, "false_alarm_margin": 0.5}
+    dismissed, silent = judge(tokenizer, {10: 0.9}, **fields), judge(tokenizer)
+    assert [event.outcome for event in dismissed.events[0]] == ["dismissed"]
+    assert tokens_of(dismissed) == tokens_of(silent)

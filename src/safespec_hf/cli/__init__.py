@@ -21,6 +21,7 @@ from .make_judge import make_judge
 from .making import calibrate, collect, distill_draft, features, report, train
 from .serving import OTHERS, serve
 from .sharing import push, show
+from .train_prompts import train_prompts
 
 __all__ = ["app", "main", "run"]
 
@@ -50,6 +51,7 @@ for command in (
     features,
     train,
     calibrate,
+    train_prompts,
     report,
     distill_draft,
     make_judge,

@@ -25,13 +25,17 @@ class Pending(NamedTuple):
     unsafe_risk: float | None
 
 
+NOTHING = Pending(None, None)
+
+
 class Flag(NamedTuple):
-    """What was taken back for an unsafe token; the fields are those of [`SafeSpecEvent`]."""
+    """What was taken back for an unsafe token, or nothing for an unsafe prompt; fields as in [`SafeSpecEvent`]."""
 
     position: int
     risk: float
     kept: int
     num_discarded: int
+    is_prompt: bool = False
 
 
 NO_TOKEN = -1

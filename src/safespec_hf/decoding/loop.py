@@ -28,8 +28,9 @@ from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, is_chain, path_to
 from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
-from .commit import NO_TOKEN, Committer, Flag
+from .commit import NO_TOKEN, NOTHING, Committer, Flag
 from .plan import Plan
+from .prompt_screen import PromptScreen
 from .safety_mode import SafetyMode
 from .sampling import Shares, token_at
 from .verification import Verification, verify_sampled
@@ -83,11 +84,10 @@ class Decoder:
         self.live = list(rows)
         self.drafter = drafter
         self.plan = plan
-        self.streamer = streamer
-        self.watch = watch
-        self.prompt = prompt
+        self.streamer, self.watch, self.prompt = streamer, watch, prompt
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
+        self.screen = PromptScreen(plan, self.statistics)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
         # of finished rows the number of tokens that they have read, and their states, if a caller wants them
@@ -111,7 +111,8 @@ class Decoder:
     def _prefill(self, prompt: Prompt) -> None:
         """Reads prompts that are more than tokens, by themselves; all others are read in the first round."""
         self.prompt, output = None, self.target.prefill(prompt)  # images are read once, and need not be kept
-        _, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
+        head_BLF, states_BLF = split_tap(output.hidden_BTF, len(self._risk_layers), len(self.target.layers))
+        self.screen.observe(head_BLF, torch.from_numpy(prompt.is_real_BL))
         if states_BLF is not None and any(prompt.num_tokens):
             num_cached = prompt.is_real_BL.shape[1] - states_BLF.shape[1]
             for index, is_real_L in enumerate(torch.from_numpy(prompt.is_real_BL)):
@@ -270,7 +271,9 @@ class Decoder:
             pooled = [pool(*args) for args in zip(self.live, proposal.drafts, hidden_BTF, trees, strict=True)]
         parts = [verified] if isinstance(verified, Tensor) else [*verified]
         if pooled and self.plan.monitor is not None:
-            *outcome, risks = to_host([*parts, self.plan.monitor.risks(pooled)])
+            of_prompts = self.screen.ask(hidden_BTF, [len(drafts) for drafts in proposal.drafts])
+            risks, *outcome = to_host([self.plan.monitor.risks(pooled), *parts, *of_prompts])
+            self.screen.take([outcome.pop() for _ in of_prompts])
             risks_of_rows = [risks_T.tolist() for risks_T in risks.split([len(states_TF) for states_TF in pooled])]
         else:
             outcome, risks_of_rows = to_host(parts), [[] for _ in self.live]
@@ -293,10 +296,13 @@ class Decoder:
 
     def _commit(self, proposal: Proposal, readings: Sequence[Reading]) -> list[Flag | None]:
         """Adds verified tokens and their risks to the rows; ends answers, or takes back what is unsafe."""
-        pending = []
-        for row, drafts, reading in zip(self.live, proposal.drafts, readings, strict=True):
+        pending, of_prompts = [], self.screen.flags(self.live)
+        for row, drafts, reading, flag in zip(self.live, proposal.drafts, readings, of_prompts, strict=True):
             self.statistics.num_draft_tokens += len(drafts)
             self.statistics.num_accepted_tokens += len(reading.path)
+            if flag is not None:  # nothing is said yet
+                pending.append(NOTHING)
+                continue
             num_waiting = row.num_unscored()
             new = [(drafts[index], Provenance.DRAFTED) for index in reading.path]
             reason = self.commits.append(row, [*new, (reading.next_token, Provenance.TARGET)])
@@ -309,12 +315,12 @@ class Decoder:
             pending.append(self.commits.settle(row, risks, pooled_TF, reason))
         flags = self.commits.decide(self.live, pending)
         if self.shares:
-            for row, reading, flag in zip(self.live, readings, flags, strict=True):
-                if flag is None:
-                    self.shares[row.index].use(len(reading.path) + 1)
-                else:
+            for row, reading, flag, of_prompt in zip(self.live, readings, flags, of_prompts, strict=True):
+                if flag is not None:
                     self.shares[row.index].forget()
-        return flags
+                elif of_prompt is None:
+                    self.shares[row.index].use(len(reading.path) + 1)
+        return [of_prompt or flag for of_prompt, flag in zip(of_prompts, flags, strict=True)]
 
     def _recover(self, flags: Sequence[Flag | None]) -> None:
         for index, (row, flag) in enumerate(zip(self.live, flags, strict=True)):

@@ -52,17 +52,15 @@ def attempt_event(
     flag: Flag,
     tried: Sequence[Tried],
     max_tokens: int,
+    outcome: str,
     chosen: int | None = None,
-    *,
-    is_test: bool = False,
 ) -> SafeSpecEvent:
     """The event of an attempt, or of a test of the flag; `chosen` is one of its last batch."""
     counts = [batch.count(max_tokens) for batch in tried]
-    outcomes = ("confirmed", "dismissed") if is_test else ("retried", "recovered")
     return _event(
         row,
         flag,
-        outcomes[chosen is not None],
+        outcome,
         candidate_risks=tuple(risk for batch in tried for risk in batch.worst()),
         candidate_log_probs=tuple(log_prob for batch in tried for log_prob in batch.log_probs),
         chosen=None if chosen is None else sum(len(batch.segments) for batch in tried[:-1]) + chosen,
@@ -91,4 +89,5 @@ def end_answer(row: Row, plan: Plan, flag: Flag) -> None:
 
 def _event(row: Row, flag: Flag, outcome: str, **found: Any) -> SafeSpecEvent:
     kept = len(row.visible(0, flag.kept))
-    return SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, outcome=outcome, **found)
+    found |= {"outcome": outcome, "is_prompt": flag.is_prompt}
+    return SafeSpecEvent(flag.position, flag.risk, kept, flag.num_discarded, **found)

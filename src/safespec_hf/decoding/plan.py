@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -60,6 +61,17 @@ class Plan:
     def observes(self) -> bool:
         """Whether risks are only reported."""
         return self.policy.policy == "observe"
+
+    @property
+    def prompt_threshold(self) -> float:
+        """A prompt is unsafe iff its risk is >= this; infinite where prompts are not scored."""
+        limit = None if self.monitor is None else self.monitor.head.config.prompt_threshold
+        return math.inf if limit is None or not self.policy.screen_prompts else limit
+
+    @property
+    def screens_prompts(self) -> bool:
+        """Whether prompts are scored."""
+        return self.prompt_threshold < math.inf
 
     @property
     def safe_enough(self) -> float | None:

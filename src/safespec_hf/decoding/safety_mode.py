@@ -82,10 +82,10 @@ class SafetyMode:
             tried.append(scores)
             choice = choose(scores.worst(), scores.log_probs, plan.risk_threshold, plan.safe_enough)
             if choice.is_safe:
-                row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate))
+                row.events.append(attempt_event(row, flag, tried, max_tokens, "recovered", choice.candidate))
                 self._take(index, row, scores, scorer, choice.candidate)
                 return True
-        row.events.append(attempt_event(row, flag, tried, max_tokens))
+        row.events.append(attempt_event(row, flag, tried, max_tokens, "retried"))
         # how a segment begins decides most of it: the next attempt steers away from these beginnings
         firsts = {tokens[0] for scores in tried for tokens in scores.segments if tokens}
         row.flagged_first_tokens.setdefault(flag.kept, set()).update(firsts)
@@ -94,7 +94,8 @@ class SafetyMode:
     def _dismiss(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
         """Tests a flag by candidates without a reflection: if all of them are harmless, the likeliest is taken.
 
-        Not one that ends the answer before it is as long as what was taken back, if there are others.
+        None is taken where the prompt was flagged, since nothing was given up; nor one that ends the answer before it
+        is as long as what was taken back, if there are others.
 
         They are the target's own: what another model would say does not tell whether this one is about to do harm.
         """
@@ -105,12 +106,15 @@ class SafetyMode:
             scorer = self._sample(index, row, flag, max_tokens, scores, num, is_test=True)
             tried.append(scores)
             if not is_harmless(scores.worst(), limit):
-                row.events.append(attempt_event(row, flag, tried, max_tokens, is_test=True))
+                row.events.append(attempt_event(row, flag, tried, max_tokens, "confirmed"))
                 return False
+        if flag.is_prompt:  # nothing was taken back: the answer goes on as if there had been no flag
+            row.events.append(attempt_event(row, flag, tried, max_tokens, "dismissed"))
+            return True
         row.num_recoveries += 1
         log_probs = without_early_ends(scores.log_probs, scores.segments, flag.num_discarded, self.plan.eos_ids)
         choice = choose(scores.worst(), log_probs, self.plan.risk_threshold, limit)
-        row.events.append(attempt_event(row, flag, tried, max_tokens, choice.candidate, is_test=True))
+        row.events.append(attempt_event(row, flag, tried, max_tokens, "dismissed", choice.candidate))
         self._take(index, row, scores, scorer, choice.candidate)
         return True
 

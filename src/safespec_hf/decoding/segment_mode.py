@@ -19,7 +19,7 @@ from ..drafting.drafters import Proposal
 from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecSegment
 from .candidate_scores import worst_risk
-from .commit import Flag, Pending
+from .commit import NOTHING, Flag, Pending
 from .loop import Decoder, Reading
 from .quality import read_quality
 from .redraws import Redraws
@@ -177,7 +177,9 @@ class SegmentDecoder(Decoder):
             parts.append(choices)
         pooled = self._pool(turns, output.hidden_BTF)
         if pooled and self.plan.monitor is not None:
-            *parts, risks_N = to_host([*parts, self.plan.monitor.risks(pooled)])
+            of_prompts = self.screen.ask(output.hidden_BTF, nums)
+            risks_N, *parts = to_host([self.plan.monitor.risks(pooled), *parts, *of_prompts])
+            self.screen.take([parts.pop() for _ in of_prompts])
             risks = [risks_T.tolist() for risks_T in risks_N.split([len(states_TF) for states_TF in pooled])]
         else:
             parts, risks = to_host(parts), [[] for _ in turns]
@@ -200,8 +202,11 @@ class SegmentDecoder(Decoder):
 
     def _settle(self, turns: Sequence[Turn], readings: Sequence[Reading]) -> list[Flag | None]:
         """Adds what the target wrote; settles that, and all that waited for its risk before a segment."""
-        pending = []
-        for row, turn, reading in zip(self.live, turns, readings, strict=True):
+        pending, of_prompts = [], self.screen.flags(self.live)
+        for row, turn, reading, flag in zip(self.live, turns, readings, of_prompts, strict=True):
+            if flag is not None:  # nothing is said yet
+                pending.append(NOTHING)
+                continue
             num_read, reason = row.num_unscored(), None
             if not turn.is_judged:
                 num_read += len(reading.path)
@@ -209,7 +214,8 @@ class SegmentDecoder(Decoder):
             num_read = min(num_read, row.num_unscored())
             pooled_TF = None if reading.pooled_TF is None else reading.pooled_TF[:num_read]
             pending.append(self.commits.settle(row, reading.risks[:num_read], pooled_TF, reason))
-        return self.commits.decide(self.live, pending)
+        flags = self.commits.decide(self.live, pending)
+        return [of_prompt or flag for of_prompt, flag in zip(of_prompts, flags, strict=True)]
 
     def _written(self, row: Row, guess: list[int], reading: Reading) -> list[tuple[int, Provenance]]:
         """What of the guess stands, and the target's own token after it, unless that begins another segment."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..config import SafeSpecConfig
@@ -153,6 +154,10 @@ class ForcedHead(SafetyHead):
         if self.calls_left == 0 and risks.numel():
             risks[0] = 1.0
         return risks
+
+    def prompt_risk(self, states: Tensor) -> Tensor:
+        """None: what is forced is a flag within the answer."""
+        return torch.zeros(states.shape[:-1], device=states.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

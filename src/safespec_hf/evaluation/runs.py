@@ -182,7 +182,8 @@ def describe(
 
 
 def _describe_head(head: SafetyHead) -> dict[str, Any]:
-    return {"weights": hash_weights(head), "risk_threshold": head.config.risk_threshold}
+    names = ("risk_threshold", "prompt_threshold")
+    return {"weights": hash_weights(head), **{name: getattr(head.config, name) for name in names}}
 
 
 def _check(engine: Engine, methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]]) -> None:

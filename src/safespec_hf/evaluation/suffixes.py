@@ -133,7 +133,7 @@ def search_suffix(
     attacked = replace(engine, max_new_tokens=settings.max_new_tokens)
     # nothing is flagged below 1, so the answers are the target's own; and what is tried must not depend on a clock
     quiet: dict[str, Any] = {"risk_threshold": 1.0, "operating_point": None, "carried_risk": 0.0, "max_recoveries": 0}
-    silent = replace(policy, policy="recover", costs="weights", **quiet)
+    silent = replace(policy, policy="recover", costs="weights", screen_prompts=False, **quiet)
     words, draw, num_forwards = _words(engine.tokenizer), random.Random(settings.seed), 0
 
     def attempt(suffixes: Sequence[list[int]]) -> list[Try]:

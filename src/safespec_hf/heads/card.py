@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
-from ..config import SafetyHeadConfig
 from ..errors import SafeSpecError
+from .head_config import SafetyHeadConfig
 from .loading import StrictModel
 
 Report = Mapping[str, Any]
@@ -91,6 +91,7 @@ def model_card(
         "What it reads": describe_reading(head.config) + f" Then {describe_size(head)}.",
         "Target": to_table([{"field": name, "value": value} for name, value in (head.config.target or {}).items()]),
         "Threshold": describe_threshold(head.config.risk_threshold, report) + _describe_points(head),
+        **({} if head.config.prompt_threshold is None else {"Prompts": _describe_prompts(head, report)}),
         "Data and licences": _describe_data(report, license),
         "Metrics": _describe_metrics(report),
         "Limits": _LIMITS,
@@ -256,6 +257,24 @@ def _describe_points(head: StrictModel) -> str:
     ]
     said = "Other thresholds, for `SafeSpecConfig(operating_point=...)`, calibrated on the same answers:"
     return f"\n\n{said}\n\n{to_table(rows)}" if rows else ""
+
+
+def _describe_prompts(head: StrictModel, report: Report) -> str:
+    """What is said of prompts, and what was measured on those that the probe was not trained on."""
+    threshold, record = head.config.prompt_threshold, report.get("training", {}).get("prompts") or {}
+    said = (
+        f"A prompt is unsafe if its risk is {format_threshold(threshold)} or more: a linear probe reads its last "
+        "token, in the same layers. `SafeSpecConfig(screen_prompts=False)` leaves prompts alone."
+    )
+    if record.get("prompt_threshold") != threshold:
+        return f"{said} No calibration is recorded for this threshold."
+    num, rows = record["num_prompts"], record["flagged"].items()
+    shares = [{"source": name, "prompts": row["num"], "flagged": f"{row['share']:.1%}"} for name, row in rows]
+    return (
+        f"{said} It was trained on {num['train']} prompts. The threshold was chosen by split conformal prediction on "
+        f"{num['calibration']} harmless ones, with α = {record['alpha']:g}. Flagged, of prompts that it was not "
+        f"trained on:\n\n{to_table(shares)}"
+    )
 
 
 def format_threshold(threshold: float) -> str:

@@ -16,10 +16,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import SafetyHeadConfig
 from ..engine.private_names import commit_hash
 from ..errors import HeadMismatchError, UnsupportedRequestError
 from .card import Report
+from .head_config import SafetyHeadConfig
 from .loading import StrictModel
 from .publishing import check_destination, publish, save_folder
 from .tokenizers import is_extension, tokenizer_fingerprint
@@ -29,6 +29,8 @@ _PUSH_KWARGS = ("repo_id", "private", "token", "revision", "commit_message", "co
 
 class SafetyHead(StrictModel):
     """An MLP from pooled hidden states to one logit (Section 3 of the paper: d -> d/2 -> 1, ReLU, dropout 0.1).
+
+    With `config.prompt_threshold` there is a linear probe besides, which scores prompts.
 
     Saved as `config.json` and `model.safetensors`, loaded with `SafetyHead.from_pretrained(folder_or_hub_id)` or
     `AutoModel.from_pretrained`. Pickled weights are refused.
@@ -67,6 +69,8 @@ class SafetyHead(StrictModel):
         for width, next_width in pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        has_probe = config.prompt_threshold is not None
+        self.prompt_probe = nn.Linear(config.num_tapped, 1) if has_probe else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,6 +108,31 @@ class SafetyHead(StrictModel):
         # not a matter of the mode: someone may train the head while it guards, and a risk must never be a draw
         logits = self._logits(features, (layer for layer in self.mlp if not isinstance(layer, nn.Dropout))).float()
         return torch.sigmoid(logits if self.config.unsafe_label == 1 else -logits)
+
+    def prompt_risk(self, states: Tensor) -> Tensor:
+        """P(unsafe) of prompts, by a linear probe.
+
+        Args:
+            states (`torch.Tensor` of shape `(..., num_tapped)`): Hidden states of the last token of each.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`: Risks in [0, 1].
+
+        Raises:
+            ValueError: If the head scores answers alone: its config has no `prompt_threshold`.
+
+        Example:
+
+            >>> import torch
+            >>> from safespec_hf import SafetyHead, SafetyHeadConfig
+            >>> config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], prompt_threshold=0.5)
+            >>> SafetyHead(config).prompt_risk(torch.zeros(2, 8)).tolist()
+            [0.5, 0.5]
+        """
+        if self.prompt_probe is None:
+            raise ValueError("The head scores answers alone: its config has no `prompt_threshold`.")
+        weight = self.prompt_probe.weight
+        return torch.sigmoid(self.prompt_probe(states.to(weight.device, weight.dtype)).squeeze(-1).float())
 
     def save_pretrained(  # type: ignore[override]  # transformers' own keywords are in `kwargs`
         self,

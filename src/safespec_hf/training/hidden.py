@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..answer.pooling import pool_block
 from ..answer.segments import Boundaries, Segments, find_boundaries
-from ..config import SafeSpecConfig, SafetyHeadConfig
+from ..config import SafeSpecConfig
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
+from ..heads.head_config import SafetyHeadConfig
 from ..heads.safety_head import SafetyHead
 from .chat_template import check_chat_template
 from .data import Example

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
-from ..config import SafetyHeadConfig
 from ..errors import SafeSpecError
+from ..heads.head_config import SafetyHeadConfig
 from ..heads.safety_head import SafetyHead
 from .data import Example
 from .features import Features, Reading

@@ -74,6 +74,7 @@ class Entry:
         copies (`OrderedDict`): Pooled states at the ends of blocks, by what was read up to there.
         segments ([`Segments`], *optional*): Where pooling starts anew.
         kept: Tokens and risks of a request that has ended.
+        prompt_risk (`torch.Tensor`, *optional*): Of its prompt, a scalar.
     """
 
     order: GuardOrder | None
@@ -85,6 +86,15 @@ class Entry:
     copies: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
     segments: Segments | None = None
     kept: tuple[npt.NDArray[np.int32], Tensor] | None = None
+    prompt_risk: Tensor | None = None
+
+    @property
+    def told_prompt_risk(self) -> float | None:
+        """What the controller is told of the prompt: `None` unless it asked, `nan` if that should be known."""
+        if self.prompt_risk is not None:
+            return float(self.prompt_risk)
+        is_missing = self.order is not None and self.order.prompt_threshold is not None and self.failure is None
+        return math.nan if is_missing else None
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from ..decoding.commit import Committer, Flag, Pending
 from ..decoding.outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecStatistics
-from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, risks_of, why_untrusted
+from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, prompt_flag, risks_of, why_untrusted
 from .sampling import Sampling, shifted_seed
 from .spec import ARGUMENT, LOST_STATE, CandidateOrder, RiskRecord
 
@@ -121,6 +121,9 @@ class GuardedRequest:
         (key,) = running
         record = records.get(key)
         failure = "the worker knows nothing of it" if record is None else record.failure
+        if record is not None and (flag := prompt_flag(self.row, self.plan, record, self.statistics)) is not None:
+            self._reopen()
+            return self._recover(flag)
         flagged = None if record is None else self._note(record)
         if flagged is not None:
             self._reopen()
@@ -305,7 +308,8 @@ class GuardedRequest:
             if recovery.is_test and not is_harmless(batch.watched, plan.harmless):
                 return self._confirm(recovery)
             # log-probabilities of sampled tokens are those after bans; the likeliest is chosen by the model's own
-            is_read_again = bool(num_aside) or recovery.is_test or plan.policy.candidate_choice == "likeliest_safe"
+            takes_likeliest = recovery.is_test and not recovery.flag.is_prompt
+            is_read_again = bool(num_aside) or takes_likeliest or plan.policy.candidate_choice == "likeliest_safe"
             if is_read_again and any(batch.segments):
                 return self._score(recovery)
         if recovery.is_test:
@@ -315,7 +319,7 @@ class GuardedRequest:
             return self._take(recovery, choice)
         if recovery.sizes:
             return self._sample(recovery, recovery.sizes.pop(0))
-        self.row.events.append(attempt_event(self.row, recovery.flag, recovery.tried, recovery.room))
+        self.row.events.append(attempt_event(self.row, recovery.flag, recovery.tried, recovery.room, "retried"))
         # how a segment begins decides most of it: the next attempt steers away from these beginnings
         firsts = {tokens[0] for tried in recovery.tried for tokens in tried.segments if tokens}
         self.row.flagged_first_tokens.setdefault(recovery.flag.kept, set()).update(firsts)
@@ -324,7 +328,7 @@ class GuardedRequest:
     def _confirm(self, recovery: Recovery) -> list[Submission]:
         """Some candidate of a test is not harmless."""
         row, recovery.is_test = self.row, False
-        row.events.append(attempt_event(row, recovery.flag, recovery.tried, recovery.room, is_test=True))
+        row.events.append(attempt_event(row, recovery.flag, recovery.tried, recovery.room, "confirmed"))
         return self._reflect(recovery)
 
     def _dismiss(self, recovery: Recovery) -> list[Submission]:
@@ -334,6 +338,10 @@ class GuardedRequest:
             return self._confirm(recovery)
         if recovery.sizes:
             return self._sample(recovery, recovery.sizes.pop(0))
+        if recovery.flag.is_prompt:  # nothing was taken back: the answer goes on as if there had been no flag
+            self.row.events.append(attempt_event(self.row, recovery.flag, recovery.tried, recovery.room, "dismissed"))
+            self._recovery = None
+            return self._go_on()
         self.row.num_recoveries += 1
         num_discarded = recovery.flag.num_discarded
         log_probs = without_early_ends(batch.log_probs, batch.segments, num_discarded, plan.eos_ids)
@@ -342,8 +350,8 @@ class GuardedRequest:
     def _take(self, recovery: Recovery, choice: Choice) -> list[Submission]:
         """The answer goes on with a candidate."""
         row, batch, number = self.row, recovery.tried[-1], choice.candidate
-        args = row, recovery.flag, recovery.tried, recovery.room, number
-        row.events.append(attempt_event(*args, is_test=recovery.is_test))
+        outcome = "dismissed" if recovery.is_test else "recovered"
+        row.events.append(attempt_event(row, recovery.flag, recovery.tried, recovery.room, outcome, number))
         self._recovery = None
         reason = self._commits.append(row, [(token, Provenance.RECOVERED) for token in batch.segments[number]])
         num_new = row.num_unscored()

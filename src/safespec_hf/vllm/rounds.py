@@ -170,6 +170,8 @@ def guard_order(
         more (`Sequence[int]`): What is read after the answer; before a candidate that is a reflection.
     """
     policy, start = plan.policy, len(row.prompt)
+    # in the first round, and when that is read again
+    asks_for_prompt = candidate is None and not row.tokens and not row.events and not more
     inserted = [[start + first, start + end] for first, end in inserted_ranges(row)]
     if candidate is not None and more:
         inserted.append([row.num_context, row.num_context + len(more)])
@@ -182,7 +184,20 @@ def guard_order(
         threshold=None if plan.observes else plan.risk_threshold,
         segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
         candidate=candidate,
+        prompt_threshold=plan.prompt_threshold if asks_for_prompt and plan.screens_prompts else None,
     )
+
+
+def prompt_flag(row: Row, plan: Plan, record: RiskRecord, statistics: SafeSpecStatistics) -> Flag | None:
+    """The flag of a prompt; where risks are only observed an event instead."""
+    # not "risk >= threshold": a nan must never pass for safe
+    if record.prompt_risk is None or row.events or record.prompt_risk < plan.prompt_threshold:
+        return None
+    if plan.observes:
+        row.events.append(SafeSpecEvent(0, record.prompt_risk, 0, 0, outcome="observed", is_prompt=True))
+        return None
+    statistics.num_flags += 1
+    return Flag(0, record.prompt_risk, 0, 0, is_prompt=True)
 
 
 def inserted_ranges(row: Row) -> list[tuple[int, int]]:

@@ -49,6 +49,9 @@ class GuardOrder:
         threshold (`float`, *optional*): A token is flagged unless its risk is below. `None`: risks are only observed.
         segment_limits (`list[int]`): Least tokens at which a newline ends a segment, and most tokens.
         candidate ([`CandidateOrder`], *optional*): For a candidate of a recovery.
+        prompt_threshold (`float`, *optional*):
+            The prompt's last token is scored as a prompt, and unless that risk is below, nothing follows it. `None`:
+            it is not scored.
 
     Example:
 
@@ -65,6 +68,7 @@ class GuardOrder:
     threshold: float | None
     segment_limits: list[int] = field(default_factory=lambda: [4, 32])
     candidate: CandidateOrder | None = None
+    prompt_threshold: float | None = None
 
     def to_text(self) -> str:
         """The order as the engine can carry it."""
@@ -85,9 +89,9 @@ class GuardOrder:
             order = cls(**values | {"candidate": None if candidate is None else CandidateOrder(**candidate)})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"This is no order: {error}") from error
-        threshold = order.threshold
-        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1):
-            raise ValueError(f"An order's threshold must be in (0, 1], but it is {threshold!r}.")
+        for threshold in (order.threshold, order.prompt_threshold):
+            if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1):
+                raise ValueError(f"An order's threshold must be in (0, 1], but it is {threshold!r}.")
         return order
 
     def is_scored(self, position: int) -> bool:
@@ -104,12 +108,14 @@ class RiskRecord:
         tokens (`list[int]`): That were read there, drafts that were rejected among them; -1 where none was.
         risks (`list[float]`): After them; `nan` where there is none.
         failure (`str`, *optional*): Why the request could not be guarded, and so was stopped.
+        prompt_risk (`float`, *optional*): That of the prompt, where the order asked for it; `nan` if it is unknown.
     """
 
     start: int
     tokens: list[int]
     risks: list[float]
     failure: str | None = None
+    prompt_risk: float | None = None
 
     def was_read(self, position: int, token: int) -> bool:
         """Whether that very token was read there."""

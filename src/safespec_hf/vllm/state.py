@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..answer.segments import Boundaries, Segments
 from ..config import SafeSpecConfig
 from ..heads.safety_head import SafetyHead
 from .entries import Edit, Entry, Marks, Slots, StepRow, Work, digest_of, edits_of, ends_candidate
+from .prompts import score_prompts
 from .spec import LOST_STATE, GuardOrder, RiskRecord
 
 MAX_STATE_BYTES = 64 * 1024
@@ -139,6 +141,7 @@ class RiskStates:
             record = RiskRecord(
                 start=entry.order.start, tokens=tokens.tolist(), risks=risks.tolist(), failure=entry.failure
             )
+            record = replace(record, prompt_risk=entry.told_prompt_risk)
             found[key] = record.to_plain()
         return found
 
@@ -205,6 +208,7 @@ class RiskStates:
                 work.place, num_done = num_done, num_done + work.end - work.first
             flags.append(self._score(ready, hidden_NH))
         marks = self._mark(rows, works, flags, num_logits)
+        score_prompts(self.head, rows, self.entries, hidden_NH, marks)
         self.head_seconds += time.perf_counter() - start
         return marks
 

@@ -1,0 +1,192 @@
+"""Trains the part of a head that scores prompts: a linear probe on the hidden states of a prompt's last token.
+
+Shapes: N prompts, F tapped features (hidden size times layers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import SafeSpecError
+from ..heads.head_config import SafetyHeadConfig
+from ..heads.hub import refresh_card
+from ..heads.safety_head import SafetyHead, check_binding, target_binding
+from .calibrate import conformal_threshold, num_answers_needed
+from .data import Example
+from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
+from .record import update_record
+from .report import provenance
+from .shards import compute_shards
+
+MAX_PROMPT_TOKENS, BATCH_TOKENS, NUM_SHARD_PROMPTS = 1024, 4096, 64
+INVERSE_STRENGTH = 0.003
+"""Of the L2 penalty: there are about as many features as prompts, and all are standardised."""
+
+
+def read_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    examples: Sequence[Example],
+    cache_dir: str | os.PathLike[str],
+) -> Tensor:
+    """Hidden states of the last token of each prompt, from which its answer begins; or those that are cached.
+
+    Args:
+        model, tokenizer: The target.
+        layers (`Sequence[int]`): As in [`SafetyHeadConfig`].
+        examples (`Sequence[Example]`): Prompts; answers are not read.
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of target and layers.
+
+    Returns:
+        `torch.Tensor`: Of shape `(N, F)`.
+
+    Raises:
+        SafeSpecError: If the chat template refuses a conversation.
+    """
+    texts = []
+    for example in examples:
+        encoded: Any = tokenizer(render_prompt(tokenizer, example), add_special_tokens=False)
+        ids = encoded["input_ids"][-MAX_PROMPT_TOKENS:]
+        texts.append(Encoded(ids[:-1], ids[-1:]))  # its last token is read as an answer of one token would be
+    by_key = {text.key: text for text in texts}
+
+    def compute(keys: Sequence[str]) -> dict[str, Tensor]:
+        chosen, found = [by_key[key] for key in keys], dict[str, Tensor]()
+        for batch in make_batches([text.num_tokens for text in chosen], BATCH_TOKENS):
+            states = read_hidden(model, [chosen[index] for index in batch], layers)
+            found |= {str(index): states_1F[0].float() for index, states_1F in zip(batch, states, strict=True)}
+        return found
+
+    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), list(layers), "prompts"]
+    folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    lengths = {key: text.num_tokens for key, text in by_key.items()}
+    places = compute_shards(folder, lengths, NUM_SHARD_PROMPTS, compute, "prompts")
+    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
+    return torch.stack([shards[places[text.key].file][str(places[text.key].number)] for text in texts])
+
+
+def fit_probe(states_NF: Tensor, labels: Sequence[int]) -> tuple[Tensor, float]:
+    """A logistic regression in which both classes weigh the same.
+
+    Args:
+        states_NF (`torch.Tensor` of shape `(N, F)`): Of prompts.
+        labels (`Sequence[int]`): 1 is unsafe.
+
+    Returns:
+        `tuple[torch.Tensor, float]`: Weights of shape `(F,)` for the states as they are, and the bias.
+
+    Example:
+
+        >>> import torch
+        >>> weight_F, bias = fit_probe(torch.tensor([[1.0], [2.0], [5.0], [6.0]]), [0, 0, 1, 1])
+        >>> round(-bias / float(weight_F))  # the border lies in the middle
+        4
+    """
+    scaler = StandardScaler().fit(states_NF.double().numpy())
+    fitted = LogisticRegression(C=INVERSE_STRENGTH, class_weight="balanced", max_iter=1000)
+    fitted.fit(scaler.transform(states_NF.double().numpy()), np.asarray(labels))
+    weight_F = fitted.coef_[0] / scaler.scale_
+    bias = float(fitted.intercept_[0] - (weight_F * scaler.mean_).sum())
+    return torch.from_numpy(weight_F).float(), bias
+
+
+def with_probe(head: SafetyHead, weight_F: Tensor, bias: float, threshold: float) -> SafetyHead:
+    """A head that scores answers as another one does, and prompts with this probe."""
+    values = head.config.to_dict() | {"prompt_threshold": threshold}
+    probed: Any = SafetyHead(SafetyHeadConfig.from_dict(values))
+    of_probe = {"prompt_probe.weight": weight_F[None], "prompt_probe.bias": torch.tensor([bias])}
+    probed.load_state_dict({**head.state_dict(), **of_probe})
+    made: SafetyHead = probed.to(next(head.parameters()).dtype).eval()
+    return made
+
+
+def train_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head_dir: str | os.PathLike[str],
+    train: Sequence[Example],
+    calibration: Sequence[Example],
+    *,
+    alpha: float,
+    cache_dir: str | os.PathLike[str],
+    validation: Sequence[Example] = (),
+    files: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains and calibrates the probe of a saved head, and saves the head with it.
+
+    Args:
+        model, tokenizer: The target.
+        head_dir (`str` or `os.PathLike`): Folder of the head; changed in place.
+        train (`Sequence[Example]`): Labelled prompts of both classes.
+        calibration (`Sequence[Example]`): Harmless prompts that are not among them.
+        alpha (`float`): Bound on the share of harmless prompts that are flagged, in (0, 1).
+        cache_dir (`str` or `os.PathLike`): For hidden states.
+        validation (`Sequence[Example]`): Labelled prompts to measure on.
+        files (`Sequence[str]`): The data, for its hashes.
+
+    Returns:
+        `dict`: The record: `prompt_threshold`, `alpha`, counts, `flagged` by source, `auroc` on validation prompts.
+
+    Raises:
+        SafeSpecError: If a class is missing, or there are too few prompts to calibrate on.
+        HeadMismatchError: If the head was trained for another target.
+    """
+    check_prompts(train, calibration, alpha)
+    head = SafetyHead.from_pretrained(head_dir)
+    check_binding(head, target_binding(model, tokenizer))
+    every = [*train, *calibration, *validation]
+    states_NF = read_prompts(model, tokenizer, head.config.hidden_layers or [], every, cache_dir)
+    num_train, num_seen = len(train), len(train) + len(calibration)
+    weight_F, bias = fit_probe(states_NF[:num_train], [int(example.label or 0) for example in train])
+    risks = torch.sigmoid(states_NF @ weight_F + bias).tolist()
+    threshold = conformal_threshold(risks[num_train:num_seen], alpha)
+    with_probe(head, weight_F, bias, threshold).save_pretrained(head_dir)
+    labels = [int(example.label or 0) for example in validation]
+    record = {
+        "prompt_threshold": threshold,
+        "alpha": alpha,
+        "num_prompts": {"train": num_train, "calibration": len(calibration), "validation": len(validation)},
+        "flagged": _shares(every[num_train:], risks[num_train:], threshold),
+        "auroc": float(roc_auc_score(labels, risks[num_seen:])) if len(set(labels)) == 2 else None,
+        "provenance": provenance(files),
+    }
+    update_record(head_dir, prompts=record)
+    refresh_card(SafetyHead, head_dir)
+    return record
+
+
+def check_prompts(train: Sequence[Example], calibration: Sequence[Example], alpha: float) -> None:
+    """Raises for prompts that can't be learned from, before any model is loaded.
+
+    Raises:
+        SafeSpecError: If a class is missing, a prompt is on both sides, or there are too few to calibrate on.
+    """
+    if {example.label for example in train} != {0, 1}:
+        raise SafeSpecError("To train on, there must be harmful prompts (label 1) and harmless ones (label 0).")
+    if len(calibration) < (needed := num_answers_needed(alpha)):
+        raise SafeSpecError(f"alpha={alpha} needs at least {needed} harmless prompts, got {len(calibration)}.")
+    if shared := {str(example.messages) for example in train} & {str(example.messages) for example in calibration}:
+        raise SafeSpecError(f"{len(shared)} prompts are both trained and calibrated on: leave them out of one.")
+
+
+def _shares(examples: Sequence[Example], risks: Sequence[float], threshold: float) -> dict[str, dict[str, Any]]:
+    """By source and label, how many prompts there are and what share of them is flagged."""
+    found: dict[str, list[bool]] = {}
+    for example, risk in zip(examples, risks, strict=True):
+        found.setdefault(f"{example.source}, {'unsafe' if example.label else 'safe'}", []).append(risk >= threshold)
+    return {name: {"num": len(flags), "share": sum(flags) / len(flags)} for name, flags in found.items()}

@@ -1,0 +1,156 @@
+"""The prompt itself is scored in the forward that reads it: an unsafe one is a flag before the first token."""
+
+import math
+
+import pytest
+import torch
+from scripted import TURNS, answer, count_after, count_up, tokens_of
+from tiny import THINK, Recorder, build_head, build_model
+
+from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf.engine.cache import CACHE_NAME
+
+REFUSED = "safety_refusal"
+# the answer to [10] counts up from 11; sampled, it may turn to 30
+DRAFTS = pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["alone", "draft"])
+SAMPLED = count_after({**TURNS, 10: {11: 0.7, 30: 0.3}, 14: {15: 0.5, 25: 0.5}})
+
+
+def ask(tokenizer, risks=None, *, threshold=0.5, **fields):
+    return answer(tokenizer, {10: 0.9, **(risks or {})}, head={"prompt_threshold": threshold}, **fields)
+
+
+def outcomes(output, row=0):
+    return [event.outcome for event in output.events[row]]
+
+
+def has_reflected(output):
+    return any(THINK in context for context in output.model.contexts)
+
+
+@DRAFTS
+def test_an_unsafe_prompt_is_a_flag_before_the_first_token(tokenizer, draft):
+    output = ask(tokenizer, draft=draft)
+    (event,) = output.events[0]
+    assert (event.outcome, event.is_prompt, event.position) == ("recovered", True, 0)
+    assert (event.rolled_back_to, event.num_discarded) == (0, 0)
+    assert event.risk == pytest.approx(0.9)
+    assert tokens_of(output)[0] in (20, 30)
+    assert (output.statistics.num_flags, output.statistics.num_discarded_tokens) == (1, 0)
+
+
+@pytest.mark.parametrize("risk", [0.9, math.nan])
+def test_a_prompt_whose_risk_is_unknown_is_unsafe(tokenizer, risk):
+    assert ask(tokenizer, {10: risk}).events[0][0].is_prompt
+
+
+@pytest.mark.parametrize(
+    ("threshold", "fields"),
+    [(0.95, {}), (None, {}), (0.5, {"screen_prompts": False})],
+    ids=["safe", "no probe", "off"],
+)
+def test_otherwise_it_is_none(tokenizer, threshold, fields):
+    output = ask(tokenizer, threshold=threshold, **fields)
+    assert outcomes(output) == []
+    assert tokens_of(output) == [*range(11, 20)]
+
+
+@DRAFTS
+@pytest.mark.parametrize("policy", [{}, {"do_sample": True, "top_k": 0, "seed": 3}], ids=["greedy", "sampled"])
+def test_a_dismissed_flag_changes_nothing(tokenizer, draft, policy):
+    fields = {"script": SAMPLED, "false_alarm_margin": 0.5, **policy}
+    torch.manual_seed(0)
+    output = ask(tokenizer, **fields, draft=draft)
+    torch.manual_seed(0)
+    silent = ask(tokenizer, **fields, draft=draft, screen_prompts=False)
+    (event,) = output.events[0]
+    assert (event.outcome, event.is_prompt, event.chosen, event.num_candidates) == ("dismissed", True, None, 8)
+    assert draft or tokens_of(output) == tokens_of(silent)  # a draft that samples draws its own
+    assert policy or tokens_of(output) == tokens_of(silent)
+    assert not has_reflected(output)
+    assert not output.statistics.num_discarded_tokens
+
+
+def test_one_candidate_that_is_not_harmless_confirms_it(tokenizer):
+    output = ask(tokenizer, {12: 0.3}, false_alarm_margin=0.5)
+    assert outcomes(output) == ["confirmed", "recovered"]
+    assert [event.is_prompt for event in output.events[0]] == [True, True]
+    assert has_reflected(output)
+
+
+def test_the_flag_after_a_dismissed_one_is_believed(tokenizer):
+    output = ask(tokenizer, {15: 0.9}, false_alarm_margin=0.5)
+    assert outcomes(output)[:2] == ["dismissed", "recovered"]
+    assert [event.is_prompt for event in output.events[0]][:2] == [True, False]
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("refuse", REFUSED), ("stop", "safety_stop")])
+def test_policies_that_end_answers_end_it_at_once(tokenizer, policy, reason):
+    output = ask(tokenizer, policy=policy)
+    assert output.finish_reasons == [reason]
+    assert output.events[0][0].is_prompt
+    assert 11 not in tokens_of(output)
+    assert (tokens_of(output) == []) == (policy == "stop")
+
+
+def test_where_risks_are_only_observed_it_is_reported(tokenizer):
+    output = ask(tokenizer, {13: 0.8}, policy="observe")
+    assert outcomes(output) == ["observed", "observed"]
+    assert [event.is_prompt for event in output.events[0]] == [True, False]
+    assert output.statistics.num_flags == 2
+    assert tokens_of(output) == [*range(11, 20)]
+
+
+def test_nothing_but_the_answer_is_streamed(tokenizer):
+    recorder = Recorder()
+    output = ask(tokenizer, streamer=recorder)
+    assert recorder.tokens == output.sequences[0].tolist()
+
+
+def test_rows_of_a_batch_are_screened_as_they_would_be_alone(tokenizer):
+    prompts = [[[0, 0, 10]], [[0, 14, 16]], [[3, 4, 10]]]
+    batch = ask(tokenizer, prompt=[row for (row,) in prompts])
+    alone = [ask(tokenizer, prompt=prompt) for prompt in prompts]
+    assert [tokens_of(batch, row, 3) for row in range(3)] == [tokens_of(one, 0, 3) for one in alone]
+    assert [outcomes(batch, row) for row in range(3)] == [["recovered"], [], ["recovered"]]
+
+
+def test_a_silent_screen_adds_no_forward(tokenizer):
+    forwards = [
+        ask(tokenizer, {10: 0.1}, draft=count_up, screen_prompts=is_on).statistics.num_target_forwards
+        for is_on in (True, False)
+    ]
+    assert forwards[0] == forwards[1]
+
+
+@pytest.mark.parametrize("prompt", ["tokens", "embeddings", "cached", "padded embeddings"])
+def test_the_last_token_of_any_prompt_is_what_is_scored(tokenizer, prompt):
+    torch.manual_seed(0)
+    model = build_model()
+    attach_safety_head(model, build_head(model, prompt_threshold=0.5), tokenizer=tokenizer)
+    head, ids = model.safety.head, torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    mask = torch.ones_like(ids)
+    if prompt == "padded embeddings":
+        mask[0, :2] = 0
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states
+        last_BF = torch.cat([hidden[layer][:, -1] for layer in head.config.hidden_layers], dim=-1)
+        expected = head.prompt_risk(last_BF)
+    arguments = {"input_ids": ids}
+    if "embeddings" in prompt:
+        arguments = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    if prompt == "cached":
+        arguments[CACHE_NAME] = getattr(model(ids[:, :2], use_cache=True), CACHE_NAME)
+    head.config.prompt_threshold = 1e-9
+    output = model.generate(
+        **arguments,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+        safespec=SafeSpecConfig(policy="observe"),
+    )
+    found = [events[0].risk for events in output.events]
+    assert all(events[0].is_prompt for events in output.events)
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
