@@ -48,6 +48,7 @@ ABLATIONS = (
     "safespec:rollback_segments=0",
     "safespec:candidate_choice=likeliest_safe",
     "safespec:false_alarm_margin=null",
+    "safespec:screen_prompts=false",
     "safespec:recovery_temperature=0.7",
     "safespec:reflection_scope=recovery",
 )
