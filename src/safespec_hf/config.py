@@ -51,7 +51,7 @@ class SafeSpecConfig:
             is that of an unguarded call, and streamed without delay; flags are only reported as events.
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
-            is unsafe: next to nothing is flagged.
+            is unsafe: next to nothing is flagged, but for prompts, which have a threshold of their own.
         operating_point (`str`, *optional*):
             One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
             instead of a `risk_threshold`.

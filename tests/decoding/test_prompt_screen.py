@@ -7,7 +7,7 @@ import torch
 from scripted import TURNS, answer, count_after, count_up, tokens_of
 from tiny import THINK, Recorder, build_head, build_model
 
-from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.engine.cache import CACHE_NAME
 
 REFUSED = "safety_refusal"
@@ -154,3 +154,12 @@ def test_the_last_token_of_any_prompt_is_what_is_scored(tokenizer, prompt):
     found = [events[0].risk for events in output.events]
     assert all(events[0].is_prompt for events in output.events)
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("given", "set_later"), [(None, 0.5), (0.5, None)], ids=["without a probe", "with one"])
+def test_a_threshold_that_was_set_later_is_refused_before_the_first_forward(tokenizer, given, set_later):
+    model = build_model()
+    attach_safety_head(model, build_head(model, prompt_threshold=given), tokenizer=tokenizer)
+    model.safety.head.config.prompt_threshold = set_later
+    with pytest.raises(UnsupportedRequestError, match="prompt_threshold"):
+        model.generate(torch.tensor([[11, 12]]), max_new_tokens=4, safespec=True)

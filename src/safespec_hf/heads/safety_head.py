@@ -260,6 +260,12 @@ def check_usable(head: SafetyHead, model: PreTrainedModel) -> None:
         config.check()
     except (TypeError, ValueError) as error:
         raise UnsupportedRequestError(f"The safety head's config was changed after loading: {error}") from error
+    if (head.prompt_probe is None) != (config.prompt_threshold is None):
+        raise UnsupportedRequestError(
+            f"The safety head's config was changed after loading: `prompt_threshold` is {config.prompt_threshold}, but "
+            f"the head has {'no' if head.prompt_probe is None else 'a'} probe for prompts. `safespec train-prompts` "
+            "gives it one, and `SafeSpecConfig(screen_prompts=False)` leaves prompts alone."
+        )
     num_inputs = cast("nn.Linear", head.mlp[0]).in_features
     if config.num_features != num_inputs or max(config.hidden_layers or [0]) > num_layers:
         raise UnsupportedRequestError(
