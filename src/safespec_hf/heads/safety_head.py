@@ -262,7 +262,7 @@ def check_usable(head: SafetyHead, model: PreTrainedModel) -> None:
         raise UnsupportedRequestError(f"The safety head's config was changed after loading: {error}") from error
     if (head.prompt_probe is None) != (config.prompt_threshold is None):
         raise UnsupportedRequestError(
-            f"The safety head's config was changed after loading: `prompt_threshold` is {config.prompt_threshold}, but "
+            f"The safety head's config was changed after loading: `prompt_threshold={config.prompt_threshold}`, but "
             f"the head has {'no' if head.prompt_probe is None else 'a'} probe for prompts. `safespec train-prompts` "
             "gives it one, and `SafeSpecConfig(screen_prompts=False)` leaves prompts alone."
         )
