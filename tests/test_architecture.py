@@ -245,6 +245,12 @@ def test_old_import_paths_lead_to_the_same_module(old, new):
     assert sys.modules[f"safespec_hf.{new}"].__spec__.name == f"safespec_hf.{new}"
 
 
+def test_the_config_of_a_head_is_still_found_where_it_was():
+    assert importlib.import_module("safespec_hf.config").SafetyHeadConfig is safespec_hf.SafetyHeadConfig
+    with pytest.raises(AttributeError, match="SafetyHeadConfigs"):
+        importlib.import_module("safespec_hf.config").SafetyHeadConfigs  # noqa: B018
+
+
 def test_what_is_loaded_lazily_is_what_type_checkers_are_told():
     tree = parse(PACKAGE / "__init__.py")
     guarded = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")

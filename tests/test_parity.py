@@ -25,7 +25,6 @@ from tiny import (
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import SafeSpecConfig, SafetyHead
-from safespec_hf.config import SafetyHeadConfig
 from safespec_hf.decoding.assistant import Draft
 from safespec_hf.decoding.drafts import make_drafting
 from safespec_hf.decoding.loop import Decoder
@@ -33,6 +32,7 @@ from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.decoding.plan import Plan
 from safespec_hf.decoding.request import make_rows
 from safespec_hf.engine.cache import CachedModel
+from safespec_hf.heads.head_config import SafetyHeadConfig
 
 
 class PreferEven(LogitsProcessor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -286,3 +287,10 @@ class SafeSpecConfig:
                 f"A `SafeSpecConfig` has no field {', '.join(unknown)}. Its fields are {', '.join(known)}."
             )
         return cls(**values)
+
+
+def __getattr__(name: str) -> Any:
+    """The config of a head was here before it moved to the heads."""
+    if name != "SafetyHeadConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(".heads.head_config", __package__).SafetyHeadConfig

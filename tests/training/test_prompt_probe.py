@@ -52,7 +52,7 @@ def test_from_prompts_to_a_head_that_knows_them(target_folder, tmp_path, files, 
     assert torch.equal(after.risk(features), before.risk(features))  # of answers nothing changes
     assert record["flagged"]["new, unsafe"]["share"] >= 0.8
     assert record["flagged"]["new, safe"]["share"] <= 0.2
-    assert record["auroc"] == 1
+    assert record["auroc"] > 0.9
     assert sorted(record["provenance"]["data"]) == ["calm.jsonl", "harmful.jsonl", "harmless.jsonl", "new.jsonl"]
     card = (head / "README.md").read_text()
     assert "## Prompts" in card

@@ -19,6 +19,7 @@ from safespec_hf.vllm.spec import ARGUMENT, GuardOrder
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 POLICY = {"reflection": "pause think", "refusal": "no thanks", "max_segment_tokens": 6, "num_candidates": 3, "seed": 0}
+POLICY |= {"screen_prompts": False}
 OPTIONS = {"dtype": "float32", "max_num_seqs": 8, "block_size": 32, "enforce_eager": True, "max_model_len": 128}
 
 
@@ -31,7 +32,8 @@ def parts(tmp_path_factory):
     model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     config = {"pooling": "mean+ewma", "span": "answer", "hidden_layers": [1, 2]}
-    head = tiny.build_noisy_head(model, 0.9, tokenizer=tokenizer, **config)
+    head = tiny.build_noisy_head(model, 0.9, tokenizer=tokenizer, prompt_threshold=0.5, **config)
+    torch.nn.init.normal_(head.prompt_probe.weight, std=0.1)
     head.save_pretrained(folder / "head")
     return model, head, folder
 
@@ -74,6 +76,30 @@ def test_a_silent_head_changes_no_token_and_risks_are_our_own(parts, llm, prompt
         differences = [abs(a - b) for a, b in zip(output.risks, own, strict=True) if not math.isnan(a)]
         assert len(differences) >= len(own) - 1
         assert max(differences, default=0) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["llm", "in_pieces"])
+def test_unsafe_prompts_are_flagged_and_a_dismissed_flag_changes_nothing(parts, prompts, engine, request):
+    model, head, _ = parts
+    llm = request.getfixturevalue(engine)
+    policy = {"risk_threshold": 1.0, "false_alarm_margin": 0.0}
+    outputs = answer(llm, prompts, screen_prompts=True, **policy)
+    with torch.no_grad():
+        hidden = model(torch.tensor(prompts), output_hidden_states=True).hidden_states
+        risks = head.prompt_risk(torch.cat([hidden[layer][:, -1] for layer in (1, 2)], dim=-1)).tolist()
+    flagged = [risk >= 0.5 for risk in risks]
+    assert 2 <= sum(flagged) <= 10
+    assert [bool(output.events) for output in outputs] == flagged
+    for output, risk in zip(outputs, risks, strict=True):
+        assert all((event.outcome, event.is_prompt) == ("dismissed", True) for event in output.events)
+        assert all(event.risk == pytest.approx(risk, abs=1e-4) for event in output.events)
+    silent = answer(llm, prompts, **policy)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in silent]
+    refused = answer(llm, prompts, screen_prompts=True, policy="refuse", risk_threshold=1.0)
+    assert [output.finish_reason == "safety_refusal" for output in refused] == flagged
+    assert [output.token_ids for output, is_flagged in zip(refused, flagged, strict=True) if not is_flagged] == [
+        output.token_ids for output, is_flagged in zip(silent, flagged, strict=True) if not is_flagged
+    ]
 
 
 def test_nothing_flagged_is_in_an_answer_and_nothing_is_left(parts, llm, prompts):
