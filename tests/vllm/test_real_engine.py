@@ -32,7 +32,10 @@ def parts(tmp_path_factory):
     model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     config = {"pooling": "mean+ewma", "span": "answer", "hidden_layers": [1, 2]}
-    head = tiny.build_noisy_head(model, 0.9, tokenizer=tokenizer, prompt_threshold=0.5, **config)
+    noisy = tiny.build_noisy_head(model, 0.9, tokenizer=tokenizer, **config)
+    limits = {"threshold": noisy.config.risk_threshold, "prompt_threshold": 0.5}
+    head = tiny.build_head(model, tokenizer=tokenizer, **limits, **config)
+    head.mlp.load_state_dict(noisy.mlp.state_dict())
     torch.nn.init.normal_(head.prompt_probe.weight, std=0.1)
     head.save_pretrained(folder / "head")
     return model, head, folder
