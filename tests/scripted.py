@@ -145,3 +145,13 @@ def tokens_of(output, row=0, prompt=1):
 def risks_of(output):
     # float32 risks of scripted float32 logits: six digits are right
     return [round(risk, 6) for risk in output.risks[0].tolist()]
+
+
+def outcomes_of(output, row=0):
+    """What became of each flag of an answer."""
+    return [event.outcome for event in output.events[row]]
+
+
+def has_reflected(output):
+    """Whether the target has read a reflection."""
+    return any(THINK in context for context in output.model.contexts)

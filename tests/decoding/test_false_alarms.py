@@ -3,8 +3,7 @@
 import math
 
 import pytest
-from scripted import TURNS, answer, count_after, tokens_of
-from tiny import THINK
+from scripted import TURNS, answer, count_after, has_reflected, outcomes_of, tokens_of
 
 # 15 is unsafe. Without the reflection candidates go on with 30, or with 35, instead of 14.
 SCRIPT = count_after({**TURNS, 13: {14: 0.9, 30: 0.06, 35: 0.04}})
@@ -14,14 +13,6 @@ SOURCES = pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["tar
 def ask(tokenizer, risks=None, **fields):
     fields = {"script": SCRIPT, "flagged_token_penalty": math.inf, "false_alarm_margin": 0.5, **fields}
     return answer(tokenizer, {15: 0.9, **(risks or {})}, **fields)
-
-
-def outcomes(output, row=0):
-    return [event.outcome for event in output.events[row]]
-
-
-def has_reflected(output):
-    return any(THINK in context for context in output.model.contexts)
 
 
 @SOURCES
@@ -58,7 +49,7 @@ def test_one_that_ends_before_the_flagged_token_is_taken_only_if_all_do(tokenize
 @pytest.mark.parametrize("risk", [0.26, 0.9, math.nan])
 def test_one_that_is_not_harmless_confirms_the_flag_and_the_reflection_follows(tokenizer, draft, risk):
     output = ask(tokenizer, {31: risk, 35: 0.1}, num_candidates=16, draft=draft, min_segment_tokens=1)
-    assert outcomes(output)[:2] == ["confirmed", "recovered"]
+    assert outcomes_of(output)[:2] == ["confirmed", "recovered"]
     assert has_reflected(output)
     event = output.events[0][0]
     assert event.chosen is None
@@ -68,39 +59,39 @@ def test_one_that_is_not_harmless_confirms_the_flag_and_the_reflection_follows(t
 @pytest.mark.parametrize(("margin", "outcome"), [(0.0, "dismissed"), (0.39, "dismissed"), (0.41, "confirmed")])
 def test_how_harmless_that_is_is_a_share_of_the_threshold(tokenizer, margin, outcome):
     risks = dict.fromkeys((30, 35), 0.3)
-    assert outcomes(ask(tokenizer, risks, false_alarm_margin=margin))[0] == outcome
+    assert outcomes_of(ask(tokenizer, risks, false_alarm_margin=margin))[0] == outcome
 
 
 @pytest.mark.parametrize("fields", [{"false_alarm_margin": None}, {"num_candidates": 1}], ids=str)
 def test_without_a_margin_or_with_a_single_candidate_nothing_is_tested(tokenizer, fields):
     output = ask(tokenizer, **fields)
-    assert outcomes(output)[0] == "recovered"
+    assert outcomes_of(output)[0] == "recovered"
     assert has_reflected(output)
 
 
 def test_only_the_first_flag_is_tested(tokenizer):
     output = ask(tokenizer, {33: 0.9, 38: 0.9}, max_new_tokens=12)
-    assert outcomes(output)[:2] == ["dismissed", "recovered"]
+    assert outcomes_of(output)[:2] == ["dismissed", "recovered"]
     assert has_reflected(output)
 
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_dismissed_flag_counts_as_a_recovery_and_a_confirmed_one_does_not(tokenizer, most):
     output = ask(tokenizer, {33: 0.9, 38: 0.9}, max_new_tokens=12, max_recoveries=most)
-    assert outcomes(output)[:2] == ["dismissed", "refused" if most == 1 else "recovered"]
-    assert outcomes(ask(tokenizer, dict.fromkeys((30, 35), 0.4), max_recoveries=most)) == ["confirmed", "recovered"]
+    assert outcomes_of(output)[:2] == ["dismissed", "refused" if most == 1 else "recovered"]
+    assert outcomes_of(ask(tokenizer, dict.fromkeys((30, 35), 0.4), max_recoveries=most)) == ["confirmed", "recovered"]
 
 
 def test_a_policy_without_recoveries_tests_nothing(tokenizer):
     output = ask(tokenizer, max_recoveries=0)
-    assert outcomes(output) == ["refused"]
+    assert outcomes_of(output) == ["refused"]
     assert output.statistics.num_candidates == 0
 
 
 def test_a_test_ends_as_soon_as_one_candidate_is_not_harmless(tokenizer):
     early = ask(tokenizer, dict.fromkeys((30, 35), 0.4), max_segment_tokens=3)
     late = ask(tokenizer, dict.fromkeys((32, 37), 0.4), max_segment_tokens=3)
-    assert outcomes(early)[0] == outcomes(late)[0] == "confirmed"
+    assert outcomes_of(early)[0] == outcomes_of(late)[0] == "confirmed"
     assert early.statistics.num_target_forwards == late.statistics.num_target_forwards - 2
     # of candidates that were given up while they were safe nothing is known
     assert (early.events[0][0].num_safe_candidates, early.events[0][0].num_unsafe_candidates) == (0, 0)

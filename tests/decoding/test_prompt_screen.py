@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from scripted import TURNS, answer, count_after, count_up, tokens_of
-from tiny import THINK, Recorder, build_head, build_model
+from scripted import TURNS, answer, count_after, count_up, has_reflected, outcomes_of, tokens_of
+from tiny import Recorder, build_head, build_model
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.engine.cache import CACHE_NAME
@@ -18,14 +18,6 @@ SAMPLED = count_after({**TURNS, 10: {11: 0.7, 30: 0.3}, 14: {15: 0.5, 25: 0.5}})
 
 def ask(tokenizer, risks=None, *, threshold=0.5, **fields):
     return answer(tokenizer, {10: 0.9, **(risks or {})}, head={"prompt_threshold": threshold}, **fields)
-
-
-def outcomes(output, row=0):
-    return [event.outcome for event in output.events[row]]
-
-
-def has_reflected(output):
-    return any(THINK in context for context in output.model.contexts)
 
 
 @DRAFTS
@@ -51,7 +43,7 @@ def test_a_prompt_whose_risk_is_unknown_is_unsafe(tokenizer, risk):
 )
 def test_otherwise_it_is_none(tokenizer, threshold, fields):
     output = ask(tokenizer, threshold=threshold, **fields)
-    assert outcomes(output) == []
+    assert outcomes_of(output) == []
     assert tokens_of(output) == [*range(11, 20)]
 
 
@@ -73,14 +65,14 @@ def test_a_dismissed_flag_changes_nothing(tokenizer, draft, policy):
 
 def test_one_candidate_that_is_not_harmless_confirms_it(tokenizer):
     output = ask(tokenizer, {12: 0.3}, false_alarm_margin=0.5)
-    assert outcomes(output) == ["confirmed", "recovered"]
+    assert outcomes_of(output) == ["confirmed", "recovered"]
     assert [event.is_prompt for event in output.events[0]] == [True, True]
     assert has_reflected(output)
 
 
 def test_the_flag_after_a_dismissed_one_is_believed(tokenizer):
     output = ask(tokenizer, {15: 0.9}, false_alarm_margin=0.5)
-    assert outcomes(output)[:2] == ["dismissed", "recovered"]
+    assert outcomes_of(output)[:2] == ["dismissed", "recovered"]
     assert [event.is_prompt for event in output.events[0]][:2] == [True, False]
 
 
@@ -95,7 +87,7 @@ def test_policies_that_end_answers_end_it_at_once(tokenizer, policy, reason):
 
 def test_where_risks_are_only_observed_it_is_reported(tokenizer):
     output = ask(tokenizer, {13: 0.8}, policy="observe")
-    assert outcomes(output) == ["observed", "observed"]
+    assert outcomes_of(output) == ["observed", "observed"]
     assert [event.is_prompt for event in output.events[0]] == [True, False]
     assert output.statistics.num_flags == 2
     assert tokens_of(output) == [*range(11, 20)]
@@ -112,7 +104,7 @@ def test_rows_of_a_batch_are_screened_as_they_would_be_alone(tokenizer):
     batch = ask(tokenizer, prompt=[row for (row,) in prompts])
     alone = [ask(tokenizer, prompt=prompt) for prompt in prompts]
     assert [tokens_of(batch, row, 3) for row in range(3)] == [tokens_of(one, 0, 3) for one in alone]
-    assert [outcomes(batch, row) for row in range(3)] == [["recovered"], [], ["recovered"]]
+    assert [outcomes_of(batch, row) for row in range(3)] == [["recovered"], [], ["recovered"]]
 
 
 def test_a_silent_screen_adds_no_forward(tokenizer):

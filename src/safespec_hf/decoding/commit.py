@@ -167,6 +167,16 @@ class Committer:
         # what is only reported is not worth a forward of its own, unless it is asked for
         return bool(wish) or (reason != "eos" and not self.plan.observes)
 
+    def flag_prompt(self, row: Row, risk: float) -> Flag | None:
+        """The flag of an unsafe prompt; where risks are only observed an event instead."""
+        if risk < self.plan.prompt_threshold:  # not "risk >= threshold": a nan must never pass for safe
+            return None
+        if self.plan.observes:
+            row.events.append(SafeSpecEvent(0, risk, 0, 0, outcome="observed", is_prompt=True))
+            return None
+        self.statistics.num_flags += 1
+        return Flag(0, risk, 0, 0, is_prompt=True)
+
     def roll_back(self, row: Row, flagged: int, risk: float) -> Flag:
         """Takes back an unsafe token with its segment, and what the policy gives up before it."""
         position = len(row.visible(0, flagged))

@@ -87,7 +87,7 @@ class Decoder:
         self.streamer, self.watch, self.prompt = streamer, watch, prompt
         self.statistics = SafeSpecStatistics()
         self.commits = Committer(plan, self.statistics, rows)
-        self.screen = PromptScreen(plan, self.statistics)
+        self.screen = PromptScreen(plan, self.commits)
         self.shares = [Shares(seed) for seed in plan.answer_seeds]
         self.segments: list[list[SafeSpecSegment]] | None = None  # those of segment mode
         # of finished rows the number of tokens that they have read, and their states, if a caller wants them

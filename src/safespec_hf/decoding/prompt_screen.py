@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..answer.rows import Row
-from ..outputs import SafeSpecEvent, SafeSpecStatistics
-from .commit import Flag
+from .commit import Committer, Flag
 from .plan import Plan
 
 
@@ -18,12 +17,12 @@ class PromptScreen:
 
     Args:
         plan ([`Plan`]): The call.
-        statistics ([`SafeSpecStatistics`]): Counts flags.
+        commits ([`Committer`]): Makes flags.
     """
 
-    def __init__(self, plan: Plan, statistics: SafeSpecStatistics):
+    def __init__(self, plan: Plan, commits: Committer):
         self.plan = plan
-        self.statistics = statistics
+        self.commits = commits
         self._is_wanted = plan.screens_prompts
         self._read_before_BF: Tensor | None = None
         self._risks: list[float] = []
@@ -62,14 +61,9 @@ class PromptScreen:
         self._risks = [risk for risks_B in risks for risk in risks_B.tolist()]
 
     def flags(self, rows: Sequence[Row]) -> list[Flag | None]:
-        """Of each row the flag of its prompt, once; where risks are only observed an event instead."""
-        risks, self._risks = self._risks or [0.0] * len(rows), []
-        # not "risk >= threshold": a nan must never pass for safe
-        flags = [None if risk < self.plan.prompt_threshold else Flag(0, risk, 0, 0, is_prompt=True) for risk in risks]
-        if not self.plan.observes:
-            self.statistics.num_flags += sum(flag is not None for flag in flags)
-            return flags
-        for row, flag in zip(rows, flags, strict=True):
-            if flag is not None:
-                row.events.append(SafeSpecEvent(0, flag.risk, 0, 0, outcome="observed", is_prompt=True))
-        return [None] * len(rows)
+        """Of each row the flag of its prompt, once."""
+        assert not self._is_wanted, "no prompt may pass without a risk"
+        if not self._risks:
+            return [None] * len(rows)
+        risks, self._risks = self._risks, []
+        return [self.commits.flag_prompt(*pair) for pair in zip(rows, risks, strict=True)]

@@ -5,16 +5,12 @@ Shapes: N prompts, F tapped features (hidden size times layers).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
@@ -30,7 +26,7 @@ from .data import Example
 from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
 from .record import update_record
 from .report import provenance
-from .shards import compute_shards
+from .shards import compute_texts
 
 MAX_PROMPT_TOKENS, BATCH_TOKENS, NUM_SHARD_PROMPTS = 1024, 4096, 64
 INVERSE_STRENGTH = 0.003
@@ -73,11 +69,9 @@ def read_prompts(
         return found
 
     parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), list(layers), "prompts"]
-    folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     lengths = {key: text.num_tokens for key, text in by_key.items()}
-    places = compute_shards(folder, lengths, NUM_SHARD_PROMPTS, compute, "prompts")
-    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
-    return torch.stack([shards[places[text.key].file][str(places[text.key].number)] for text in texts])
+    found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_PROMPTS, compute, "prompts")
+    return torch.stack([found[text.key] for text in texts])
 
 
 def fit_probe(states_NF: Tensor, labels: Sequence[int]) -> tuple[Tensor, float]:

@@ -6,13 +6,10 @@ Shapes: H heads, T tokens of an answer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +19,7 @@ from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead, target_binding
 from .data import Example
 from .hidden import encode, hash_weights, score_texts
-from .shards import compute_shards
+from .shards import compute_texts
 
 NUM_SHARD_EXAMPLES = 64
 
@@ -66,12 +63,9 @@ def read_risks(
         return {str(index): risks_HT for index, risks_HT in scored.items()}
 
     parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), *map(hash_head, heads)]
-    folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     lengths = {key: text.num_tokens for key, text in texts.items()}
-    places = compute_shards(folder, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
-    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
-    found = [shards[places[text.key].file][str(places[text.key].number)] for text in encoded]
-    return [[risks_HT[number] for risks_HT in found] for number in range(len(heads))]
+    found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
+    return [[found[text.key][number] for text in encoded] for number in range(len(heads))]
 
 
 def hash_head(head: SafetyHead) -> str:

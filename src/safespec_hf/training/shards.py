@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -94,6 +94,31 @@ def compute_shards(
     state.wait_for_everyone()
     found = find_places(folder)
     return {key: found[key] for key in lengths}
+
+
+def compute_texts(
+    cache_dir: str | os.PathLike[str],
+    parts: Sequence[object],
+    lengths: Mapping[str, int],
+    size: int,
+    compute: Callable[[Sequence[str]], dict[str, Tensor]],
+    title: str,
+) -> dict[str, Tensor]:
+    """One tensor for each text, computed or found in the cache.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`): Gets a folder named by a hash of `parts`.
+        parts (`Sequence[object]`): All that the tensors depend on besides the texts, as JSON can hold it.
+        lengths, size, title: As for [`compute_shards`].
+        compute (`Callable`): As there, but its tensors are named by the place of their keys: "0", "1", ...
+
+    Returns:
+        `dict[str, torch.Tensor]`: By the key of each text.
+    """
+    folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    places = compute_shards(folder, lengths, size, compute, title)
+    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
+    return {key: shards[place.file][str(place.number)] for key, place in places.items()}
 
 
 def _save(folder: Path, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:

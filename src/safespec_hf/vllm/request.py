@@ -29,7 +29,7 @@ from ..decoding.commit import Committer, Flag, Pending
 from ..decoding.outcome import attempt_event, end_answer, insert_reflection, room_for_candidate
 from ..decoding.plan import Plan
 from ..outputs import Provenance, SafeSpecStatistics
-from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, prompt_flag, risks_of, why_untrusted
+from .rounds import Candidates, GuardedResult, Recovery, Submission, guard_order, risks_of, why_untrusted
 from .sampling import Sampling, shifted_seed
 from .spec import ARGUMENT, LOST_STATE, CandidateOrder, RiskRecord
 
@@ -121,14 +121,14 @@ class GuardedRequest:
         (key,) = running
         record = records.get(key)
         failure = "the worker knows nothing of it" if record is None else record.failure
-        if record is not None and (flag := prompt_flag(self.row, self.plan, record, self.statistics)) is not None:
+        risk = None if record is None else record.prompt_risk
+        if risk is not None and (flag := self._commits.flag_prompt(self.row, risk)) is not None:
             self._reopen()
             return self._recover(flag)
         flagged = None if record is None else self._note(record)
         if flagged is not None:
             self._reopen()
-            risk = self.row.risks[flagged]
-            return self._recover(self._commits.roll_back(self.row, flagged, risk))
+            return self._recover(self._commits.roll_back(self.row, flagged, self.row.risks[flagged]))
         if failure == LOST_STATE and self._num_rereads < MAX_REREADS:
             self._num_rereads += 1
             self._reopen()

@@ -188,18 +188,6 @@ def guard_order(
     )
 
 
-def prompt_flag(row: Row, plan: Plan, record: RiskRecord, statistics: SafeSpecStatistics) -> Flag | None:
-    """The flag of a prompt; where risks are only observed an event instead."""
-    # not "risk >= threshold": a nan must never pass for safe
-    if record.prompt_risk is None or row.events or record.prompt_risk < plan.prompt_threshold:
-        return None
-    if plan.observes:
-        row.events.append(SafeSpecEvent(0, record.prompt_risk, 0, 0, outcome="observed", is_prompt=True))
-        return None
-    statistics.num_flags += 1
-    return Flag(0, record.prompt_risk, 0, 0, is_prompt=True)
-
-
 def inserted_ranges(row: Row) -> list[tuple[int, int]]:
     """Ranges of answer tokens that were inserted."""
     found: list[tuple[int, int]] = []
