@@ -110,10 +110,13 @@ class AnswerFile:
             if part == "common" and begun:
                 changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
-                name = changed[0]
+                name, was, now_is = changed[0], before.get(changed[0]), now.get(changed[0])
+                while isinstance(was, dict) and isinstance(now_is, dict):
+                    inner = next(key for key in {**was, **now_is} if was.get(key) != now_is.get(key))
+                    name, was, now_is = f"{name}.{inner}", was.get(inner), now_is.get(inner)
                 raise SafeSpecError(
-                    f"{self.path} was begun with other settings: in {part}, {name!r} was {before.get(name)!r:.300} "
-                    f"and is {now.get(name)!r:.300} now. Give another file, or delete this one."
+                    f"{self.path} was begun with other settings: in {part}, {name!r} was {was!r:.300} "
+                    f"and is {now_is!r:.300} now. Give another file, or delete this one."
                 )
         return {part: {**begun.get(part, {}), **now} for part, now in settings.items()}
 

@@ -155,10 +155,13 @@ def plan(methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]], batch_
 def describe(
     engine: Engine, methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]], settings: RunSettings
 ) -> dict[str, dict[str, Any]]:
-    """All that answers depend on: of all of them, of each method, and of each set."""
+    """All that answers depend on: of all of them, of each method, and of each set.
+
+    Heads belong to the methods that ask them, so that another head leaves undefended answers as they were.
+    """
     model, draft = engine.model, engine.draft
-    heads = (model.safety.head, model.safety.draft_head) if isinstance(model, GuardedModel) else (None, None)
-    head, draft_head = (None if one is None else _describe_head(one) for one in heads)
+    safety = model.safety if isinstance(model, GuardedModel) else None
+    heads = {name: _describe_head(getattr(safety, name, None)) for name in ("head", "draft_head")}
     common = {
         **asdict(settings),
         "max_new_tokens": engine.max_new_tokens,
@@ -167,13 +170,11 @@ def describe(
         "weights": hash_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(str(engine.tokenizer.chat_template).encode()).hexdigest()[:16],
-        "head": head,
-        "draft_head": draft_head,
         "draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft),
     }
     return {
         "common": common,
-        "methods": {method.name: method.settings() for method in methods},
+        "methods": {method.name: method.settings() | (heads if method.needs_head else {}) for method in methods},
         "sets": {
             name: {"kind": prompts[0].kind, "num": len(prompts), "hash": hash_prompts(prompts)}
             for name, prompts in sets.items()
@@ -181,7 +182,9 @@ def describe(
     }
 
 
-def _describe_head(head: SafetyHead) -> dict[str, Any]:
+def _describe_head(head: SafetyHead | None) -> dict[str, Any] | None:
+    if head is None:
+        return None
     names = ("risk_threshold", "prompt_threshold")
     return {"weights": hash_weights(head), **{name: getattr(head.config, name) for name in names}}
 
