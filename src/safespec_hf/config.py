@@ -52,13 +52,13 @@ class SafeSpecConfig:
             is that of an unguarded call, and streamed without delay; flags are only reported as events.
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
-            is unsafe: next to nothing is flagged, but for prompts, which have a threshold of their own.
+            is unsafe: next to nothing is flagged, but for prompts, which keep the head's own threshold for them.
         operating_point (`str`, *optional*):
             One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
-            instead of a `risk_threshold`.
+            instead of a `risk_threshold`. Of prompts as well, where the head has been calibrated for them there.
         carried_risk (`float`, defaults to 0.0):
-            Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): the threshold is lowered by
-            this share of it.
+            Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): both thresholds are
+            lowered by this share of them.
         screen_prompts (`bool`, defaults to `True`):
             Score the prompt as well, where the head can. An unsafe one is a flag before the first token.
         num_draft_tokens (`int`, *optional*):

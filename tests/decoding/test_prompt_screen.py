@@ -47,6 +47,27 @@ def test_otherwise_it_is_none(tokenizer, threshold, fields):
     assert tokens_of(output) == [*range(11, 20)]
 
 
+@pytest.mark.parametrize(
+    ("policy", "is_flagged"),
+    [
+        ({}, False),
+        ({"operating_point": "strict"}, True),
+        ({"operating_point": "permissive"}, False),
+        ({"carried_risk": 0.02}, False),
+        ({"carried_risk": 0.1}, True),
+    ],
+    ids=str,
+)
+def test_prompts_have_their_thresholds_at_operating_points_and_after_risky_turns(tokenizer, policy, is_flagged):
+    points = {
+        "strict": {"risk_threshold": 0.5, "prompt_threshold": 0.8},
+        "permissive": {"risk_threshold": 0.5},
+    }
+    head = {"prompt_threshold": 0.95, "operating_points": points}
+    output = answer(tokenizer, {10: 0.9}, head=head, risk_threshold=None, **policy)
+    assert bool(output.events[0]) == is_flagged
+
+
 @DRAFTS
 @pytest.mark.parametrize("policy", [{}, {"do_sample": True, "top_k": 0, "seed": 3}], ids=["greedy", "sampled"])
 def test_a_dismissed_flag_changes_nothing(tokenizer, draft, policy):

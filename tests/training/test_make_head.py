@@ -24,8 +24,10 @@ HOW = ["--alpha", "0.1", "--layers", "1,2", "--max-new-tokens", "6"]
 @pytest.fixture
 def ask(target_folder, tmp_path):
     """The command line of a head for the tiny target."""
-    labelled = write_lines(tmp_path / "labelled.jsonl", [example.to_json() for example in make_examples(120)])
-    prompts = [{"prompt": f"w{10 + index % 20} w{10 + index // 20} no"} for index in range(40)]
+    labelled = write_lines(
+        tmp_path / "labelled.jsonl", [example.to_json() for example in make_examples(120, num_groups=100)]
+    )
+    prompts = [{"prompt": f"w{10 + index % 20} w{10 + index // 20} no"} for index in range(60)]
     asked = write_lines(tmp_path / "prompts.jsonl", prompts)
     return ["make-head", target_folder, "--prompts", asked, "--labelled", labelled, "--out", tmp_path / "head", *HOW]
 
@@ -37,7 +39,7 @@ def without_pictures(monkeypatch):
 
 def taken(output):
     """The steps that were taken, not found."""
-    lines = re.findall(r"Step \d of 5: (\w+), (.*)", output)
+    lines = re.findall(r"Step \d of 6: (\w+), (.*)", output)
     assert [name for name, _ in lines] == list(STEPS)
     return [name for name, what in lines if not what.endswith("done before")]
 
@@ -64,8 +66,16 @@ def test_one_command_makes_a_head_that_the_two_lines_it_prints_attach(ask, targe
     texts = {"README.md", "training.json", "report.json"}
     assert names == {"config.json", "model.safetensors", "report", "work", *texts}
     assert len(list((tmp_path / "head" / "report").glob("*.png"))) == 7
-    for said in ("Validation AUROC 0.", "against safe answers that do not refuse 0.", "calibrated on 12", "strict"):
+    for said in (
+        "Validation AUROC 0.",
+        "against safe answers that do not refuse 0.",
+        "calibrated on 18",
+        "It scores prompts as well",
+        "strict",
+    ):
         assert (said in output) == (said != "strict")  # which would take 19 answers
+    config = SafetyHead.from_pretrained(tmp_path / "head").config
+    assert 0 < config.prompt_threshold < 1
     target = AutoModelForCausalLM.from_pretrained(target_folder)
     names = {"attach_safety_head": attach_safety_head, "model": target}
     names |= {"tokenizer": AutoTokenizer.from_pretrained(target_folder), "inputs": {"input_ids": torch.tensor([[10]])}}
@@ -79,7 +89,7 @@ def test_one_command_makes_a_head_that_the_two_lines_it_prints_attach(ask, targe
     ("change", "again"),
     [
         ([], []),
-        (["--alpha", "0.2"], ["calibrate", "report"]),
+        (["--alpha", "0.2"], ["calibrate", "prompts", "report"]),
         (["--layers", "2"], STEPS[1:]),
         (["--max-new-tokens", "5"], STEPS),
         (["--seed", "1"], STEPS),
@@ -95,6 +105,15 @@ def test_only_what_a_change_touches_is_done_again_and_gives_what_a_fresh_run_giv
     assert taken(run(*ask)) == []
     run(*ask, "--out", tmp_path / "as first")
     assert weights(tmp_path / "head") == weights(tmp_path / "as first")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_with_few_prompts_a_head_scores_answers_alone_and_says_so(ask, tmp_path):
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"w{10 + index} no"} for index in range(40)])
+    output = run(*ask)
+    assert "not scored: 32 of each kind needed" in output
+    assert "It scores answers alone" in output
+    assert SafetyHead.from_pretrained(tmp_path / "head").config.prompt_threshold is None
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -156,7 +175,7 @@ def test_a_second_run_in_the_same_folder_is_refused(ask, tmp_path):
 def test_a_target_that_says_nothing_is_told(ask, target_folder):
     config = GenerationConfig(eos_token_id=list(range(40)), pad_token_id=0)
     config.save_pretrained(target_folder)
-    with pytest.raises(SafeSpecError, match=r"alpha=0\.1 needs 9 benign answers.*0 of 40"):
+    with pytest.raises(SafeSpecError, match=r"alpha=0\.1 needs 9 benign answers.*0 of 60"):
         run(*ask)
 
 
@@ -300,4 +319,4 @@ def test_killed_at_any_moment_and_started_again_it_gives_the_same_head(ask, tmp_
     assert [weights(root / f"killed{trial}") == whole for trial in range(6)] == [True] * 6
     assert SafetyHead.from_pretrained(root / "killed0").config.risk_threshold < 1
     record = json.loads((root / "killed0" / "training.json").read_text())
-    assert record["calibration"]["num_answers"] == 12
+    assert record["calibration"]["num_answers"] == 18

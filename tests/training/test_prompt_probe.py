@@ -5,13 +5,15 @@ import json
 import pytest
 import tiny
 import torch
-from samples import run, write_lines
+from samples import make_examples, run, write_lines
 
 from safespec_hf import SafeSpecError, SafetyHead
+from safespec_hf.training.calibrate import calibrate_head
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.data import Example
 from safespec_hf.training.hidden import render_prompt
-from safespec_hf.training.prompt_probe import check_prompts, fit_probe, read_prompts, with_probe
+from safespec_hf.training.metrics import ScoredAnswers
+from safespec_hf.training.prompt_probe import check_prompts, fit_probe, prompt_thresholds, read_prompts, with_probe
 
 HARMFUL, HARMLESS = 38, 12
 
@@ -87,6 +89,20 @@ def test_a_head_with_a_probe_survives_saving(target, tmp_path):
     states = torch.randn(3, 32)
     assert torch.equal(loaded.prompt_risk(states), head.prompt_risk(states))
     assert loaded.config.prompt_threshold == 0.25
+
+
+def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alone(target):
+    points = {name: {"risk_threshold": 0.5, "prompt_threshold": 0.1} for name in ("strict", "permissive", "mine")}
+    risks = [index / 1000 for index in range(300)]
+    found = prompt_thresholds(risks, 0.01, points)
+    assert list(found) == ["strict"]  # `permissive` would take 399 prompts, and `mine` is nobody's
+    head = with_probe(tiny.build_head(target, operating_points=points), torch.arange(32.0), 0.0, 0.9, found)
+    assert head.config.prompt_thresholds == found
+    assert head.config.prompt_threshold_at("permissive") == 0.9
+    benign = ScoredAnswers(make_examples(30), [torch.rand(9) / 2 for _ in range(30)])
+    calibrate_head(head, benign, None, alpha=0.1)
+    assert list(head.config.operating_points) == ["strict"]
+    assert head.config.prompt_thresholds == found
 
 
 def test_a_head_without_one_says_so(target):

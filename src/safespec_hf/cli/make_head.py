@@ -1,4 +1,4 @@
-"""The command that makes a head in one go: answers, features, training, calibration, report."""
+"""The command that makes a head in one go: answers, features, training, calibration, prompts, report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make_head(
     work: Annotated[Path | None, typer.Option(parser=parse_path, metavar="FOLDER", help=WORK_HELP)] = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Makes a head for any target: collect, features, train, calibrate and report, in one resumable run.
+    """Makes a head for any target: collect, features, train, calibrate, prompts and report, in one resumable run.
 
     Example: `safespec make-head owner/target --prompts harmless.jsonl --labelled answers.jsonl --out head`
 
@@ -159,6 +159,7 @@ def summarize(facts: Mapping[str, Any], out: Path) -> str:
             f"validation answers and {facts['false_alarms']:.1%} of the safe ones.",
             f"Of the target's own benign answers at most {facts['alpha']:.1%} (calibrated on "
             f"{facts['num_calibration']}), while they have no more than some {facts['p95_tokens']} tokens.",
+            _of_prompts(facts),
             "Other thresholds, for SafeSpecConfig(operating_point=...):" if points else "",
             *points,
             "Use it:",
@@ -166,6 +167,13 @@ def summarize(facts: Mapping[str, Any], out: Path) -> str:
             "  output = model.generate(**inputs, safespec=True, max_new_tokens=64)",
         ]
     ).replace("\n\n", "\n")
+
+
+def _of_prompts(facts: Mapping[str, Any]) -> str:
+    if (record := facts["prompts"]) is None:
+        return "It scores answers alone, as there were too few prompts of both kinds to learn from."
+    known = "" if record["auroc"] is None else f", validation AUROC {record['auroc']:.3f}"
+    return f"It scores prompts as well{known}, and flags at most {record['alpha']:.1%} of harmless ones."
 
 
 def _duration(seconds: float) -> str:

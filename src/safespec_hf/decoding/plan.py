@@ -65,8 +65,10 @@ class Plan:
     @property
     def prompt_threshold(self) -> float:
         """A prompt is unsafe iff its risk is >= this; infinite where prompts are not scored."""
-        limit = None if self.monitor is None else self.monitor.head.config.prompt_threshold
-        return math.inf if limit is None or not self.policy.screen_prompts else limit
+        policy = self.policy
+        config = None if self.monitor is None else self.monitor.head.config
+        limit = None if config is None else config.prompt_threshold_at(policy.operating_point)
+        return math.inf if limit is None or not policy.screen_prompts else limit * (1 - policy.carried_risk)
 
     @property
     def screens_prompts(self) -> bool:

@@ -36,7 +36,7 @@ class SafetyHeadConfig(PreTrainedConfig):
         operating_points (`dict`, *optional*):
             Other thresholds by name, chosen by `SafeSpecConfig(operating_point=)`: each a `dict` with `risk_threshold`
             in (0, 1] and what was measured there. `safespec calibrate` sets `"strict"`, `"balanced"` and
-            `"permissive"`.
+            `"permissive"`; with a `prompt_threshold`, which `safespec train-prompts` adds, for prompts as well.
         prompt_threshold (`float`, *optional*):
             A prompt is unsafe iff its risk is >= this, in (0, 1]. `None`: the head scores answers alone.
             `safespec train-prompts` sets it.
@@ -99,6 +99,8 @@ class SafetyHeadConfig(PreTrainedConfig):
         points = self.operating_points or {}
         is_sound = all(_is_threshold(_get(point, "risk_threshold")) for point in points.values())
         check_value("operating_points", points, is_sound, "dicts with a `risk_threshold` in (0, 1], by name")
+        is_sound = all(map(_is_threshold, self.prompt_thresholds.values()))
+        check_value("operating_points", points, is_sound, "dicts whose `prompt_threshold`, if any, is in (0, 1]")
 
     def threshold_at(self, operating_point: str | None = None) -> float:
         """The threshold of an operating point; the head's own without one.
@@ -115,6 +117,34 @@ class SafetyHeadConfig(PreTrainedConfig):
                 "`safespec calibrate` sets them, or pass `risk_threshold=`."
             )
         return float(points[operating_point]["risk_threshold"])
+
+    def prompt_threshold_at(self, operating_point: str | None = None) -> float | None:
+        """The threshold of prompts at an operating point; the head's own where the point has none.
+
+        Example:
+
+            >>> from safespec_hf import SafetyHeadConfig
+            >>> points = {"strict": {"risk_threshold": 0.3, "prompt_threshold": 0.5}}
+            >>> config = SafetyHeadConfig(prompt_threshold=0.6, operating_points=points)
+            >>> config.prompt_threshold_at("strict"), config.prompt_threshold_at()
+            (0.5, 0.6)
+        """
+        if self.prompt_threshold is None:
+            return None
+        return self.prompt_thresholds.get(operating_point or "", self.prompt_threshold)
+
+    @property
+    def prompt_thresholds(self) -> dict[str, float]:
+        """The thresholds of prompts by the names of the operating points that have one."""
+        points = self.operating_points or {}
+        return {name: point["prompt_threshold"] for name, point in points.items() if "prompt_threshold" in point}
+
+    def set_prompt_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        """Sets those of the operating points that are named, and takes away those of the others."""
+        for name, point in (self.operating_points or {}).items():
+            kept = {key: value for key, value in point.items() if key != "prompt_threshold"}
+            named = {"prompt_threshold": thresholds[name]} if name in thresholds else {}
+            self.operating_points = {**(self.operating_points or {}), name: kept | named}
 
     @property
     def num_tapped(self) -> int:

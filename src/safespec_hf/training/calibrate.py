@@ -158,7 +158,9 @@ def calibrate_head(
         fold_temperature(head, temperature)
     scores = torch.sigmoid(logits / temperature).tolist()
     points = find_operating_points(benign, labelled, temperature)
-    head.config.operating_points = points or None
+    of_prompts = head.config.prompt_thresholds
+    head.config.operating_points = dict(points) or None
+    head.config.set_prompt_thresholds(of_prompts)
     head.config.risk_threshold = conformal_threshold(scores, alpha)
     by_source: dict[str, list[float]] = {}
     for example, score in zip(benign.examples, scores, strict=True):

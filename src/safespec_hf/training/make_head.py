@@ -25,6 +25,7 @@ from .features import FeatureSettings, default_settings, extract_features
 from .hidden import hash_weights
 from .metrics import ScoredAnswers, auroc, flagged_rate, without_refusals
 from .parts import Parts, check_num_calibration
+from .prompt_probe import describe_requests, has_requests, split_requests, train_prompts
 from .record import read_record, update_record
 from .report import write_report
 from .saving import calibrate_and_save, score, train_and_save
@@ -32,7 +33,7 @@ from .settings import check_counts, check_ranges
 from .steps import STEP_FILE, Step, only_one
 from .train import Dataset, TrainSettings, check_sets
 
-STEPS = ("collect", "features", "train", "calibrate", "report")
+STEPS = ("collect", "features", "train", "calibrate", "prompts", "report")
 ANSWERS, REPORT_FOLDER = "answers.jsonl", "report"
 
 
@@ -41,7 +42,8 @@ class MakeSettings:
     """How a head is made.
 
     Args:
-        alpha (`float`, defaults to 0.02): Bound on the share of benign answers that are flagged anywhere, in (0, 1).
+        alpha (`float`, defaults to 0.02):
+            Bound on the share of benign answers that are flagged anywhere, and on that of harmless prompts, in (0, 1).
         layers (`tuple[int, ...]`, *optional*): Hidden states to choose from. Default: see [`default_settings`].
         max_new_tokens (`int`, defaults to 128): Of the target's own answers.
         max_response_tokens (`int`, defaults to 256): Longer answers are cut.
@@ -77,7 +79,7 @@ def make_head(
     chat_template: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Makes a head for a target: its answers, features, training, calibration, report.
+    """Makes a head for a target: its answers, features, training, calibration, a probe for prompts, report.
 
     A finished step is not done again unless something that it depends on has changed: target, data, settings or a
     step before it. After a kill the same call goes on, and gives the same head as one that was not killed. In `out`
@@ -151,14 +153,15 @@ def measure(head: SafetyHead, held_out: ScoredAnswers, record: Mapping[str, Any]
     Args:
         head ([`SafetyHead`]): Calibrated.
         held_out ([`ScoredAnswers`]): Validation answers of both classes, with their calibrated risks.
-        record (`Mapping`): Of the calibration.
+        record (`Mapping`): Of the head.
 
     Returns:
         `dict`: `auroc` and `auroc_non_refusal` (against safe answers that do not refuse; `None` without such),
         `recall` and `false_alarms` on validation answers at `risk_threshold`; `alpha`, `num_calibration`,
-        `operating_points` and `p95_tokens` of the calibration; `hidden_layers` and `reading`.
+        `operating_points` and `p95_tokens` of the calibration; `prompts`, what is recorded of the probe that scores
+        prompts, `None` without one; `hidden_layers` and `reading`.
     """
-    threshold = head.config.risk_threshold
+    threshold, prompts, record = head.config.risk_threshold, record.get("prompts"), record["calibration"]
     return {
         "hidden_layers": head.config.hidden_layers,
         "reading": f"{head.config.pooling}-{head.config.span}",
@@ -171,6 +174,7 @@ def measure(head: SafetyHead, held_out: ScoredAnswers, record: Mapping[str, Any]
         "num_calibration": record["num_answers"],
         "operating_points": record["operating_points"],
         "p95_tokens": record["lengths"]["p95"],
+        "prompts": prompts,
     }
 
 
@@ -221,12 +225,19 @@ class _Maker:
             lambda folder: self.calibrate(folder, trained, calibration, held_out),
             f"on {len(calibration):,} own answers",
         )
+        requests = split_requests(self.parts)
+        asked = {name: hash_examples(part) for name, part in requests.items()}
+        probed = self.take(
+            Step(self.work, "prompts", {"after": calibrated.key, "alpha": how.alpha, **asked}),
+            lambda folder: self.probe(folder, calibrated, requests),
+            describe_requests(requests),
+        )
         reported = self.take(
-            Step(self.work, "report", {"after": calibrated.key}),
-            lambda folder: self.report(folder, trained, calibrated, calibration, held_out),
+            Step(self.work, "report", {"after": probed.key}),
+            lambda folder: self.report(folder, trained, probed, calibration, held_out),
             f"on {len(calibration) + len(held_out):,} answers",
         )
-        return [collected, read, trained, calibrated, reported]
+        return [collected, read, trained, calibrated, probed, reported]
 
     def take(self, step: Step, do: Callable[[Path], Mapping[str, Any]], what: str) -> Step:
         title = f"Step {STEPS.index(step.name) + 1} of {len(STEPS)}: {step.name}, {what}"
@@ -305,23 +316,34 @@ class _Maker:
         )
         return {"risk_threshold": record["risk_threshold"], "temperature": record["temperature"]}
 
+    def probe(self, folder: Path, calibrated: Step, requests: Mapping[str, list[Example]]) -> dict[str, Any]:
+        _copy_results(calibrated, folder)
+        facts = {**calibrated.facts, "prompt_threshold": None}
+        if not has_requests(requests):
+            return facts
+        train, calibration, validation = (requests[name] for name in ("train", "calibration", "validation"))
+        how: Any = {"alpha": self.settings.alpha, "cache_dir": self.cache, "files": self.files}
+        where = (self.model, self.tokenizer, folder)
+        record = train_prompts(*where, train, calibration, validation=validation, **how)
+        return {**facts, "prompt_threshold": record["prompt_threshold"]}
+
     def report(
         self,
         folder: Path,
         trained: Step,
-        calibrated: Step,
+        probed: Step,
         calibration: Sequence[Example],
         held_out: Sequence[Example],
     ) -> dict[str, Any]:
-        _copy_results(calibrated, folder)
+        _copy_results(probed, folder)
         head, record = SafetyHead.from_pretrained(folder), read_record(folder)
-        temperature = calibrated.facts["temperature"]
+        temperature = probed.facts["temperature"]
         everything = scale_risks(self.score(trained, [*held_out, *calibration]), temperature)
         report = folder / REPORT_FOLDER
         write_report(everything, head.config.risk_threshold, report, files=self.files, training=record)
         keep_report(report, folder)
         is_held_out = [index < len(held_out) for index in range(len(everything.examples))]
-        return measure(head, everything.select(is_held_out), record["calibration"])
+        return measure(head, everything.select(is_held_out), record)
 
 
 def _copy_results(step: Step, folder: Path) -> None:

@@ -6,7 +6,8 @@ Shapes: N prompts, F tapped features (hidden size times layers).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,16 @@ from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
 from ..heads.hub import refresh_card
 from ..heads.safety_head import SafetyHead, check_binding, target_binding
-from .calibrate import conformal_threshold, num_answers_needed
+from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed
 from .data import Example
 from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
+from .parts import Parts
 from .record import update_record
 from .report import provenance
 from .shards import compute_texts
 
+MIN_REQUESTS = 32
+"""Of either kind: below, a probe would be one of a few words."""
 MAX_PROMPT_TOKENS, BATCH_TOKENS, NUM_SHARD_PROMPTS = 1024, 4096, 64
 INVERSE_STRENGTH = 0.003
 """Of the L2 penalty: there are about as many features as prompts, and all are standardised."""
@@ -99,14 +103,83 @@ def fit_probe(states_NF: Tensor, labels: Sequence[int]) -> tuple[Tensor, float]:
     return torch.from_numpy(weight_F).float(), bias
 
 
-def with_probe(head: SafetyHead, weight_F: Tensor, bias: float, threshold: float) -> SafetyHead:
+def prompt_thresholds(risks: Sequence[float], alpha: float, points: Mapping[str, Any]) -> dict[str, float]:
+    """A threshold of prompts for each operating point that has one of answers, as far as there are prompts enough.
+
+    A point that lets twice as many answers be flagged as [`calibrate`] does by default, lets twice as many prompts be.
+
+    Args:
+        risks (`Sequence[float]`): Of harmless prompts.
+        alpha (`float`): Bound on the share of them that is flagged, in (0, 1), where no point is chosen.
+        points (`Mapping[str, Any]`): As in [`SafetyHeadConfig`].
+
+    Example:
+
+        >>> risks = [index / 1000 for index in range(1000)]
+        >>> points = {"strict": {"risk_threshold": 0.4}, "mine": {"risk_threshold": 0.2}}
+        >>> found = prompt_thresholds(risks, 0.01, points)
+        >>> {name: round(threshold, 3) for name, threshold in found.items()}
+        {'strict': 0.975}
+    """
+    usual = OPERATING_POINTS["balanced"]
+    alphas = {name: alpha * OPERATING_POINTS[name] / usual for name in points if name in OPERATING_POINTS}
+    known = {name: share for name, share in alphas.items() if share < 1 and len(risks) >= num_answers_needed(share)}
+    return {name: conformal_threshold(risks, share) for name, share in known.items()}
+
+
+def with_probe(
+    head: SafetyHead, weight_F: Tensor, bias: float, threshold: float, at_points: Mapping[str, float] | None = None
+) -> SafetyHead:
     """A head that scores answers as another one does, and prompts with this probe."""
-    values = head.config.to_dict() | {"prompt_threshold": threshold}
-    probed: Any = SafetyHead(SafetyHeadConfig.from_dict(values))
+    config = SafetyHeadConfig.from_dict(head.config.to_dict() | {"prompt_threshold": threshold})
+    config.set_prompt_thresholds(at_points or {})
+    probed: Any = SafetyHead(config)
     of_probe = {"prompt_probe.weight": weight_F[None], "prompt_probe.bias": torch.tensor([bias])}
     probed.load_state_dict({**head.state_dict(), **of_probe})
     made: SafetyHead = probed.to(next(head.parameters()).dtype).eval()
     return made
+
+
+def split_requests(parts: Parts) -> dict[str, list[Example]]:
+    """Prompts by what they ask for, as far as it shows: what got an unsafe answer asks for harm, of whomever.
+
+    Args:
+        parts ([`Parts`]): Labelled answers, and harmless prompts.
+
+    Returns:
+        `dict[str, list[Example]]`: Labelled prompts for `"train"` and `"validation"`, and harmless ones for
+        `"calibration"`. None is there twice.
+    """
+    harmless = {name: _asked(examples, 0) for name, examples in parts.prompts.items()}
+    known = {text for part in harmless.values() for text in part}
+    seen = {text: one for text, one in _asked(parts.train, 1).items() if text not in known}
+    held_out = {text: one for text, one in _asked(parts.validation, 1).items() if text not in known | set(seen)}
+    return {
+        "train": [*seen.values(), *harmless["train"].values()],
+        "validation": [*held_out.values(), *harmless["validation"].values()],
+        "calibration": [*harmless["calibration"].values()],
+    }
+
+
+def has_requests(requests: Mapping[str, Sequence[Example]]) -> bool:
+    """Whether there are enough of both kinds to learn from."""
+    num_harmful = sum(example.label == 1 for example in requests["train"])
+    return min(num_harmful, len(requests["train"]) - num_harmful) >= MIN_REQUESTS
+
+
+def describe_requests(requests: Mapping[str, Sequence[Example]]) -> str:
+    """What is learned from these, in a line."""
+    num, num_harmful = len(requests["train"]), sum(example.label == 1 for example in requests["train"])
+    found = f"{num_harmful:,} prompts that got unsafe answers, and {num - num_harmful:,} harmless ones"
+    return f"from {found}" if has_requests(requests) else f"not scored: {MIN_REQUESTS} of each kind needed, {found}"
+
+
+def _asked(examples: Sequence[Example], label: int) -> dict[str, Example]:
+    found: dict[str, Example] = {}
+    for example in examples:
+        if example.label == label or not label:
+            found.setdefault(str(example.messages), replace(example, response="", label=label))
+    return found
 
 
 def train_prompts(
@@ -148,8 +221,10 @@ def train_prompts(
     num_train, num_seen = len(train), len(train) + len(calibration)
     weight_F, bias = fit_probe(states_NF[:num_train], [int(example.label or 0) for example in train])
     risks = torch.sigmoid(states_NF @ weight_F + bias).tolist()
-    threshold = conformal_threshold(risks[num_train:num_seen], alpha)
-    with_probe(head, weight_F, bias, threshold).save_pretrained(head_dir)
+    harmless = risks[num_train:num_seen]
+    threshold = conformal_threshold(harmless, alpha)
+    at_points = prompt_thresholds(harmless, alpha, head.config.operating_points or {})
+    with_probe(head, weight_F, bias, threshold, at_points).save_pretrained(head_dir)
     labels = [int(example.label or 0) for example in validation]
     record = {
         "prompt_threshold": threshold,
