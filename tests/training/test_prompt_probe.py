@@ -52,7 +52,10 @@ def test_from_prompts_to_a_head_that_knows_them(target_folder, tmp_path, files, 
     assert after.config.risk_threshold == before.config.risk_threshold
     features = torch.randn(5, before.config.num_features)
     assert torch.equal(after.risk(features), before.risk(features))  # of answers nothing changes
+    assert record["num_disguises"] == 3
+    assert record["num_prompts"] == {"train": 80 + 2 * 40 + 40 * 2, "calibration": 30, "validation": 20 + 10 + 10}
     assert record["flagged"]["new, unsafe"]["share"] >= 0.8
+    assert {"new, disguised, unsafe", "new, disguised, safe"} <= record["flagged"].keys()
     assert record["flagged"]["new, safe"]["share"] <= 0.2
     assert record["auroc"] > 0.9
     assert sorted(record["provenance"]["data"]) == ["calm.jsonl", "harmful.jsonl", "harmless.jsonl", "new.jsonl"]

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from ..errors import SafeSpecError
+from ..training.disguises import NUM_DISGUISES
 from .loading import load_target
 from .options import (
     DEFAULT_CACHE,
+    MAX_SEED,
     Cache,
     ChatTemplate,
     Dtype,
@@ -40,6 +42,13 @@ def train_prompts(
         float,
         typer.Option(metavar="SHARE", callback=check_share, help="Bound on the share of harmless prompts flagged."),
     ] = 0.01,
+    disguises: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, max=NUM_DISGUISES, help="Also train on harmful prompts in so many disguises."
+        ),
+    ] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of the disguises.")] = 0,
     target: Target = None,
     chat_template: ChatTemplate = None,
     cache: Cache = DEFAULT_CACHE,
@@ -47,7 +56,8 @@ def train_prompts(
 ) -> None:
     """Has a head score prompts as well: a linear probe on what it reads of a prompt's last token.
 
-    Labels are those of the prompts: 1 is a request for harm, whatever was answered. The head is changed in place.
+    Labels are those of the prompts: 1 is a request for harm, whatever was answered. So that it learns the request and
+    not how that is put, prompts of both labels are also read in disguises. The head is changed in place.
 
     Example: `safespec train-prompts head harmful.jsonl --benign harmless.jsonl --calibration other_harmless.jsonl`
     """
@@ -76,6 +86,8 @@ def train_prompts(
         alpha=alpha,
         cache_dir=cache,
         validation=measured,
+        num_disguises=disguises,
+        seed=seed,
         files=[*prompts, *(benign or []), *calibration, *(validation or [])],
     )
     typer.echo(f"prompt threshold {record['prompt_threshold']:.6f} from {len(held_out)} harmless prompts")

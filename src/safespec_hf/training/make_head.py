@@ -35,6 +35,8 @@ from .train import Dataset, TrainSettings, check_sets
 
 STEPS = ("collect", "features", "train", "calibrate", "prompts", "report")
 ANSWERS, REPORT_FOLDER = "answers.jsonl", "report"
+NUM_DISGUISED = 1
+"""Of each prompt that asks for harm: more would take longer than the answers are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +325,7 @@ class _Maker:
             return facts
         train, calibration, validation = (requests[name] for name in ("train", "calibration", "validation"))
         how: Any = {"alpha": self.settings.alpha, "cache_dir": self.cache, "files": self.files}
+        how |= {"num_disguises": NUM_DISGUISED, "seed": self.settings.seed}
         where = (self.model, self.tokenizer, folder)
         record = train_prompts(*where, train, calibration, validation=validation, **how)
         return {**facts, "prompt_threshold": record["prompt_threshold"]}

@@ -24,6 +24,7 @@ from ..heads.hub import refresh_card
 from ..heads.safety_head import SafetyHead, check_binding, target_binding
 from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed
 from .data import Example
+from .disguises import disguise
 from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
 from .parts import Parts
 from .record import update_record
@@ -192,6 +193,8 @@ def train_prompts(
     alpha: float,
     cache_dir: str | os.PathLike[str],
     validation: Sequence[Example] = (),
+    num_disguises: int = 0,
+    seed: int = 0,
     files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains and calibrates the probe of a saved head, and saves the head with it.
@@ -203,7 +206,9 @@ def train_prompts(
         calibration (`Sequence[Example]`): Harmless prompts that are not among them.
         alpha (`float`): Bound on the share of harmless prompts that are flagged, in (0, 1).
         cache_dir (`str` or `os.PathLike`): For hidden states.
-        validation (`Sequence[Example]`): Labelled prompts to measure on.
+        validation (`Sequence[Example]`): Labelled prompts to measure on; in a disguise each as well, if any are used.
+        num_disguises (`int`, defaults to 0): In how many a harmful prompt is trained on besides; see [`disguise`].
+        seed (`int`, defaults to 0): Of the disguises.
         files (`Sequence[str]`): The data, for its hashes.
 
     Returns:
@@ -216,6 +221,8 @@ def train_prompts(
     check_prompts(train, calibration, alpha)
     head = SafetyHead.from_pretrained(head_dir)
     check_binding(head, target_binding(model, tokenizer))
+    train = [*train, *disguise(train, num_disguises, seed=seed)]
+    validation = [*validation, *disguise(validation, min(num_disguises, 1), seed=seed + 1)]
     every = [*train, *calibration, *validation]
     states_NF = read_prompts(model, tokenizer, head.config.hidden_layers or [], every, cache_dir)
     num_train, num_seen = len(train), len(train) + len(calibration)
@@ -229,6 +236,7 @@ def train_prompts(
     record = {
         "prompt_threshold": threshold,
         "alpha": alpha,
+        "num_disguises": num_disguises,
         "num_prompts": {"train": num_train, "calibration": len(calibration), "validation": len(validation)},
         "flagged": _shares(every[num_train:], risks[num_train:], threshold),
         "auroc": float(roc_auc_score(labels, risks[num_seen:])) if len(set(labels)) == 2 else None,
