@@ -128,12 +128,13 @@ def test_what_a_head_of_the_draft_sorts_out_is_counted(target, draft, target_fol
 def test_another_head_leaves_undefended_answers_as_they_were(target, target_folder, tmp_path):
     sets, out = ["--attacks", write_sets(tmp_path)["attack"]], ["--out", tmp_path / "answers.jsonl"]
     common = ["--target", target_folder, "--max-new-tokens", 4, "--limit", 2]
+    undefended = ["--method", "target", "--method", "assisted"]
     for name, build in (("first", tiny.build_noisy_head), ("second", tiny.build_head)):
         build(target).save_pretrained(tmp_path / name)
-    run("evaluate", *sets, *common, "--head", tmp_path / "first", "--method", "target", *out)
+    run("evaluate", *sets, *common, "--head", tmp_path / "first", *undefended, *out)
     before = (tmp_path / "answers.jsonl").read_bytes()
     of_second = [*sets, *common, "--head", tmp_path / "second", *out]
-    run("evaluate", *of_second, "--method", "target", "--method", METHODS[1])
+    run("evaluate", *of_second, *undefended, "--method", METHODS[1])
     now = (tmp_path / "answers.jsonl").read_bytes()
     assert now.startswith(before)
     assert len(now) > len(before)

@@ -12,7 +12,7 @@ def asked(text, label, *earlier):
     return Example(id=text, messages=(*earlier, {"role": "user", "content": text}), label=label, source="garden")
 
 
-PROMPTS = [asked(f"harm {i}", 1) for i in range(8)] + [asked(f"calm {i}", 0) for i in range(50)]
+PROMPTS = [asked(f"bolt {i}", 1) for i in range(8)] + [asked(f"calm {i}", 0) for i in range(50)]
 
 
 def ways_of(found, label):
@@ -35,7 +35,7 @@ def test_harmful_and_harmless_requests_come_in_the_same_disguises(num):
         assert ways_of(found, 0) == ways_of(found, 1)
     assert len({example.id for example in found}) == len(found)
     for example in found:
-        assert ("harm " in example.messages[-1]["content"]) == (example.label == 1)
+        assert ("bolt " in example.messages[-1]["content"]) == (example.label == 1)
         assert example.source == "garden, disguised"
 
 
@@ -50,9 +50,3 @@ def test_the_last_turn_of_a_conversation_is_disguised_and_what_is_long_is_not():
     (one,) = found
     assert one.messages[0] == before
     assert "why {request}?" in one.messages[1]["content"]
-
-
-def test_kinds_can_be_left_out():
-    kept = disguise(PROMPTS, 2, without=[kind for kind in DISGUISES if kind != "inversion"])
-    texts = {way.partition(SLOT)[0] for way in DISGUISES["inversion"]}
-    assert all(any(example.messages[-1]["content"].startswith(text) for text in texts) for example in kept)

@@ -174,12 +174,19 @@ def describe(
     }
     return {
         "common": common,
-        "methods": {method.name: method.settings() | (heads if method.needs_head else {}) for method in methods},
+        "methods": {
+            method.name: (values := method.settings()) | (heads if _asks_head(method, values) else {})
+            for method in methods
+        },
         "sets": {
             name: {"kind": prompts[0].kind, "num": len(prompts), "hash": hash_prompts(prompts)}
             for name, prompts in sets.items()
         },
     }
+
+
+def _asks_head(method: Method, settings: Mapping[str, Any]) -> bool:
+    return method.needs_head and settings.get("is_monitored") is not False  # which is speculation alone
 
 
 def _describe_head(head: SafetyHead | None) -> dict[str, Any] | None:

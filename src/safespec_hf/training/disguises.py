@@ -87,7 +87,7 @@ MAX_CHARACTERS = 300
 """Of a request that is disguised: in a longer one the disguise would be the smaller part."""
 
 
-def disguise(examples: Sequence[Example], num: int, *, seed: int = 0, without: Sequence[str] = ()) -> list[Example]:
+def disguise(examples: Sequence[Example], num: int, *, seed: int = 0) -> list[Example]:
     """Harmful prompts in so many disguises each, and as many harmless ones in the same disguises.
 
     The label of a prompt is that of its request: what tells them apart is not the disguise.
@@ -96,7 +96,6 @@ def disguise(examples: Sequence[Example], num: int, *, seed: int = 0, without: S
         examples (`Sequence[Example]`): Labelled prompts.
         num (`int`): Disguises of each harmful prompt, from 0 to the number of disguises.
         seed (`int`): Of what is drawn.
-        without (`Sequence[str]`): Kinds that are left out, to be measured on.
 
     Returns:
         `list[Example]`: Disguised prompts alone, as their ids and sources say. Fewer harmless ones if there are not
@@ -111,7 +110,7 @@ def disguise(examples: Sequence[Example], num: int, *, seed: int = 0, without: S
         [(1, True), (0, True)]
     """
     draw = random.Random(seed)
-    ways = [way for kind, ways in DISGUISES.items() if kind not in without for way in ways]
+    ways = [way for of_kind in DISGUISES.values() for way in of_kind]
     short = [example for example in examples if len(example.messages[-1]["content"]) <= MAX_CHARACTERS]
     harmless = [example for example in short if example.label == 0]
     chosen = [(example, way) for example in short if example.label == 1 for way in draw.sample(ways, num)]

@@ -212,7 +212,8 @@ def train_prompts(
         files (`Sequence[str]`): The data, for its hashes.
 
     Returns:
-        `dict`: The record: `prompt_threshold`, `alpha`, counts, `flagged` by source, `auroc` on validation prompts.
+        `dict`: The record: `prompt_threshold`, `alpha`, counts, `flagged` by source, `auroc` on validation
+        prompts as they are.
 
     Raises:
         SafeSpecError: If a class is missing, or there are too few prompts to calibrate on.
@@ -222,6 +223,7 @@ def train_prompts(
     head = SafetyHead.from_pretrained(head_dir)
     check_binding(head, target_binding(model, tokenizer))
     train = [*train, *disguise(train, num_disguises, seed=seed)]
+    labels = [int(example.label or 0) for example in validation]
     validation = [*validation, *disguise(validation, min(num_disguises, 1), seed=seed + 1)]
     every = [*train, *calibration, *validation]
     states_NF = read_prompts(model, tokenizer, head.config.hidden_layers or [], every, cache_dir)
@@ -232,14 +234,14 @@ def train_prompts(
     threshold = conformal_threshold(harmless, alpha)
     at_points = prompt_thresholds(harmless, alpha, head.config.operating_points or {})
     with_probe(head, weight_F, bias, threshold, at_points).save_pretrained(head_dir)
-    labels = [int(example.label or 0) for example in validation]
+    as_they_are = risks[num_seen : num_seen + len(labels)]
     record = {
         "prompt_threshold": threshold,
         "alpha": alpha,
         "num_disguises": num_disguises,
         "num_prompts": {"train": num_train, "calibration": len(calibration), "validation": len(validation)},
         "flagged": _shares(every[num_train:], risks[num_train:], threshold),
-        "auroc": float(roc_auc_score(labels, risks[num_seen:])) if len(set(labels)) == 2 else None,
+        "auroc": float(roc_auc_score(labels, as_they_are)) if len(set(labels)) == 2 else None,
         "provenance": provenance(files),
     }
     update_record(head_dir, prompts=record)
