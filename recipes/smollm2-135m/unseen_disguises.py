@@ -33,7 +33,7 @@ def main() -> None:
     parts = {name: load_examples([arguments.work / f"requests_{name}.jsonl"], needs_response=False) for name in names}
     train = [*parts["train"], *disguise(parts["train"], 3)]
     measured = disguise(parts["validation"], 1, seed=1)
-    model, tokenizer, _ = load_default()
+    model, tokenizer, _ = load_default(dtype=torch.float32)
     layers = model.safety.head.config.hidden_layers
     every = [*train, *parts["calibration"], *measured]
     states_NF = read_prompts(model, tokenizer, layers, every, arguments.work / "cache")
