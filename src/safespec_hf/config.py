@@ -52,10 +52,12 @@ class SafeSpecConfig:
             is that of an unguarded call, and streamed without delay; flags are only reported as events.
         risk_threshold (`float`, *optional*):
             Overrides the head's own calibrated threshold, in (0, 1]. At 1 only a risk that rounds to 1, or is `nan`,
-            is unsafe: next to nothing is flagged, but for prompts, which keep the head's own threshold for them.
+            is unsafe: next to nothing is flagged, but for prompts; see `prompt_threshold`.
         operating_point (`str`, *optional*):
             One of the head's calibrated thresholds by its name, such as `"strict"`, `"balanced"` or `"permissive"`,
             instead of a `risk_threshold`. Of prompts as well, where the head has been calibrated for them there.
+        prompt_threshold (`float`, *optional*):
+            Overrides the threshold of prompts, which is the head's or its operating point's, in (0, 1].
         carried_risk (`float`, defaults to 0.0):
             Of earlier turns of the conversation, as [`carried_risk`] gives it, in [0, 1): both thresholds are
             lowered by this share of them.
@@ -163,6 +165,7 @@ class SafeSpecConfig:
     policy: SafetyPolicy = "recover"
     risk_threshold: float | None = None
     operating_point: str | None = None
+    prompt_threshold: float | None = None
     carried_risk: float = 0.0
     screen_prompts: bool = True
     num_draft_tokens: int | None = None
@@ -203,9 +206,11 @@ class SafeSpecConfig:
         check_choices(self, field_types(SafeSpecConfig))
         for name, least in LEAST.items():
             check_value(name, getattr(self, name), getattr(self, name) >= least, f">= {least}")
-        threshold, drafts = self.risk_threshold, self.num_draft_tokens
-        check_value("risk_threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1] or None")
-        is_one = threshold is None or self.operating_point is None
+        drafts = self.num_draft_tokens
+        for name in ("risk_threshold", "prompt_threshold"):
+            value = getattr(self, name)
+            check_value(name, value, value is None or 0 < value <= 1, "in (0, 1] or None")
+        is_one = self.risk_threshold is None or self.operating_point is None
         check_value("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
         check_value("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
         check_value("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")

@@ -8,6 +8,7 @@ from scripted import TURNS, answer, count_after, count_up, has_reflected, outcom
 from tiny import Recorder, build_head, build_model
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.decoding.attachment import find_prompt_threshold, find_threshold, with_threshold
 from safespec_hf.engine.cache import CACHE_NAME
 
 REFUSED = "safety_refusal"
@@ -55,6 +56,9 @@ def test_otherwise_it_is_none(tokenizer, threshold, fields):
         ({"operating_point": "permissive"}, False),
         ({"carried_risk": 0.02}, False),
         ({"carried_risk": 0.1}, True),
+        ({"prompt_threshold": 0.85}, True),
+        ({"prompt_threshold": 0.95, "operating_point": "strict"}, False),
+        ({"prompt_threshold": 0.95, "carried_risk": 0.1}, True),
     ],
     ids=str,
 )
@@ -167,6 +171,25 @@ def test_the_last_token_of_any_prompt_is_what_is_scored(tokenizer, prompt):
     found = [events[0].risk for events in output.events]
     assert all(events[0].is_prompt for events in output.events)
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_threshold_of_prompts_takes_a_head_that_scores_them(tokenizer):
+    with pytest.raises(UnsupportedRequestError, match="scores answers alone"):
+        ask(tokenizer, threshold=None, prompt_threshold=0.5)
+    with pytest.raises(ValueError, match=r"`prompt_threshold` must be in \(0, 1\] or None"):
+        SafeSpecConfig(prompt_threshold=0.0)
+
+
+def test_another_threshold_of_tokens_leaves_that_of_prompts():
+    points = {"strict": {"risk_threshold": 0.5, "prompt_threshold": 0.4}}
+    model = build_model()
+    for given, expected in ((0.8, 0.3), (None, math.inf)):
+        head = build_head(model, prompt_threshold=given, operating_points=points)
+        policy = SafeSpecConfig(operating_point="strict", carried_risk=0.25)
+        assert find_prompt_threshold(policy, head) == pytest.approx(expected)
+        changed = with_threshold(policy, 0.1, head)
+        assert find_threshold(changed, head) == 0.1
+        assert find_prompt_threshold(changed, head) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("given", "set_later"), [(None, 0.5), (0.5, None)], ids=["without a probe", "with one"])

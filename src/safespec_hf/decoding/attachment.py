@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,13 +71,34 @@ def find_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
     What earlier turns carry over lowers it.
 
     Raises:
-        UnsupportedRequestError: If the head has no such operating point.
+        UnsupportedRequestError: If the head has no such operating point, or scores no prompts and they have a
+            threshold.
     """
     try:
         threshold = policy.risk_threshold or head.config.threshold_at(policy.operating_point)
     except ValueError as error:
         raise UnsupportedRequestError(str(error)) from error
+    if policy.prompt_threshold is not None and head.config.prompt_threshold is None:
+        raise UnsupportedRequestError(
+            f"`prompt_threshold={policy.prompt_threshold}` needs a head that scores prompts, and this one scores "
+            "answers alone. `safespec train-prompts` gives it a probe."
+        )
     return threshold * (1 - policy.carried_risk)
+
+
+def find_prompt_threshold(policy: SafeSpecConfig, head: SafetyHead) -> float:
+    """The threshold of prompts that a policy asks for; infinite where they are not scored."""
+    limit = policy.prompt_threshold or head.config.prompt_threshold_at(policy.operating_point)
+    return math.inf if limit is None or not policy.screen_prompts else limit * (1 - policy.carried_risk)
+
+
+def with_threshold(policy: SafeSpecConfig, risk_threshold: float, head: SafetyHead) -> SafeSpecConfig:
+    """A policy with another threshold of tokens, and the threshold of prompts that it had."""
+    limit = find_prompt_threshold(policy, head)
+    of_prompts = limit if limit < math.inf else None
+    return replace(
+        policy, risk_threshold=risk_threshold, operating_point=None, carried_risk=0.0, prompt_threshold=of_prompts
+    )
 
 
 def origin_of(name: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None]:

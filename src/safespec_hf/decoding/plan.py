@@ -11,6 +11,7 @@ from transformers import StoppingCriteriaList
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..errors import UnsupportedRequestError
+from .attachment import find_prompt_threshold
 from .monitor import RiskMonitor
 
 
@@ -65,10 +66,7 @@ class Plan:
     @property
     def prompt_threshold(self) -> float:
         """A prompt is unsafe iff its risk is >= this; infinite where prompts are not scored."""
-        policy = self.policy
-        config = None if self.monitor is None else self.monitor.head.config
-        limit = None if config is None else config.prompt_threshold_at(policy.operating_point)
-        return math.inf if limit is None or not policy.screen_prompts else limit * (1 - policy.carried_risk)
+        return math.inf if self.monitor is None else find_prompt_threshold(self.policy, self.monitor.head)
 
     @property
     def screens_prompts(self) -> bool:

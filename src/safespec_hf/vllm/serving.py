@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from ..decoding.attachment import find_threshold
+from ..decoding.attachment import find_threshold, with_threshold
 from ..errors import UnsupportedRequestError
 from .controller import RELEASE, REPORT, TAKE, merge_records, new_tokens, to_params
 from .driving import Batcher, New, drive
@@ -105,7 +105,7 @@ class GuardedAsyncLLM(AsyncLLM):
         call = CALL.get() or Call(self.risk_threshold)
         policy = self._guard.policy
         if call.risk_threshold < self.risk_threshold:
-            policy = replace(policy, risk_threshold=call.risk_threshold, operating_point=None, carried_risk=0.0)
+            policy = with_threshold(policy, call.risk_threshold, self._guard.head)
         first, call.num_choices = call.num_choices, call.num_choices + sampling_params.n
         answers = []
         for index in range(sampling_params.n):
