@@ -22,6 +22,12 @@ from .options import (
     parse_name,
 )
 
+Disguises = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, max=NUM_DISGUISES, help="Also train on harmful prompts in so many disguises."),
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of the disguises.")]
+
 
 def train_prompts(
     head: Head,
@@ -42,13 +48,8 @@ def train_prompts(
         float,
         typer.Option(metavar="SHARE", callback=check_share, help="Bound on the share of harmless prompts flagged."),
     ] = 0.01,
-    disguises: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=0, max=NUM_DISGUISES, help="Also train on harmful prompts in so many disguises."
-        ),
-    ] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of the disguises.")] = 0,
+    disguises: Disguises = 3,
+    seed: Seed = 0,
     target: Target = None,
     chat_template: ChatTemplate = None,
     cache: Cache = DEFAULT_CACHE,
