@@ -138,5 +138,5 @@ def test_another_head_leaves_undefended_answers_as_they_were(target, target_fold
     now = (tmp_path / "answers.jsonl").read_bytes()
     assert now.startswith(before)
     assert len(now) > len(before)
-    with pytest.raises(SafeSpecError, match=r"in methods, 'safespec[^']*\.head\.risk_threshold' was"):
+    with pytest.raises(SafeSpecError, match=r"in methods, 'safespec[^']*' was \{'head': \{"):
         run("evaluate", *sets, *common, "--head", tmp_path / "first", "--method", METHODS[1], *out)

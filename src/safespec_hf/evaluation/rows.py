@@ -111,9 +111,9 @@ class AnswerFile:
                 changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
                 name, was, now_is = changed[0], before.get(changed[0]), now.get(changed[0])
-                while isinstance(was, dict) and isinstance(now_is, dict):
-                    inner = next(key for key in {**was, **now_is} if was.get(key) != now_is.get(key))
-                    name, was, now_is = f"{name}.{inner}", was.get(inner), now_is.get(inner)
+                if isinstance(was, dict) and isinstance(now_is, dict):  # what is alike would hide what is not
+                    keys = [key for key in {**was, **now_is} if was.get(key) != now_is.get(key)]
+                    was, now_is = ({key: one.get(key) for key in keys} for one in (was, now_is))
                 raise SafeSpecError(
                     f"{self.path} was begun with other settings: in {part}, {name!r} was {was!r:.300} "
                     f"and is {now_is!r:.300} now. Give another file, or delete this one."
