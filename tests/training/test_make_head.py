@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from safespec_hf import SafeSpecError, SafetyHead, attach_safety_head
 from safespec_hf.cli import run as run_command
-from safespec_hf.training import files, make_head, plots, steps
+from safespec_hf.training import files, make_head, plots, prompt_probe, steps
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.make_head import STEPS, MakeSettings, install_head
 from safespec_hf.training.record import read_record
@@ -113,6 +113,14 @@ def test_with_few_prompts_a_head_scores_answers_alone_and_says_so(ask, tmp_path)
     output = run(*ask)
     assert "not scored: 32 of each kind needed" in output
     assert "It scores answers alone" in output
+    assert SafetyHead.from_pretrained(tmp_path / "head").config.prompt_threshold is None
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_harmless_prompts_of_risk_one_cost_the_probe_and_not_the_head(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_probe, "fit_probe", lambda states_NF, _: (torch.zeros(states_NF.shape[1]), 99.0))
+    output = run(*ask)
+    assert "Prompts are not scored: " in output
     assert SafetyHead.from_pretrained(tmp_path / "head").config.prompt_threshold is None
 
 

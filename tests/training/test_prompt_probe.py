@@ -108,6 +108,12 @@ def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alo
     assert head.config.prompt_thresholds == found
 
 
+def test_a_harmless_prompt_of_risk_one_costs_only_the_point_that_would_have_to_flag_it():
+    risks = [index / 1000 for index in range(498)] + [1.0, 1.0]
+    found = prompt_thresholds(risks, 0.01, {"strict": {}, "balanced": {}, "permissive": {}})
+    assert list(found) == ["strict", "balanced"]
+
+
 def test_a_head_without_one_says_so(target):
     with pytest.raises(ValueError, match="answers alone"):
         tiny.build_head(target).prompt_risk(torch.zeros(1, 32))

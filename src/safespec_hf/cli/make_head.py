@@ -171,7 +171,7 @@ def summarize(facts: Mapping[str, Any], out: Path) -> str:
 
 def _of_prompts(facts: Mapping[str, Any]) -> str:
     if (record := facts["prompts"]) is None:
-        return "It scores answers alone, as there were too few prompts of both kinds to learn from."
+        return "It scores answers alone: the step about prompts says why."
     known = "" if record["auroc"] is None else f", validation AUROC {record['auroc']:.3f}"
     return f"It scores prompts as well{known}, and flags at most {record['alpha']:.1%} of harmless ones."
 

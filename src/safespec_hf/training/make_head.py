@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..errors import SafeSpecError
 from ..heads.hub import keep_report
 from ..heads.publishing import EVAL_RESULTS, REPORT
 from ..heads.safety_head import SafetyHead, target_binding
@@ -327,7 +328,11 @@ class _Maker:
         how: Any = {"alpha": self.settings.alpha, "cache_dir": self.cache, "files": self.files}
         how |= {"num_disguises": NUM_DISGUISED, "seed": self.settings.seed}
         where = (self.model, self.tokenizer, folder)
-        record = train_prompts(*where, train, calibration, validation=validation, **how)
+        try:
+            record = train_prompts(*where, train, calibration, validation=validation, **how)
+        except SafeSpecError as error:  # an extra is not worth the head
+            self.tell(f"Prompts are not scored: {error}")
+            return facts
         return {**facts, "prompt_threshold": record["prompt_threshold"]}
 
     def report(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -124,8 +125,12 @@ def prompt_thresholds(risks: Sequence[float], alpha: float, points: Mapping[str,
     """
     usual = OPERATING_POINTS["balanced"]
     alphas = {name: alpha * OPERATING_POINTS[name] / usual for name in points if name in OPERATING_POINTS}
-    known = {name: share for name, share in alphas.items() if share < 1 and len(risks) >= num_answers_needed(share)}
-    return {name: conformal_threshold(risks, share) for name, share in known.items()}
+    found = {}
+    for name, share in alphas.items():
+        if share < 1 and len(risks) >= num_answers_needed(share):
+            with suppress(SafeSpecError):  # a harmless prompt has a risk of 1: no threshold flags so few
+                found[name] = conformal_threshold(risks, share)
+    return found
 
 
 def with_probe(
