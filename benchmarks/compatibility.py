@@ -60,7 +60,7 @@ THEIRS = (*FAILURES, ImportError, OSError)
 """What the code of a model raises that can't be built small, or answer: that says nothing about us."""
 PROMPT_LENGTHS, NUM_TOKENS = (10, 7, 4), 16
 IMAGES = " with images"
-SECONDS, PATIENCE = 120, 10
+SECONDS, PATIENCE = 300, 10
 """Of the processor that an architecture may take; and how many times as long, if others want it as well."""
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"

@@ -116,6 +116,10 @@ class SafeSpecConfig:
             let more harm through where that was measured.
         keep_reflection (`bool`, defaults to `False`): Return the reflection with the answer.
         refusal (`str`): Ends an answer for which no safe continuation was found.
+        break_loops (`bool`, defaults to `True`):
+            After a recovery, end a passage that comes three times in a row, over 12 tokens or more, by banning the
+            token that would go on with it: what was taken off its own words easily loops. Answers without a recovery
+            are never touched. `False` lets them loop.
         recovery_temperature (`float`, defaults to 1.0): Temperature of candidate sampling, > 0.
         candidate_source (`"auto"`, `"draft"` or `"target"`, defaults to `"auto"`):
             Who samples the candidates; `"auto"` is the draft model if there is one, else the target.
@@ -188,6 +192,7 @@ class SafeSpecConfig:
     reflection_scope: ReflectionScope = "answer"
     keep_reflection: bool = False
     refusal: str = DEFAULT_REFUSAL
+    break_loops: bool = True
     recovery_temperature: float = 1.0
     candidate_source: CandidateSource = "auto"
     flagged_token_penalty: float = 3.0

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..answer.logits import process_rows, split_processors
+from ..answer.loops import break_loops
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
@@ -206,7 +207,7 @@ class Decoder:
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
         """The target's choice at every position; or what was accepted of drafts that were sampled themselves."""
-        scores_BTV = self._process(proposal, logits_BTV)
+        scores_BTV = break_loops(self.live, proposal.drafts, proposal.trees(), self._process(proposal, logits_BTV))
         if not self.plan.do_sample:
             return scores_BTV.max(dim=-1).indices  # the first of several, as argmax gives, at a quarter of its time
         if proposal.probs_BGV is None:
@@ -243,10 +244,9 @@ class Decoder:
         scores_BTV = logits_BTV.to(row.device, torch.float32)
         if of_context:
             ids = [self._ids_at(*args) for args in zip(self.live, proposal.drafts, proposal.trees(), strict=True)]
-            places = range(-logits_BTV.shape[1], 0)
             columns = [
                 process_rows(self.live, [ids_T[max(place, -len(ids_T))] for ids_T in ids], scores_BTV[:, place])
-                for place in places
+                for place in range(-logits_BTV.shape[1], 0)
             ]
             scores_BTV = torch.stack(columns, dim=1)
         ids_1L = cast("torch.LongTensor", row.visible_ids())

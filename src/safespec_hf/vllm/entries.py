@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..answer.logits import penalize
+from ..answer.loops import NUM_LOOKED_AT, looping_tokens
 from ..answer.segments import Boundaries, Segments
 from .spec import GuardOrder
 
@@ -185,25 +186,26 @@ def digest_of(order: GuardOrder, token_ids: npt.NDArray[np.int32], position: int
 def ends_candidate(order: GuardOrder, row: StepRow, position: int, boundaries: Boundaries) -> bool:
     """Whether a candidate ends with the token there; then it has been read, and so has a risk."""
     candidate = order.candidate
-    assert candidate is not None
-    num = position - candidate.first + 1
-    if num < 1:
+    if candidate is None or (num := position - candidate.first + 1) < 1:
         return False
     token = int(row.token_ids[position])
     ends_line = token in boundaries.newline_ids and num >= candidate.min_tokens
     return num >= candidate.max_tokens or ends_line or token in candidate.end_ids
 
 
-def edits_of(order: GuardOrder, position: int, row: int) -> list[Edit]:
-    """What a candidate wants of the logits after a token."""
+def edits_of(order: GuardOrder, row: StepRow, position: int, place: int) -> list[Edit]:
+    """What a candidate, or an answer that may loop, wants of the logits after a token, which are in that place."""
     candidate, edits = order.candidate, list[Edit]()
-    assert candidate is not None
+    if candidate is None:
+        last = row.token_ids[order.start : position + 1][-NUM_LOOKED_AT:].tolist() if order.breaks_loops else []
+        found = looping_tokens(last)
+        return [Edit(place, found, math.inf)] if found else []
     num = position + 1 - candidate.first  # tokens that it has so far
     if num == 0 and candidate.steer_ids:
-        edits.append(Edit(row, candidate.steer_ids, candidate.penalty))
+        edits.append(Edit(place, candidate.steer_ids, candidate.penalty))
     if num >= 0 and num + 1 < candidate.min_tokens and candidate.end_ids:
         # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
-        edits.append(Edit(row, candidate.end_ids, math.inf))
+        edits.append(Edit(place, candidate.end_ids, math.inf))
     return edits
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..answer.loops import may_loop
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
@@ -185,6 +186,7 @@ def guard_order(
         segment_limits=[policy.min_segment_tokens, policy.max_segment_tokens],
         candidate=candidate,
         prompt_threshold=plan.prompt_threshold if asks_for_prompt and plan.screens_prompts else None,
+        breaks_loops=candidate is None and may_loop(row),
     )
 
 

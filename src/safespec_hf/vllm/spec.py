@@ -52,6 +52,7 @@ class GuardOrder:
         prompt_threshold (`float`, *optional*):
             The prompt's last token is scored as a prompt, and unless that risk is below, nothing follows it. `None`:
             it is not scored.
+        breaks_loops (`bool`, defaults to `False`): Tokens that would go on with a loop are banned.
 
     Example:
 
@@ -69,6 +70,7 @@ class GuardOrder:
     segment_limits: list[int] = field(default_factory=lambda: [4, 32])
     candidate: CandidateOrder | None = None
     prompt_threshold: float | None = None
+    breaks_loops: bool = False
 
     def to_text(self) -> str:
         """The order as the engine can carry it."""

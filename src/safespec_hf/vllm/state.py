@@ -368,9 +368,9 @@ class RiskStates:
             is_sound = entry is not None and entry.order is not None and entry.failure is None
             for position in range(row.start + row.num_tokens - 1 - row.num_drafts, row.start + row.num_tokens):
                 is_ended = not is_sound
-                if is_sound and entry is not None and entry.order is not None and entry.order.candidate is not None:
+                if is_sound and entry is not None and entry.order is not None:
                     is_ended = ends_candidate(entry.order, row, position, self.boundaries)
-                    edits += edits_of(entry.order, position, len(forced))
+                    edits += edits_of(entry.order, row, position, len(forced))
                 forced.append(is_ended)
                 has_flags = is_sound and work is not None and position >= work.first
                 begins.append(work.place if has_flags and work else 0)
