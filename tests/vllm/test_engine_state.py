@@ -11,7 +11,7 @@ from fake_engine import MAX_LEN, RESERVED, SECRET, FakeEngine, drive, make_guard
 from safespec_hf.answer.pooling import pool_block
 from safespec_hf.answer.segments import Segments, find_boundaries
 from safespec_hf.vllm import state
-from safespec_hf.vllm.entries import StepRow
+from safespec_hf.vllm.entries import StepRow, close_logits
 from safespec_hf.vllm.spec import LOST_STATE, GuardOrder
 from safespec_hf.vllm.state import MAX_STATE_BYTES, RiskStates
 
@@ -194,6 +194,18 @@ def test_only_rows_after_the_flagged_draft_are_closed(target, tokenizer):
     states.add("s", order("b", threshold=0.5))
     marks = states.step([row("s", [11, 12, 13, 14, 15], num_drafts=2)], torch.cat([hidden[:2] * 0, hidden[1:]]), 3)
     assert marks.is_forced_R.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("breaks_loops", [True, False])
+def test_a_loop_is_ended_where_that_is_asked_for_and_after_drafts_as_well(never, tokenizer, breaks_loops):
+    states = make_states(never, tokenizer, num_drafts=2)
+    states.add("r", order(threshold=1.0, breaks_loops=breaks_loops))
+    loop = [10, 10, *[11, 12, 13, 14] * 3, 11]  # the first two are the prompt, the last two drafts
+    size = never.config.num_features // len(never.config.pooling.split("+"))
+    marks = states.step([row("r", loop, num_drafts=2)], torch.zeros(len(loop), size), 3)
+    logits = close_logits(torch.zeros(3, tiny.VOCAB_SIZE), marks, RESERVED)
+    banned = [scores.isneginf().nonzero().flatten().tolist() for scores in logits]
+    assert banned == [[RESERVED], *([RESERVED, token] if breaks_loops else [RESERVED] for token in (11, 12))]
 
 
 def test_a_rejected_draft_leaves_no_flag_behind(target, tokenizer):

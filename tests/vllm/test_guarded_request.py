@@ -14,7 +14,7 @@ from safespec_hf.decoding.safety_mode import SafetyMode
 from safespec_hf.outputs import Provenance
 from safespec_hf.vllm import request
 from safespec_hf.vllm.request import GuardedRequest
-from safespec_hf.vllm.spec import LOST_STATE, RiskRecord
+from safespec_hf.vllm.spec import ARGUMENT, LOST_STATE, GuardOrder, RiskRecord
 
 GREEDY = {"temperature": 0.0, "max_tokens": 30}
 POLICY = {"max_segment_tokens": 5, "num_candidates": 3, "max_recoveries": 4, "seed": 0}
@@ -216,6 +216,22 @@ def test_nothing_flagged_is_shown_and_what_is_shown_is_the_answer(target, head, 
         assert len(unknown) <= (result.finish_reason == "eos")
         assert RESERVED not in result.token_ids
     assert engine.states.report()["num_entries"] == engine.states.report()["num_running"] == 0
+
+
+@pytest.mark.parametrize("breaks_loops", [True, False])
+def test_once_an_answer_was_recovered_its_loops_are_to_be_stopped(target, head, tokenizer, monkeypatch, breaks_loops):
+    asked = []
+
+    def note(engine, key, prompt_ids, params):
+        order = GuardOrder.from_text(params["extra_args"][ARGUMENT])
+        known = [one for one in asked if one[0] == order.group]
+        asked.append((order.group, bool(known) and order.candidate is None, order.breaks_loops))
+        return add(engine, key, prompt_ids, params)
+
+    add = FakeEngine.add
+    monkeypatch.setattr(FakeEngine, "add", note)
+    answer_all(target, head, tokenizer, prompts(12), break_loops=breaks_loops)
+    assert {(goes_on, breaks) for _, goes_on, breaks in asked} == {(False, False), (True, breaks_loops)}
 
 
 def test_recoveries_read_the_prefix_cache(target, head, tokenizer):
