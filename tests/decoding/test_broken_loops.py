@@ -7,7 +7,7 @@ import torch
 from scripted import answer, count_after, outcomes_of, tokens_of
 from tiny import THINK
 
-from safespec_hf.answer.loops import looping_tokens
+from safespec_hf.answer.bans import looping_tokens
 
 # 15 is unsafe. After the reflection the target goes round and round from 30 to 33; 36 comes after it for a change.
 LOOP = {THINK: 30, 33: {30: 0.9, 36: 0.1}}
@@ -50,7 +50,7 @@ def test_so_is_one_whose_prompt_was_flagged_in_error(tokenizer):
 def test_after_a_dismissed_flag_of_the_answer_loops_are_stopped_as_well(tokenizer):
     script = count_after({**LOOP, 13: {14: 0.9, 30: 0.1}})
     fields = {"script": script, "max_new_tokens": 24, "false_alarm_margin": 0.5, "flagged_token_penalty": math.inf}
-    output = answer(tokenizer, {15: 0.9}, **fields)
+    output = answer(tokenizer, {14: 0.3, 15: 0.9}, **fields)
     assert outcomes_of(output) == ["dismissed"]
     assert tokens_of(output)[:18] == [11, 12, 13, *ROUND * 3, 36, 37, 38]
 

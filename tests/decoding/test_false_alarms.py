@@ -3,16 +3,19 @@
 import math
 
 import pytest
+import torch
 from scripted import TURNS, answer, count_after, has_reflected, outcomes_of, tokens_of
 
-# 15 is unsafe. Without the reflection candidates go on with 30, or with 35, instead of 14.
+from safespec_hf import Provenance
+
+# 15 is unsafe, and 14 not harmless. Without the reflection candidates go on with 30, or with 35, instead of 14.
 SCRIPT = count_after({**TURNS, 13: {14: 0.9, 30: 0.06, 35: 0.04}})
 SOURCES = pytest.mark.parametrize("draft", [None, count_after(TURNS)], ids=["target", "draft"])
 
 
 def ask(tokenizer, risks=None, **fields):
     fields = {"script": SCRIPT, "flagged_token_penalty": math.inf, "false_alarm_margin": 0.5, **fields}
-    return answer(tokenizer, {15: 0.9, **(risks or {})}, **fields)
+    return answer(tokenizer, {14: 0.3, 15: 0.9, **(risks or {})}, **fields)
 
 
 @SOURCES
@@ -121,3 +124,67 @@ def test_a_test_has_a_temperature_of_its_own(tokenizer):
     hot = ask(tokenizer, dict.fromkeys((30, 35), 0.4), test_temperature=1e-3, recovery_temperature=50.0, **fields)
     assert [event.outcome for event in hot.events[0]][:1] == ["confirmed"]
     assert len(set(hot.events[0][1].candidate_log_probs)) > 1
+
+
+# here 15 alone is unsafe; instead of it 25 may follow
+SPIKE = count_after({**TURNS, 13: {14: 0.9, 30: 0.1}, 14: {15: 0.9, 25: 0.1}})
+DRAFTS = pytest.mark.parametrize(
+    "drafts",
+    [{}, {"draft": SPIKE}, {"draft": count_after({14: 25})}, {"prompt_lookup_num_tokens": 3}],
+    ids=["no draft", "one that says it again", "one that does not", "lookup"],
+)
+
+
+def ask_spiky(tokenizer, risks=None, **fields):
+    return ask(tokenizer, {14: 0.1, **(risks or {})}, script=SPIKE, **fields)
+
+
+@DRAFTS
+def test_where_one_token_alone_was_risky_the_answer_goes_on_without_it(tokenizer, drafts):
+    output = ask_spiky(tokenizer, **drafts)
+    (event,) = output.events[0]
+    assert (event.outcome, event.chosen, event.num_candidates) == ("dismissed", None, 8)
+    assert (event.position, event.rolled_back_to) == (4, 4)
+    assert tokens_of(output) == [11, 12, 13, 14, *range(25, 30)]
+    assert Provenance.RECOVERED not in output.provenance[0].tolist()
+    assert not output.risks[0].isnan().any()
+    assert output.statistics.num_discarded_tokens == event.num_discarded
+    assert not has_reflected(output)
+
+
+@DRAFTS
+def test_the_next_flag_is_believed_and_takes_back_what_was_put_back(tokenizer, drafts):
+    output = ask_spiky(tokenizer, {25: 0.9}, **drafts)
+    assert outcomes_of(output)[:2] == ["dismissed", "recovered"]
+    assert has_reflected(output)
+    assert output.events[0][1].rolled_back_to == 3
+    assert not {14, 15, 25} & set(tokens_of(output))
+
+
+@pytest.mark.parametrize("prompt", [[14], [13]], ids=["first", "second"])
+def test_it_may_be_among_the_first_tokens(tokenizer, prompt):
+    assert tokens_of(ask_spiky(tokenizer, prompt=prompt))[-9:] in ([*range(25, 34)], [14, *range(25, 33)])
+
+
+@pytest.mark.parametrize("last", [None, True])
+def test_or_the_last(tokenizer, last):
+    output = ask_spiky(tokenizer, max_new_tokens=5, score_last_token=last)
+    assert tokens_of(output) == [11, 12, 13, 14, 25]
+    assert outcomes_of(output) == ["dismissed"]
+
+
+def test_rows_with_such_tokens_end_as_they_would_alone(tokenizer):
+    alone = [ask_spiky(tokenizer, prompt=[start]) for start in (10, 14, 20)]
+    batch = ask_spiky(tokenizer, prompt=[[10], [14], [20]])
+    assert [tokens_of(batch, row) for row in range(3)] == [tokens_of(one) for one in alone]
+
+
+def test_it_is_not_drawn_there_again_but_may_be_elsewhere(tokenizer):
+    script = count_after({**TURNS, 13: {14: 0.9, 30: 0.1}, 14: {15: 0.9, 13: 0.1}})
+    risks = {15: lambda context: 0.9 if len(context) == 6 else 0.1}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        output = ask(tokenizer, {14: 0.1, **risks}, script=script, do_sample=True, top_k=0)
+        assert tokens_of(output)[4:5] == [13] or outcomes_of(output)[:1] != ["dismissed"]
+    greedy = ask(tokenizer, {14: 0.1, **risks}, script=script)
+    assert tokens_of(greedy) == [11, 12, 13, 14, 13, 14, 15, 16, 17]

@@ -344,3 +344,13 @@ def test_an_unsafe_prompt_is_flagged_before_its_first_segment(tokenizer):
     dismissed, silent = judge(tokenizer, {10: 0.9}, **fields), judge(tokenizer)
     assert [event.outcome for event in dismissed.events[0]] == ["dismissed"]
     assert tokens_of(dismissed) == tokens_of(silent)
+
+
+def test_after_a_false_alarm_the_likeliest_candidate_is_taken_and_not_the_drafts_own_words_again(tokenizer):
+    script = count_after({13: {14: 0.9, 30: 0.1}})
+    fields = {"script": script, "false_alarm_margin": 0.5, "flagged_token_penalty": math.inf}
+    output = judge(tokenizer, {15: 0.9}, **fields)
+    (event,) = output.events[0]
+    assert event.outcome == "dismissed"
+    assert event.chosen is not None
+    assert tokens_of(output)[:6] == [11, 12, 13, 30, 31, 32]

@@ -199,13 +199,18 @@ def test_only_rows_after_the_flagged_draft_are_closed(target, tokenizer):
 @pytest.mark.parametrize("breaks_loops", [True, False])
 def test_a_loop_is_ended_where_that_is_asked_for_and_after_drafts_as_well(never, tokenizer, breaks_loops):
     states = make_states(never, tokenizer, num_drafts=2)
-    states.add("r", order(threshold=1.0, breaks_loops=breaks_loops))
+    # after the prompt comes position 2; the last draft stands at 14, and 15 is after it
+    states.add("r", order(threshold=1.0, breaks_loops=breaks_loops, banned=[[15, 20], [3, 21]]))
     loop = [10, 10, *[11, 12, 13, 14] * 3, 11]  # the first two are the prompt, the last two drafts
     size = never.config.num_features // len(never.config.pooling.split("+"))
     marks = states.step([row("r", loop, num_drafts=2)], torch.zeros(len(loop), size), 3)
     logits = close_logits(torch.zeros(3, tiny.VOCAB_SIZE), marks, RESERVED)
     banned = [scores.isneginf().nonzero().flatten().tolist() for scores in logits]
-    assert banned == [[RESERVED], *([RESERVED, token] if breaks_loops else [RESERVED] for token in (11, 12))]
+    assert (
+        banned == [[RESERVED], [RESERVED, 11], [RESERVED, 12, 20]]
+        if breaks_loops
+        else [[RESERVED]] * 2 + [[RESERVED, 20]]
+    )
 
 
 def test_a_rejected_draft_leaves_no_flag_behind(target, tokenizer):

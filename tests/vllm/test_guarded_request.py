@@ -9,7 +9,7 @@ from fake_engine import END, MAX_LEN, RESERVED, FakeEngine, drive, make_guard
 
 from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 from safespec_hf.answer.recovery import choose
-from safespec_hf.decoding import safety_mode
+from safespec_hf.decoding import commit, safety_mode
 from safespec_hf.decoding.safety_mode import SafetyMode
 from safespec_hf.outputs import Provenance
 from safespec_hf.vllm import request
@@ -134,8 +134,13 @@ def test_recoveries_end_as_our_own_decoding_with_the_same_candidates(
                 assert event.candidate_log_probs == pytest.approx(own.candidate_log_probs, abs=1e-4)
 
 
-def test_flags_are_tested_as_by_our_own_decoding_with_the_same_candidates(target, head, tokenizer, monkeypatch):
+@pytest.mark.parametrize("is_spike", [True, False])
+def test_flags_are_tested_as_by_our_own_decoding_with_the_same_candidates(
+    target, head, tokenizer, monkeypatch, is_spike
+):
     tried, known = {}, GuardedRequest._judge
+    if not is_spike:  # as if what was taken back before the flagged token were risky as well
+        monkeypatch.setattr(commit, "is_harmless", lambda *_: False)
 
     def note(answer, recovery, *args):
         if not recovery.is_scoring:
@@ -152,6 +157,8 @@ def test_flags_are_tested_as_by_our_own_decoding_with_the_same_candidates(target
     assert firsts.count("dismissed") >= 2
     assert firsts.count("confirmed") >= 2
     assert set(firsts) == {"dismissed", "confirmed"}
+    dismissed = [result.events[0] for result in results if result.events and result.events[0].outcome == "dismissed"]
+    assert {event.chosen is None for event in dismissed} == {is_spike}
 
     def read(mode, index, row, flag, max_tokens, scores, num, **_):
         return read_once(mode, index, row, scores, left.pop(0))

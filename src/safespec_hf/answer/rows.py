@@ -42,6 +42,7 @@ class Row(Transcript):
         num_settled (`int`): Answer tokens whose risk is known to be safe, or that have none.
         num_final (`int`): Answer tokens that nothing can take back any more.
         closing (`str`, *optional*): Finish reason of an answer whose last token is still to be scored.
+        banned (`dict[int, set[int]]`): Tokens that may not stand in a place again.
         placeholders (`frozenset[int]`): Tokens that stand for images and the like, which a draft need not know.
     """
 
@@ -70,6 +71,7 @@ class Row(Transcript):
         self.num_streamed = 0
         self.num_recoveries = 0
         self.flagged_first_tokens: dict[int, set[int]] = {}
+        self.banned: dict[int, set[int]] = {}
         self.events: list[SafeSpecEvent] = []
         self.finish_reason: str | None = None
         self.closing: str | None = None
@@ -147,6 +149,7 @@ class Row(Transcript):
         self.num_settled = min(self.num_settled, kept)
         self.pooled.keep(min(self.pooled.num_tokens, self.num_scored(kept)))
         self.flagged_first_tokens = {at: ids for at, ids in self.flagged_first_tokens.items() if at <= kept}
+        self.banned = {at: ids for at, ids in self.banned.items() if at <= kept}
 
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

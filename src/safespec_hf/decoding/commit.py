@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..answer.recovery import is_harmless
 from ..answer.rows import Row
 from ..outputs import Provenance, SafeSpecEvent, SafeSpecStatistics
 from .plan import Plan
@@ -29,13 +30,26 @@ NOTHING = Pending(None, None)
 
 
 class Flag(NamedTuple):
-    """What was taken back for an unsafe token, or nothing for an unsafe prompt; fields as in [`SafeSpecEvent`]."""
+    """What was taken back for an unsafe token, or nothing for an unsafe prompt; fields as in [`SafeSpecEvent`].
+
+    Attributes:
+        token (`int`): The unsafe one.
+        before (`list[tuple[int, Provenance]]`, *optional*):
+            What was taken back before it, if all of that is harmless, and may be put back.
+    """
 
     position: int
     risk: float
     kept: int
     num_discarded: int
     is_prompt: bool = False
+    token: int = -1
+    before: list[tuple[int, Provenance]] | None = None
+
+    @property
+    def gives_nothing_up(self) -> bool:
+        """Whether a false alarm costs the unsafe token at most."""
+        return self.is_prompt or self.before is not None
 
 
 NO_TOKEN = -1
@@ -179,10 +193,24 @@ class Committer:
 
     def roll_back(self, row: Row, flagged: int, risk: float) -> Flag:
         """Takes back an unsafe token with its segment, and what the policy gives up before it."""
-        position = len(row.visible(0, flagged))
+        position, token = len(row.visible(0, flagged)), row.tokens[flagged]
+        tokens, risks = list(zip(row.tokens, row.origins, strict=True))[:flagged], row.risks[:flagged]
         kept, num_discarded = row.roll_back(flagged)
         row.closing = None
         self.stopping.roll_back(row)
         self.statistics.num_flags += 1
         self.statistics.num_discarded_tokens += num_discarded
-        return Flag(position, risk, kept, num_discarded)
+        # words of a draft, as in segment mode, can't be kept off the token
+        is_spike = is_harmless(risks[kept:], self.plan.harmless) and self.plan.policy.verification == "token"
+        return Flag(position, risk, kept, num_discarded, False, token, tokens[kept:] if is_spike else None)
+
+    def mend(self, row: Row, flag: Flag) -> Flag:
+        """Puts back what was taken back before a flagged token, which is not said there again; what is left of it."""
+        if flag.before is None:
+            return flag
+        for token, origin in flag.before:
+            row.append(token, origin)
+        row.banned.setdefault(len(row.tokens), set()).add(flag.token)
+        self.statistics.num_discarded_tokens -= len(flag.before)
+        kept, num_discarded = len(row.tokens), flag.num_discarded - len(flag.before)
+        return flag._replace(kept=kept, num_discarded=num_discarded, before=None)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..answer.bans import keep_off
 from ..answer.logits import process_rows, split_processors
-from ..answer.loops import break_loops
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
@@ -207,7 +207,7 @@ class Decoder:
 
     def _verify(self, proposal: Proposal, logits_BTV: Tensor) -> Verification | Tensor:
         """The target's choice at every position; or what was accepted of drafts that were sampled themselves."""
-        scores_BTV = break_loops(self.live, proposal.drafts, proposal.trees(), self._process(proposal, logits_BTV))
+        scores_BTV = keep_off(self.live, proposal.drafts, proposal.trees(), self._process(proposal, logits_BTV))
         if not self.plan.do_sample:
             return scores_BTV.max(dim=-1).indices  # the first of several, as argmax gives, at a quarter of its time
         if proposal.probs_BGV is None:

@@ -92,10 +92,11 @@ class SafetyMode:
         return False
 
     def _dismiss(self, index: int, row: Row, flag: Flag, max_tokens: int) -> bool:
-        """Tests a flag by candidates without a reflection: if all of them are harmless, the likeliest is taken.
+        """Tests a flag by candidates without a reflection: if all of them are harmless, it was a false alarm.
 
-        None is taken where the prompt was flagged, since nothing was given up; nor one that ends the answer before it
-        is as long as what was taken back, if there are others.
+        Where what was taken back before the token is harmless as well, that is put back, and the answer goes on from
+        there without the token. Else the likeliest candidate is taken, but none that ends the answer before it is as
+        long as what was taken back, if there are others. None is where the prompt was flagged: nothing was given up.
 
         They are the target's own: what another model would say does not tell whether this one is about to do harm.
         """
@@ -108,10 +109,11 @@ class SafetyMode:
             if not is_harmless(scores.worst(), limit):
                 row.events.append(attempt_event(row, flag, tried, max_tokens, "confirmed"))
                 return False
-        if flag.is_prompt:  # nothing was taken back: the answer goes on as if there had been no flag
-            row.events.append(attempt_event(row, flag, tried, max_tokens, "dismissed"))
+        row.num_recoveries += not flag.is_prompt
+        if flag.gives_nothing_up:  # but for the flagged token, if there is one
+            left = self.commits.mend(row, flag)
+            row.events.append(attempt_event(row, left, tried, max_tokens, "dismissed"))
             return True
-        row.num_recoveries += 1
         log_probs = without_early_ends(scores.log_probs, scores.segments, flag.num_discarded, self.plan.eos_ids)
         choice = choose(scores.worst(), log_probs, self.plan.risk_threshold, limit)
         row.events.append(attempt_event(row, flag, tried, max_tokens, "dismissed", choice.candidate))

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..answer.bans import NUM_LOOKED_AT, looping_tokens
 from ..answer.logits import penalize
-from ..answer.loops import NUM_LOOKED_AT, looping_tokens
 from ..answer.segments import Boundaries, Segments
 from .spec import GuardOrder
 
@@ -194,11 +194,11 @@ def ends_candidate(order: GuardOrder, row: StepRow, position: int, boundaries: B
 
 
 def edits_of(order: GuardOrder, row: StepRow, position: int, place: int) -> list[Edit]:
-    """What a candidate, or an answer that may loop, wants of the logits after a token, which are in that place."""
+    """What a candidate, or an answer that was recovered, wants of the logits after a token, in that place."""
     candidate, edits = order.candidate, list[Edit]()
     if candidate is None:
         last = row.token_ids[order.start : position + 1][-NUM_LOOKED_AT:].tolist() if order.breaks_loops else []
-        found = looping_tokens(last)
+        found = [*looping_tokens(last), *(token for at, token in order.banned if at == position + 1)]
         return [Edit(place, found, math.inf)] if found else []
     num = position + 1 - candidate.first  # tokens that it has so far
     if num == 0 and candidate.steer_ids:

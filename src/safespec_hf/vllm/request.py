@@ -308,7 +308,7 @@ class GuardedRequest:
             if recovery.is_test and not is_harmless(batch.watched, plan.harmless):
                 return self._confirm(recovery)
             # log-probabilities of sampled tokens are those after bans; the likeliest is chosen by the model's own
-            takes_likeliest = recovery.is_test and not recovery.flag.is_prompt
+            takes_likeliest = recovery.is_test and not recovery.flag.gives_nothing_up
             is_read_again = bool(num_aside) or takes_likeliest or plan.policy.candidate_choice == "likeliest_safe"
             if is_read_again and any(batch.segments):
                 return self._score(recovery)
@@ -338,13 +338,13 @@ class GuardedRequest:
             return self._confirm(recovery)
         if recovery.sizes:
             return self._sample(recovery, recovery.sizes.pop(0))
-        if recovery.flag.is_prompt:  # nothing was taken back: the answer goes on as if there had been no flag
-            self.row.events.append(attempt_event(self.row, recovery.flag, recovery.tried, recovery.room, "dismissed"))
-            self._recovery = None
+        self.row.num_recoveries += not recovery.flag.is_prompt
+        if recovery.flag.gives_nothing_up:
+            left, self._recovery = self._commits.mend(self.row, recovery.flag), None
+            self.row.events.append(attempt_event(self.row, left, recovery.tried, recovery.room, "dismissed"))
             return self._go_on()
-        self.row.num_recoveries += 1
-        num_discarded = recovery.flag.num_discarded
-        log_probs = without_early_ends(batch.log_probs, batch.segments, num_discarded, plan.eos_ids)
+        num = recovery.flag.num_discarded
+        log_probs = without_early_ends(batch.log_probs, batch.segments, num, plan.eos_ids)
         return self._take(recovery, choose(batch.worst(), log_probs, plan.risk_threshold, plan.harmless))
 
     def _take(self, recovery: Recovery, choice: Choice) -> list[Submission]:

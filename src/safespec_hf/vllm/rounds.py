@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..answer.loops import may_loop
+from ..answer.bans import may_loop
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
 from ..decoding.candidate_scores import worst_risk
@@ -187,6 +187,7 @@ def guard_order(
         candidate=candidate,
         prompt_threshold=plan.prompt_threshold if asks_for_prompt and plan.screens_prompts else None,
         breaks_loops=candidate is None and may_loop(row),
+        banned=[[start + at, token] for at, tokens in row.banned.items() for token in sorted(tokens)],
     )
 
 

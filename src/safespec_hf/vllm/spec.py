@@ -53,6 +53,7 @@ class GuardOrder:
             The prompt's last token is scored as a prompt, and unless that risk is below, nothing follows it. `None`:
             it is not scored.
         breaks_loops (`bool`, defaults to `False`): Tokens that would go on with a loop are banned.
+        banned (`list[list[int]]`): Positions, each with a token that may not stand there.
 
     Example:
 
@@ -71,6 +72,7 @@ class GuardOrder:
     candidate: CandidateOrder | None = None
     prompt_threshold: float | None = None
     breaks_loops: bool = False
+    banned: list[list[int]] = field(default_factory=list)
 
     def to_text(self) -> str:
         """The order as the engine can carry it."""

@@ -1,4 +1,4 @@
-"""Loops: small models that were taken off their own words may say the next ones for ever. Here they are stopped."""
+"""Tokens that an answer is kept off after a recovery: the one that was flagged in error, and those of a loop."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def may_loop(row: Row) -> bool:
     return row.policy.break_loops and row.num_recoveries > 0
 
 
-def break_loops(
+def keep_off(
     rows: Sequence[Row], drafts: Sequence[Sequence[int]], trees: Sequence[Sequence[int]], scores_BTV: Tensor
 ) -> Tensor:
-    """Scores without the tokens that would go on with a loop, of answers that a recovery has changed.
+    """Scores without the tokens that recovered answers are kept off: those flagged in error, and those of a loop.
 
     Args:
         rows (`Sequence[Row]`): The rows.
@@ -53,17 +53,18 @@ def break_loops(
     Returns:
         `torch.FloatTensor` of shape `(B, T, V)`: The scores. A token stays where nothing else is possible.
     """
-    banned: dict[tuple[int, int], list[int]] = {}
+    found: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):
-        if not may_loop(row):
+        if row.num_recoveries == 0:
             continue
         num = len(drafts[index])
         for draft in range(-1, num):
             path = [drafts[index][step] for step in path_to(draft, trees[index])]
-            if token_ids := looping_tokens([*row.tokens[-NUM_LOOKED_AT:], *path]):
-                banned[index, scores_BTV.shape[1] - num + draft] = token_ids
-    if banned:
+            loops = looping_tokens([*row.tokens[-NUM_LOOKED_AT:], *path]) if may_loop(row) else []
+            if token_ids := [*loops, *row.banned.get(len(row.tokens) + len(path), ())]:
+                found[index, scores_BTV.shape[1] - num + draft] = token_ids
+    if found:
         scores_BTV = scores_BTV.clone()
-        for (index, place), token_ids in banned.items():
+        for (index, place), token_ids in found.items():
             scores_BTV[index, place] = penalize(scores_BTV[index, place, None], token_ids)[0]
     return scores_BTV
