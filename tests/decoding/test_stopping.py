@@ -12,6 +12,7 @@ from safespec_hf import SafeSpecConfig, attach_safety_head
 
 PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
 FIELDS = {"reflection": REFLECTION, "refusal": REFUSAL, "max_segment_tokens": 3, "rollback_segments": 1}
+FIELDS |= {"false_alarm_margin": None}
 
 
 class MultiTokenEOS(StoppingCriteria):
@@ -126,6 +127,17 @@ def test_a_word_that_was_rolled_back_is_forgotten(tokenizer, draft, word):
     tokens = answer(tokenizer, {15: 0.9}, [criterion], draft=draft, prompts=((10,), (24,)))
     assert tokens == [list(range(20, 32)), list(range(25, 37))]
     assert criterion.done_tracker == [False, False]
+
+
+@pytest.mark.parametrize("draft", [None, count_up])
+@pytest.mark.parametrize("word", [13, 14, 15, 17])
+def test_one_that_was_put_back_is_not(tokenizer, draft, word):
+    # instead of 15 comes 0, and it counts from there; 20 follows 5
+    criterion = MultiTokenEOS(f"w{word}", tokenizer, 1, 2)
+    fields = {"draft": draft, "prompts": ((10,), (24,)), "false_alarm_margin": 0.5}
+    tokens = answer(tokenizer, {15: 0.9}, [criterion], **fields)
+    assert tokens == [[11, 12, 13, 14, *range(6), 20, 21], list(range(25, 37))]
+    assert criterion.done_tracker == [word < 15, False]
 
 
 @pytest.mark.parametrize("draft", [None, count_up])

@@ -84,6 +84,10 @@ class Segments:
         """For each of the next tokens, how many scored tokens of its segment come before it."""
         return self._look_ahead(tokens)[0]
 
+    def is_whole(self, num: int) -> bool:
+        """Whether the first so many tokens end with a whole character."""
+        return num == 0 or self._num_missing[num - 1] == 0
+
     def append(self, token: int) -> None:
         """Adds a scored token."""
         index = len(self.counts)

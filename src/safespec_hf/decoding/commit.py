@@ -35,7 +35,7 @@ class Flag(NamedTuple):
     Attributes:
         token (`int`): The unsafe one.
         before (`list[tuple[int, Provenance]]`, *optional*):
-            What was taken back before it, if all of that is harmless, and may be put back.
+            What was taken back before it, if all of that is harmless, ends with a whole character, and may be put back.
     """
 
     position: int
@@ -195,13 +195,14 @@ class Committer:
         """Takes back an unsafe token with its segment, and what the policy gives up before it."""
         position, token = len(row.visible(0, flagged)), row.tokens[flagged]
         tokens, risks = list(zip(row.tokens, row.origins, strict=True))[:flagged], row.risks[:flagged]
+        # words of a draft, as in segment mode, can't be kept off the token
+        may_mend = row.segments.is_whole(flagged) and self.plan.policy.verification == "token"
         kept, num_discarded = row.roll_back(flagged)
         row.closing = None
         self.stopping.roll_back(row)
         self.statistics.num_flags += 1
         self.statistics.num_discarded_tokens += num_discarded
-        # words of a draft, as in segment mode, can't be kept off the token
-        is_spike = is_harmless(risks[kept:], self.plan.harmless) and self.plan.policy.verification == "token"
+        is_spike = may_mend and is_harmless(risks[kept:], self.plan.harmless)
         return Flag(position, risk, kept, num_discarded, False, token, tokens[kept:] if is_spike else None)
 
     def mend(self, row: Row, flag: Flag) -> Flag:
