@@ -35,7 +35,7 @@ class Flag(NamedTuple):
     Attributes:
         token (`int`): The unsafe one.
         before (`list[tuple[int, Provenance]]`, *optional*):
-            What was taken back before it, if all of that is harmless, ends with a whole character, and may be put back.
+            What was taken back before it, where that may be put back: all of it is harmless, and no character is cut.
     """
 
     position: int
