@@ -102,9 +102,11 @@ class SafeSpecConfig:
         safe_margin (`float`, defaults to 0.2): A risk <= threshold * (1 - margin) is safe enough for that, in [0, 1).
         false_alarm_margin (`float`, *optional*, defaults to 0.5):
             The first flag of an answer is put to the test: the candidates are sampled without the reflection, and if
-            every one of them stays at or below threshold * (1 - margin), it was a false alarm, and the likeliest of
-            them that does not end early is taken. If one is above, the flag is confirmed, and the reflection follows.
-            In [0, 1); `None` reflects at every flag, as in the paper. A single candidate proves and tests nothing.
+            every one of them stays at or below threshold * (1 - margin), it was a false alarm. What was taken back
+            with the token is put back if all of it stays there as well, and the token is banned in its place; else
+            the likeliest candidate that does not end early is taken. If one is above, the flag is confirmed, and the
+            reflection follows. In [0, 1); `None` reflects at every flag, as in the paper. A single candidate proves
+            and tests nothing.
         test_temperature (`float`, defaults to 0.7):
             Temperature of the candidates of that test, > 0. They ask where the target itself would go.
         max_recoveries (`int`, defaults to 6):

@@ -39,7 +39,9 @@ class SafeSpecEvent:
             Highest risk along each candidate; empty if none was sampled. Where the target samples, a candidate ends
             early once it is unsafe or worse than a finished one.
         candidate_log_probs (`tuple[float, ...]`): Their mean log-probability per token under the target, in nats.
-        chosen (`int`, *optional*): The candidate that was taken, if any.
+        chosen (`int`, *optional*):
+            The candidate that was taken, if any. None is where a false alarm was over one token: what came before that
+            was put back, and `rolled_back_to` is the token's place.
         outcome (`str`):
             `"recovered"`, `"retried"` (no candidate was safe), `"refused"`, `"stopped"`; of a test for a false alarm,
             whose candidates read no reflection, `"dismissed"` or `"confirmed"`; with `policy="observe"` `"observed"`

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from safespec_hf import Provenance, SafeSpecConfig, SafeSpecLogitsProcessor
-from safespec_hf.answer.logits import process_rows, split_processors
+from safespec_hf.answer.logits import penalize, process_rows, split_processors
 from safespec_hf.answer.rows import Row
 
 
@@ -89,3 +89,8 @@ def test_what_comes_last_and_looks_at_scores_only_serves_all_positions_at_once()
 
     derived = Derived(2)
     assert split_processors(LogitsProcessorList([warm, derived])) == ([warm, derived], [])
+
+
+def test_a_ban_holds_for_a_score_that_is_infinite():
+    scores = torch.tensor([[torch.inf, 1.0, -torch.inf]])
+    assert penalize(scores, [0, 2]).tolist() == [[-math.inf, 1.0, -math.inf]]

@@ -110,7 +110,8 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
     """
     penalized_KV = scores_KV.clone()
     scored = [token for token in token_ids if token < scores_KV.shape[1]]
-    penalized_KV[:, torch.tensor(scored, dtype=torch.long, device=scores_KV.device)] -= penalty
+    ids = torch.tensor(scored, dtype=torch.long, device=scores_KV.device)
+    penalized_KV[:, ids] = -torch.inf if penalty == torch.inf else penalized_KV[:, ids] - penalty
     # with a ban, a caller's processors may have left nothing else
     is_possible_K1 = (penalized_KV > -torch.inf).any(dim=-1, keepdim=True)
     return torch.where(is_possible_K1, penalized_KV, scores_KV)
