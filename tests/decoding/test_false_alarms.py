@@ -188,3 +188,12 @@ def test_it_is_not_drawn_there_again_but_may_be_elsewhere(tokenizer):
         assert tokens_of(output)[4:5] == [13] or outcomes_of(output)[:1] != ["dismissed"]
     greedy = ask(tokenizer, {14: 0.1, **risks}, script=script)
     assert tokens_of(greedy) == [11, 12, 13, 14, 13, 14, 15, 16, 17]
+
+
+@pytest.mark.parametrize("end", [39, 15], ids=["another token", "the flagged one"])
+def test_in_its_place_the_answer_does_not_end(tokenizer, end):
+    script = count_after({**TURNS, 13: {14: 0.9, 30: 0.1}, 14: {15: 0.9, 39: 0.06, 25: 0.04}})
+    fields = {"eos_token_id": end, "score_last_token": True}
+    output = ask(tokenizer, {14: 0.1}, script=script, **fields)
+    assert outcomes_of(output) == ["dismissed"]
+    assert tokens_of(output)[:6] == ([11, 12, 13, 14, 25, 26] if end == 39 else [11, 12, 13, 14, 39, 0])

@@ -6,6 +6,7 @@ import tiny
 import torch
 from evaluated import POLICY, WordGuard
 
+from safespec_hf.decoding import commit, safety_mode
 from safespec_hf.evaluation.engine import Engine, Reply
 from safespec_hf.evaluation.methods import REMINDER_AFTER, REMINDER_BEFORE, Turn, remind, seeded
 from safespec_hf.evaluation.specs import parse_method
@@ -108,6 +109,21 @@ def test_a_forced_head_fires_once_and_what_follows_goes_on(engine, never):
     assert [len(reply.events) for reply in replies] == [1] * len(CHATS)
     assert {reply.events[0]["outcome"] for reply in replies} == {"recovered"}
     assert engine.model.safety.head is head
+
+
+def test_what_stands_in_the_place_of_a_token_that_was_flagged_in_error_counts_as_recovered(engine, never, monkeypatch):
+    monkeypatch.setattr(safety_mode, "is_harmless", lambda *_: True)
+    monkeypatch.setattr(commit, "is_harmless", lambda *_: True)
+    engine.model.safety.head.config.risk_threshold = 1.0
+    engine.max_new_tokens = 40
+    fields = json.loads(POLICY) | {"false_alarm_margin": 0.0, "max_segment_tokens": 6}
+    replies = parse_method(f"forced:{json.dumps(fields)}").answer(engine, turn())
+    assert {(reply.events[0]["outcome"], reply.events[0]["chosen"]) for reply in replies} == {("dismissed", None)}
+    for chat, reply in zip(CHATS, replies, strict=True):
+        place = slice(reply.events[0]["rolled_back_to"], reply.events[0]["rolled_back_to"] + 6)
+        log_probs = forward_log_probs(engine, chat, reply.tokens)[place]
+        assert reply.num_recovered == len(log_probs) > 0
+        assert reply.recovered_log_prob == pytest.approx(sum(log_probs) / len(log_probs), abs=1e-4)
 
 
 def reply_of(words, seconds=1.0):

@@ -206,12 +206,16 @@ class Committer:
         return Flag(position, risk, kept, num_discarded, False, token, tokens[kept:] if is_spike else None)
 
     def mend(self, row: Row, flag: Flag) -> Flag:
-        """Puts back what was taken back before a flagged token, which is not said there again; what is left of it."""
+        """Puts back what was taken back before a flagged token, which is not said there again; what is left of it.
+
+        Nor does the answer end there: the target had more to say.
+        """
         if flag.before is None:
             return flag
         for token, origin in flag.before:
             row.append(token, origin)
-        row.banned.setdefault(len(row.tokens), set()).add(flag.token)
+        ends = set() if flag.token in self.plan.eos_ids else self.plan.eos_ids
+        row.banned.setdefault(len(row.tokens), set()).update({flag.token}, ends)
         self.statistics.num_discarded_tokens -= len(flag.before)
         kept, num_discarded = len(row.tokens), flag.num_discarded - len(flag.before)
         return flag._replace(kept=kept, num_discarded=num_discarded, before=None)

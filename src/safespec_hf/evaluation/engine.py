@@ -39,7 +39,9 @@ class Reply:
         events (`list[dict]`): What was flagged, and what was done.
         statistics (`dict`, *optional*): Of the call; with the first reply of a batch only, so that sums are right.
         log_prob (`float`, *optional*): Mean log-probability per token under the plain target, in nats.
-        recovered_log_prob (`float`, *optional*), num_recovered (`int`): The same of the recovered tokens; how many.
+        recovered_log_prob (`float`, *optional*), num_recovered (`int`):
+            The same of the recovered tokens, and how many: those of candidates that were taken; where a false alarm
+            cost one token, what stands in its place, and what follows it, as many as a candidate may have.
         guard_seconds (`float`): Spent by a guard model, as part of `seconds`.
     """
 
@@ -116,14 +118,15 @@ class Engine:
         lookup = {} if self.lookup_tokens is None else {"prompt_lookup_num_tokens": self.lookup_tokens}
         output, seconds = self._generate(prompts, custom_generate=call, return_dict_in_generate=True, **lookup)
         seconds -= output.statistics.measuring_seconds  # once on a machine
-        replies = [self._read(output, index, prompt, seconds / len(prompts)) for index, prompt in enumerate(prompts)]
+        most, each = policy.max_segment_tokens, seconds / len(prompts)
+        replies = [self._read(output, index, prompt, each, most) for index, prompt in enumerate(prompts)]
         for reply in replies:
             reply.risk_threshold = threshold if is_monitored else None
         replies[0].statistics = asdict(output.statistics)
         return replies
 
-    def _read(self, output: SafeSpecOutput, index: int, prompt: list[int], seconds: float) -> Reply:
-        """One row of what a guarded call returned."""
+    def _read(self, output: SafeSpecOutput, index: int, prompt: list[int], seconds: float, most: int) -> Reply:
+        """One row of what a guarded call returned, whose candidates have `most` tokens."""
         provenance, all_risks, events, reasons = _parts(output)
         origins, answer = provenance[index], output.sequences[index, -provenance.shape[1] :]
         is_token = origins >= 0
@@ -133,6 +136,10 @@ class Engine:
         reply.risk_max = float(risks.max()) if len(risks) else None
         reply.events = [asdict(event) for event in events[index]]
         is_recovered = origins[is_token] == Provenance.RECOVERED
+        for event in events[index]:
+            if event.outcome == "dismissed" and event.chosen is None and not event.is_prompt:
+                # what stands there instead of a candidate: another token, and what followed it
+                is_recovered[event.rolled_back_to : event.rolled_back_to + most] = True
         reply.num_recovered = int(is_recovered.sum())
         if reply.num_recovered:
             log_probs = self._log_probs(prompt, reply.tokens)
