@@ -215,7 +215,8 @@ def test_after_recoveries_answers_go_on_as_plain_ones(policy, tokenizer):
             do_sample=False,
             return_dict_in_generate=True,
             assistant_model=perturb(model),
-            safespec=dataclasses.replace(POLICY, **policy, max_recoveries=20),
+            # plain answers may loop
+            safespec=dataclasses.replace(POLICY, **policy, max_recoveries=20, break_loops=False),
         )
         places = [at + 8 for at, each in enumerate(output.provenance[0].tolist()) if each == Provenance.RECOVERED]
         num_crossing += {CHANGE - 1, CHANGE} <= {*places}
