@@ -161,9 +161,9 @@ def test_the_next_flag_is_believed_and_takes_back_what_was_put_back(tokenizer, d
     assert not {14, 15, 25} & set(tokens_of(output))
 
 
-@pytest.mark.parametrize("prompt", [[14], [13]], ids=["first", "second"])
-def test_it_may_be_among_the_first_tokens(tokenizer, prompt):
-    assert tokens_of(ask_spiky(tokenizer, prompt=prompt))[-9:] in ([*range(25, 34)], [14, *range(25, 33)])
+@pytest.mark.parametrize(("prompt", "answer"), [([14], [*range(25, 34)]), ([13], [14, *range(25, 33)])])
+def test_it_may_be_among_the_first_tokens(tokenizer, prompt, answer):
+    assert tokens_of(ask_spiky(tokenizer, prompt=prompt)) == answer
 
 
 @pytest.mark.parametrize("last", [None, True])
@@ -182,10 +182,14 @@ def test_rows_with_such_tokens_end_as_they_would_alone(tokenizer):
 def test_it_is_not_drawn_there_again_but_may_be_elsewhere(tokenizer):
     script = count_after({**TURNS, 13: {14: 0.9, 30: 0.1}, 14: {15: 0.9, 13: 0.1}})
     risks = {15: lambda context: 0.9 if len(context) == 6 else 0.1}
-    for seed in range(4):
+    num_flagged = 0
+    for seed in range(8):
         torch.manual_seed(seed)
         output = ask(tokenizer, {14: 0.1, **risks}, script=script, do_sample=True, top_k=0)
-        assert tokens_of(output)[4:5] == [13] or outcomes_of(output)[:1] != ["dismissed"]
+        if outcomes_of(output)[:1] == ["dismissed"]:
+            num_flagged += 1
+            assert tokens_of(output)[:5] == [11, 12, 13, 14, 13]
+    assert num_flagged > 0
     greedy = ask(tokenizer, {14: 0.1, **risks}, script=script)
     assert tokens_of(greedy) == [11, 12, 13, 14, 13, 14, 15, 16, 17]
 

@@ -192,3 +192,8 @@ def make_guard(head, tokenizer, **policy):
         policy=SafeSpecConfig(**fields),
         secret=SECRET,
     )
+
+
+def record(tokens, risks, failure=None, start=6):
+    """What a worker knows of a request with a prompt of six tokens."""
+    return RiskRecord(start=start, tokens=tokens, risks=risks, failure=failure)

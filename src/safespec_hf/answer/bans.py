@@ -40,6 +40,12 @@ def may_loop(row: Row) -> bool:
     return row.policy.break_loops and row.num_recoveries > 0
 
 
+def banned_after(row: Row, path: Sequence[int]) -> list[int]:
+    """Tokens that may not follow a row and some drafts."""
+    loops = looping_tokens([*row.tokens[-NUM_LOOKED_AT:], *path]) if may_loop(row) else []
+    return [*loops, *row.banned.get(len(row.tokens) + len(path), ())]
+
+
 def keep_off(
     rows: Sequence[Row], drafts: Sequence[Sequence[int]], trees: Sequence[Sequence[int]], scores_BTV: Tensor
 ) -> Tensor:
@@ -55,14 +61,11 @@ def keep_off(
     """
     found: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):
-        if row.num_recoveries == 0:
-            continue
-        num = len(drafts[index])
-        for draft in range(-1, num):
+        # of most answers there is nothing to look at, in no round
+        for draft in range(-1, len(drafts[index])) if row.banned or may_loop(row) else ():
             path = [drafts[index][step] for step in path_to(draft, trees[index])]
-            loops = looping_tokens([*row.tokens[-NUM_LOOKED_AT:], *path]) if may_loop(row) else []
-            if token_ids := [*loops, *row.banned.get(len(row.tokens) + len(path), ())]:
-                found[index, scores_BTV.shape[1] - num + draft] = token_ids
+            if token_ids := banned_after(row, path):
+                found[index, scores_BTV.shape[1] - len(drafts[index]) + draft] = token_ids
     if found:
         scores_BTV = scores_BTV.clone()
         for (index, place), token_ids in found.items():
