@@ -5,7 +5,8 @@
 DATA holds attacks/, prompts/, benign/, labelled/ and v2/, see the recipe of the default head. Answers and verdicts
 are kept below `--work`: a killed run goes on, and a second one only reports. `--short` answers few prompts, in
 minutes, and holds nothing against its bars; without DATA it has harmless prompts only. Writes `safety.json` into
-`--out`, and the tables of `docs/results.md` from it.
+`--out`, and the tables of `docs/results.md` from it. Under `torchrun` or `accelerate launch` processes share the
+prompts.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from safespec_hf.evaluation.similarity import find_similarity
 from safespec_hf.evaluation.specs import parse_method
 from safespec_hf.evaluation.suffixes import SUFFIXES, attack_by_suffix
 from safespec_hf.training.data import load_examples
+from safespec_hf.training.shards import processes
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 # answers that the head's weights were not fitted to; people labelled the latter
@@ -154,6 +156,8 @@ def main() -> int:
     if not todo:
         raise SystemExit("Nothing to run: `--only` and `--method` leave no part with a method.")
     answer(options, todo)
+    if not processes().is_main_process:
+        return 0
     results = report(options, todo)
     nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
     nothing |= {"attacks": {"": []}, "recovery": {}}
