@@ -45,7 +45,7 @@ demo: env
 	$(BIN)/python examples/demo.py
 
 test: env
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # The oldest releases that are supported. OLDEST_TORCH may be anything from the `torch>=` of pyproject.toml on.
 OLDEST_TRANSFORMERS := transformers==5.16.0
@@ -59,7 +59,7 @@ OLDEST_TORCH        ?= $(TORCH)
 	touch $@
 
 test-min: .venv-min/.stamp
-	.venv-min/bin/python -m pytest -q -n auto --maxprocesses 4
+	.venv-min/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # An exported model in lm-evaluation-harness, `transformers serve` and others' code: some minutes.
 test-surfaces: env

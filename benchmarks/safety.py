@@ -25,7 +25,7 @@ from pages import update_page
 from provenance import write_json
 from rich.console import Console
 from rich.table import Table
-from safety_bars import BEGIN, END, find_bars, searched, to_page
+from safety_bars import BEGIN, END, find_bars, searched, seconds_of, to_page
 from safety_parts import EXACT, Part, load_guard, parts
 
 from safespec_hf import load_default
@@ -133,10 +133,12 @@ def report(options: argparse.Namespace, todo: Sequence[Part]) -> dict[str, dict[
 
 
 def count_hours(options: argparse.Namespace, todo: Sequence[Part]) -> float:
-    """What answering took, over all runs that it took."""
+    """What answering took, over all runs that it took, and over all processes together."""
     files = dict.fromkeys(part.file for part in todo)
-    lines = [line for name in files for line in (options.work / name).read_text(encoding="utf-8").splitlines()]
-    return sum(json.loads(line)["seconds"] for line in lines) / 3600
+    rows = [
+        json.loads(line) for name in files for line in (options.work / name).read_text(encoding="utf-8").splitlines()
+    ]
+    return sum(seconds_of(row) for row in rows) / 3600
 
 
 def show(figures: Sequence[Figure], is_short: bool) -> None:

@@ -70,6 +70,11 @@ def searched(results: Mapping[str, Any]) -> list[Figure]:
     return [Figure(f"ASR of searched requests, {row['set']}, {row['method']}", _known(row["ASR"])) for row in judged]
 
 
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """What an answer took; guards that read what the target alone had said took their own time only."""
+    return float(row["guard_seconds" if row["method"].startswith("guard_") else "seconds"])
+
+
 def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:
     """The tables of the page, from what is in the JSON."""
     verdicts = [

@@ -8,7 +8,7 @@ from evaluated import answer_row
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from pages import update_page
-from safety_bars import BEGIN, END, beaten, find_bars, searched, to_page
+from safety_bars import BEGIN, END, beaten, find_bars, searched, seconds_of, to_page
 
 from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
 
@@ -74,6 +74,14 @@ def test_what_a_searched_suffix_gets_through_is_told_where_it_was_asked(results)
     assert figures["ASR of searched requests, attacks set, target"].measured == 0.6
     assert figures["ASR of searched requests, attacks set, safespec"].measured == 0.1
     assert searched({"attacks": {"": []}}) == []
+
+
+def test_a_guard_that_reads_what_was_said_takes_its_own_time_only():
+    row = {"method": "target", "seconds": 3.0, "guard_seconds": 0.0}
+    assert [seconds_of(row), seconds_of(row | {"method": "guard_every_n:every=16", "guard_seconds": 0.5})] == [
+        3.0,
+        0.5,
+    ]
 
 
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
