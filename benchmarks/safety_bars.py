@@ -101,6 +101,7 @@ def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:
         for table in [next(iter(main["attacks"].values()))]
         for method in dict.fromkeys(row["method"] for row in table)
     ]
+    shown = [row for row in main["usefulness"] if row["method"] in (OURS, "refuse", *FORCED)]  # all are in the JSON
     return "\n\n".join(
         [
             "## Bars\n\n" + to_table(verdicts),
@@ -108,7 +109,7 @@ def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:
             "## Judges\n\n" + to_table(main["judges"]),
             "## Attack success by set\n\nWith 95 % intervals over prompts; in brackets corrected for the judge's "
             "errors, where they are known.\n\n" + (to_table(attacks) if attacks else "No attacks."),
-            "## After a flag\n\n" + (to_table(main["usefulness"]) if main["usefulness"] else "Nothing was flagged."),
+            "## After a flag\n\n" + (to_table(shown) if shown else "Nothing was flagged."),
             "## One of K candidates is safe\n\nIn brackets: what independent ones of the same p would reach.\n\n"
             + (to_table(recovery) if recovery else "Nothing was recovered."),
         ]
