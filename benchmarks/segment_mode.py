@@ -45,6 +45,7 @@ from segments import Judged, recorded_segments, separate_grades, separate_risks
 from tqdm import tqdm
 
 from safespec_hf import SafeSpecConfig, attach_safety_head, load_truncated_draft
+from safespec_hf.decoding.safety_mode import SafetyMode
 from safespec_hf.decoding.segment_mode import SegmentDecoder
 from safespec_hf.modeling import GuardedCall
 
@@ -79,6 +80,20 @@ def written_rounds() -> Iterator[list[int]]:
         yield found
 
 
+@contextmanager
+def during_recoveries(forwards: list[float]) -> Iterator[list[int]]:
+    """How many of the forwards were part of a recovery, tests of flags included."""
+    found, recover = [0], SafetyMode.recover
+
+    def count(mode: SafetyMode, *args: Any) -> None:
+        before = len(forwards)
+        recover(mode, *args)
+        found[0] += len(forwards) - before
+
+    with patch.object(SafetyMode, "recover", count):
+        yield found
+
+
 def judge_all(
     model: Any, tokenizer: Any, draft: Any, policy: SafeSpecConfig, options: Any
 ) -> tuple[list[Judged], str]:
@@ -86,14 +101,15 @@ def judge_all(
     num_forwards, counts = 0, Counter[str]()
     with recorded_segments() as judged, written_rounds() as written:
         for prompt in tqdm(PROMPTS[: options.prompts], desc="answers", disable=None):
-            with count_forwards(model) as forwards:
+            with count_forwards(model) as forwards, during_recoveries(forwards) as of_recoveries:
                 output = answer(model, tokenizer, draft, prompt, policy, options.tokens)
             num_forwards += len(forwards)
+            counts["forwards of recoveries"] += of_recoveries[0]
             counts["segments"] += output.statistics.num_segments
             counts["attempts"] += output.statistics.num_recovery_attempts
             counts["by the target"] += output.statistics.num_segments_by_target
             counts.update(segment.outcome for row in output.segments for segment in row)
-    expected = counts["segments"] + written[0] + counts["attempts"]
+    expected = counts["segments"] + written[0] + counts["forwards of recoveries"]
     assert num_forwards == expected, f"{num_forwards} forwards, not {expected}"
     parts = [f"{num} {name}" for name, num in counts.items() if num]
     return judged, f"{', '.join(parts)}; {num_forwards} forwards, in {written[0]} of them the target wrote"
