@@ -20,4 +20,4 @@ class Figure(NamedTuple):
         if self.limit is None or self.measured is None:
             return self.limit is None
         is_beyond = self.measured >= self.limit if self.is_at_least else self.measured <= self.limit
-        return is_beyond or math.isclose(self.measured, self.limit, rel_tol=1e-9)
+        return is_beyond or math.isclose(self.measured, self.limit, rel_tol=1e-9, abs_tol=1e-9)

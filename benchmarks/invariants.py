@@ -81,7 +81,7 @@ def real_target(dtype: torch.dtype, threshold: float = NEVER) -> tuple[Any, Any]
         target=target_binding(model, tokenizer),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # any head, but always the same: one in some has risks that are 1 to the last bit
+        torch.manual_seed(0)  # any head, but the same in each run
         head = SafetyHead(config)
     return attach_safety_head(model, head, tokenizer=tokenizer), tokenizer
 

@@ -110,7 +110,7 @@ def judge_all(
             counts["by the target"] += output.statistics.num_segments_by_target
             counts.update(segment.outcome for row in output.segments for segment in row)
     expected = counts["segments"] + written[0] + counts["forwards of recoveries"]
-    assert num_forwards == expected, f"{num_forwards} forwards, not {expected}"
+    assert num_forwards == expected, f"{num_forwards} forwards, not {expected}: {dict(counts)}"
     parts = [f"{num} {name}" for name, num in counts.items() if num]
     return judged, f"{', '.join(parts)}; {num_forwards} forwards, in {written[0]} of them the target wrote"
 

@@ -81,16 +81,15 @@ def test_a_bar_holds_where_it_is_met_but_for_rounding():
     falls = Figure("ASR falls", ((0.35 - 0.1) + (0.35 - 0.3)) / 2, True, 0.15)
     assert falls.measured < 0.15
     assert falls.passes
+    assert falls._replace(measured=-1e-17, limit=0.0).passes
     assert not falls._replace(measured=0.1499).passes
     assert not falls._replace(is_at_least=False, measured=0.1501).passes
 
 
 def test_a_guard_that_reads_what_was_said_takes_its_own_time_only():
     row = {"method": "target", "seconds": 3.0, "guard_seconds": 0.0}
-    assert [seconds_of(row), seconds_of(row | {"method": "guard_every_n:every=16", "guard_seconds": 0.5})] == [
-        3.0,
-        0.5,
-    ]
+    assert seconds_of(row) == 3.0
+    assert seconds_of(row | {"method": "guard_every_n:every=16", "guard_seconds": 0.5}) == 0.5
 
 
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
