@@ -26,9 +26,10 @@ from provenance import write_json
 from rich.console import Console
 from rich.table import Table
 from safety_bars import BEGIN, END, find_bars, searched, seconds_of, to_page
-from safety_parts import EXACT, Part, load_guard, parts
+from safety_parts import DRAFT_LAYERS, EXACT, Part, load_guard, parts
+from transformers import PreTrainedModel
 
-from safespec_hf import load_default
+from safespec_hf import load_default, load_truncated_draft
 from safespec_hf.cli.loading import load_draft
 from safespec_hf.evaluation.engine import Engine
 from safespec_hf.evaluation.judges import Judge, RefusalPhrases
@@ -63,13 +64,17 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=40, help="prompts of each set")
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
     known = "methods, a forced flag, ablations, singly, suffix, agreement, segments"
     parser.add_argument("--only", help=f"comma-separated parts: {known}")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
-    parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
-        "--segment-draft", help="a draft model: measures whole segments as well, in the same time again"
+        "--dtype", default="bfloat16", help="of target and draft; default: that of load_default, bfloat16"
+    )
+    parser.add_argument(
+        "--segment-draft",
+        default=str(DRAFT_LAYERS),
+        help=f"what drafts whole segments: a draft model, or so many of the target's first layers ({DRAFT_LAYERS})",
     )
     parser.add_argument("--expert", help="of SafeDecoding: an adapter of the target, or a model with its tokenizer")
     parser.add_argument(
@@ -94,13 +99,20 @@ def answer(options: argparse.Namespace, todo: Sequence[Part]) -> None:
             model, tokenizer, draft = load_default(dtype=getattr(torch, dtype))
             engine = Engine(model=model, tokenizer=tokenizer, draft=draft, max_new_tokens=options.tokens)
             loaded = dtype
-        engine.draft = draft if part.draft is None else load_draft(part.draft, model, is_default_target=True)
+        engine.draft = draft if part.draft is None else find_draft(part.draft, model)
         print(f"{part.name}: {', '.join(part.methods)}", flush=True)
         methods = [parse_method(spec, guard) for spec in part.methods]
         sets, file = part.sets, options.work / part.file
         if part.has_suffixes:
             sets = {**sets, **attack_by_suffix(engine, sets, file.with_name(file.name + SUFFIXES))}
         run_evaluation(engine, methods, sets, file, settings=RunSettings(batch_size=part.batch_size))
+
+
+def find_draft(name: str, target: PreTrainedModel) -> Any:
+    """A draft model by its id or folder, or by how many of the target's first layers it has."""
+    if name.isdecimal():
+        return load_truncated_draft(target, num_layers=int(name))
+    return load_draft(name, target, is_default_target=True)
 
 
 def load_judges(options: argparse.Namespace) -> list[Judge]:
@@ -133,7 +145,7 @@ def report(options: argparse.Namespace, todo: Sequence[Part]) -> dict[str, dict[
 
 
 def count_hours(options: argparse.Namespace, todo: Sequence[Part]) -> float:
-    """What answering took, over all runs that it took, and over all processes together."""
+    """What answering took, over all runs that it took."""
     files = dict.fromkeys(part.file for part in todo)
     rows = [
         json.loads(line) for name in files for line in (options.work / name).read_text(encoding="utf-8").splitlines()

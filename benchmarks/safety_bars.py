@@ -71,8 +71,12 @@ def searched(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:
-    """What an answer took; guards that read what the target alone had said took their own time only."""
-    return float(row["guard_seconds" if row["method"].startswith("guard_") else "seconds"])
+    """What an answer took of the run's time; guards that read what the target alone had said took their own only.
+
+    Answers of several processes were made side by side. Rows that do not say so count as if one after the other.
+    """
+    took = float(row["guard_seconds" if row["method"].startswith("guard_") else "seconds"])
+    return took / row.get("processes", 1)
 
 
 def to_page(figures: Sequence[Figure], main: Mapping[str, Any]) -> str:

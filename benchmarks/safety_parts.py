@@ -69,8 +69,9 @@ FORCED = (
     "forced:false_alarm_margin=null",
     "forced:reflection_scope=recovery",
 )
-# the paper's own acceptance, which takes a draft that is a language model
-SEGMENTS = ("target", "assisted", OURS, "specreason", "safespec:verification=segment")
+# the paper's own acceptance, which takes a draft that is a language model; a trained one is not at hand
+SEGMENTS = ("specreason", "safespec:verification=segment")
+DRAFT_LAYERS = 20  # of the target's 30, as in segment_mode.py
 
 
 class Part(NamedTuple):
@@ -156,5 +157,5 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         yield Part("suffix", "suffix.jsonl", chosen_of(SEARCHED), plain, options.batch_size, has_suffixes=True)
     if options.dtype != EXACT:
         yield Part("agreement", "agreement.jsonl", chosen_of(SINGLY), of("benign", "tasks"), 8, dtype=EXACT)
-    if options.segment_draft is not None:
-        yield Part("segments", "segments.jsonl", SEGMENTS, sets, options.batch_size, options.segment_draft)
+    if attacked:
+        yield part("segments", SEGMENTS, sets)._replace(draft=options.segment_draft)

@@ -90,6 +90,7 @@ def test_a_guard_that_reads_what_was_said_takes_its_own_time_only():
     row = {"method": "target", "seconds": 3.0, "guard_seconds": 0.0}
     assert seconds_of(row) == 3.0
     assert seconds_of(row | {"method": "guard_every_n:every=16", "guard_seconds": 0.5}) == 0.5
+    assert seconds_of(row | {"processes": 2}) == 1.5
 
 
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):

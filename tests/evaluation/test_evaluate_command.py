@@ -16,7 +16,7 @@ from samples import run
 from safespec_hf import SafeSpecError
 
 METHODS = ["target", f"safespec:{POLICY}", "self_reminder"]
-TIMES = ("seconds", "guard_seconds", "statistics")
+TIMES = ("seconds", "guard_seconds", "statistics", "processes")
 TIMED = ("speed", "time", "second")
 
 

@@ -14,7 +14,7 @@ from safespec_hf.evaluation.specs import parse_method
 from safespec_hf.training import shards
 
 SETTINGS = RunSettings(batch_size=2)
-TIMES = ("seconds", "guard_seconds", "statistics")
+TIMES = ("seconds", "guard_seconds", "statistics", "processes")
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeyp
         for run in [pool.submit(evaluate, tmp_path / "many.jsonl") for _ in range(num_processes)]:
             run.result()
     assert rows_of(tmp_path / "many.jsonl") == rows_of(tmp_path / "one.jsonl")
+    assert {row["processes"] for row in read_answers(tmp_path / "many.jsonl")} == {num_processes}
     assert list(tmp_path.glob("*.part-*")) == []
 
 
@@ -118,6 +119,14 @@ def test_other_prompts_of_one_name_are_refused(evaluate, sets, tmp_path):
     evaluate(tmp_path / "x.jsonl", ["target"])
     with pytest.raises(SafeSpecError, match="in sets, 'attack' was"):
         evaluate(tmp_path / "x.jsonl", ["target"], sets={"attack": sets["attack"][:2]})
+
+
+def test_another_draft_leaves_what_did_not_use_it(evaluate, engine, tmp_path):
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    engine.draft, engine.lookup_tokens = None, 3
+    evaluate(tmp_path / "x.jsonl", ["target", "assisted"])
+    with pytest.raises(SafeSpecError, match=r"in methods, 'safespec' was {'draft': .* is {'draft': 'lookup 3'}"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
 
 
 def test_a_file_of_something_else_is_left_alone(evaluate, tmp_path):

@@ -116,7 +116,8 @@ def run_evaluation(
     ) as bar:
         for unit in mine:
             bar.set_postfix_str(f"{unit.method.name:.24} {unit.prompts[0].set_name}", refresh=False)
-            file.append([row for row in _answer(engine, unit, file, settings.seed) if key_of(row) not in done])
+            rows = [row for row in _answer(engine, unit, file, settings.seed) if key_of(row) not in done]
+            file.append([{**row, "processes": state.num_processes} for row in rows])
             bar.update(len(unit.prompts))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -157,11 +158,12 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """All that answers depend on: of all of them, of each method, and of each set.
 
-    Heads belong to the methods that ask them, so that another head leaves undefended answers as they were.
+    Heads and drafts belong to the methods that ask them, so that another one leaves undefended answers as they were.
     """
     model, draft = engine.model, engine.draft
     safety = model.safety if isinstance(model, GuardedModel) else None
     heads = {name: _describe_head(getattr(safety, name, None)) for name in ("head", "draft_head")}
+    drafted = {"draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft)}
     common = {
         **asdict(settings),
         "max_new_tokens": engine.max_new_tokens,
@@ -170,12 +172,13 @@ def describe(
         "weights": hash_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(str(engine.tokenizer.chat_template).encode()).hexdigest()[:16],
-        "draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft),
     }
     return {
         "common": common,
         "methods": {
-            method.name: (values := method.settings()) | (heads if _asks_head(method, values) else {})
+            method.name: (values := method.settings())
+            | (drafted if method.needs_head else {})
+            | (heads if _asks_head(method, values) else {})
             for method in methods
         },
         "sets": {
