@@ -65,6 +65,29 @@ def test_risks_and_grades_are_those_of_separate_passes(tokenizer, kind, reading,
         assert segment.outcome == ("flagged" if not is_safe else "accepted" if is_good else "rewritten")
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_few_rows_wait_to_be_judged_while_most_are_being_written(tokenizer, kind, monkeypatch):
+    """A forward is as wide as its widest row: one with the quality prompt should be so for many rows."""
+    model, turns = build_model(kind), list[tuple[int, int, int]]()
+    judge = SegmentDecoder._judge
+
+    def noted(decoder, of_rows):
+        num_judged, num_waiting = (sum(getattr(turn, name) for turn in of_rows) for name in ("is_judged", "waits"))
+        turns.append((num_judged, num_waiting, len(of_rows) - num_judged - num_waiting))
+        return judge(decoder, of_rows)
+
+    monkeypatch.setattr(SegmentDecoder, "_judge", noted)
+    attach(model, tokenizer, build_noisy_head(model, 0.8))
+    draft = perturb(model, 0.03)
+    batch = ask(model, draft, replace(SEGMENTS, quality_threshold=9), ids=PROMPTS.repeat(2, 1), max_new_tokens=60)
+    assert any(num_waiting for _, num_waiting, _ in turns)
+    for num_judged, num_waiting, num_writing in turns:
+        assert num_judged == 0 or num_waiting == 0
+        assert num_waiting == 0 or num_waiting < num_writing
+        assert num_judged == 0 or num_judged >= num_writing
+    assert batch.statistics.num_rounds == len(turns)
+
+
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_row_in_a_batch_is_what_it_is_alone(tokenizer, kind, forced):

@@ -2,7 +2,8 @@
 
 In a round a row does one of two things. Either the draft proposes a segment, and the target reads it with the quality
 prompt after it: hidden states of the segment give its risks, the logits at the end its grade. Or the target writes a
-segment itself, token by token as in token mode, with the draft's words as a guess. Rows of a batch share the forward.
+segment itself, token by token as in token mode, with the draft's words as a guess. Rows of a batch share the forward,
+which is as wide as its widest row: so segments wait to be judged while more than half of the rows are being written.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Turn(NamedTuple):
         tokens (`list[int]`): A segment that the draft proposes, or a guess at what the target will write.
         is_judged (`bool`): Whether they are a segment.
         position (`int`): Visible tokens of the answer before them.
+        waits (`bool`): Whether it does neither, and reads its last token only.
     """
 
     tokens: list[int]
     is_judged: bool
     position: int
+    waits: bool = False
 
 
 class SegmentDecoder(Decoder):
@@ -80,11 +83,16 @@ class SegmentDecoder(Decoder):
         """Segments of the draft, for all rows in one batch; and guesses for those whose target writes."""
         start = time.perf_counter()
         is_writing = [self._target_writes(row) for row in self.live]
-        limits = [self._num_drafts(*pair) for pair in zip(self.live, is_writing, strict=True)]
+        waits = [not writes and 2 * sum(is_writing) > len(self.live) for writes in is_writing]
+        pairs = list(zip(self.live, is_writing, strict=True))
+        limits = [0 if must_wait else self._num_drafts(*pair) for pair, must_wait in zip(pairs, waits, strict=True)]
         drafts = self.drafter.write(self.live, limits, self._is_whole)
         if self._redraws is not None:
             drafts = self._screen(self._redraws, drafts, limits, is_writing)
-        turns = [self._turn(*triple) for triple in zip(self.live, drafts, is_writing, strict=True)]
+        turns = [
+            Turn([], False, row.num_visible, waits=True) if must_wait else self._turn(row, tokens, writes)
+            for (row, writes), tokens, must_wait in zip(pairs, drafts, waits, strict=True)
+        ]
         self.statistics.draft_seconds += time.perf_counter() - start
         return turns
 
@@ -166,7 +174,8 @@ class SegmentDecoder(Decoder):
             for row, length, turn in zip(self.live, self.target.lengths, turns, strict=True)
         ]
         guesses = Proposal([[] if turn.is_judged else turn.tokens for turn in turns])
-        nums = [len(turn.tokens) + len(ids) * turn.is_judged for turn in turns]
+        # what waits reads its last token again in the next round
+        nums = [turn.waits or len(turn.tokens) + len(ids) * turn.is_judged for turn in turns]
         output = self.target.forward(blocks, 1 + max(map(len, guesses.drafts)), num_drafts=nums)
         start = time.perf_counter()
         parts = [read_quality(output.logits_BTV[:, -1], self.plan.digit_ids, policy.quality_reading)]
@@ -208,7 +217,7 @@ class SegmentDecoder(Decoder):
                 pending.append(NOTHING)
                 continue
             num_read, reason = row.num_unscored(), None
-            if not turn.is_judged:
+            if not (turn.is_judged or turn.waits):
                 num_read += len(reading.path)
                 reason = self.commits.append(row, self._written(row, turn.tokens, reading))
             num_read = min(num_read, row.num_unscored())
