@@ -75,12 +75,22 @@ def has_tests(folder: Path) -> bool:
     return (folder / "tests" / "generation" / "test_utils.py").is_file()
 
 
+def version_of(folder: Path) -> str | None:
+    """That of a checkout, if it says so."""
+    package = folder / "src" / "transformers" / "__init__.py"
+    text = package.read_text(encoding="utf-8") if package.is_file() else ""
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    return None if found is None else found.group(1)
+
+
 def find_tests(given: Path | None) -> Path | None:
     """The folder whose `tests` are transformers' own; `None` where they can't be had."""
     version = transformers.__version__
     known = [given] if given else [Path(transformers.__file__).parents[2], CACHE / f"transformers-{version}"]
     for folder in known:
         if has_tests(folder):
+            if (theirs := version_of(folder)) not in (None, version):
+                print(f"These tests are of transformers {theirs}, and {version} is installed: some may not load.")
             return folder
     if given:
         raise SystemExit(f"{given} has no tests/generation/test_utils.py. Name a checkout of transformers {version}.")
@@ -214,7 +224,10 @@ def main() -> int:
     show(parts, summary)
     said = {name: part["pytest"] for name, part in parts.items()}
     write_json(options.out, {**summary, "pytest": said})
-    has_failed = summary["guarded_share"] < MIN_GUARDED or summary["differed"] or summary["crashed"]
+    not_loaded = [name for name, last_line in said.items() if re.search(r"\berrors?\b", last_line)]
+    if not_loaded:
+        print(f"NOT LOADED: {', '.join(not_loaded)}. Their tests say why.")
+    has_failed = summary["guarded_share"] < MIN_GUARDED or summary["differed"] or summary["crashed"] or not_loaded
     return int(bool(has_failed))
 
 
