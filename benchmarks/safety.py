@@ -64,13 +64,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=40, help="prompts of each set")
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
     known = "methods, a forced flag, ablations, singly, suffix, agreement, segments"
     parser.add_argument("--only", help=f"comma-separated parts: {known}")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
-    parser.add_argument(
-        "--dtype", default="bfloat16", help="of target and draft; default: that of load_default, bfloat16"
-    )
+    parser.add_argument("--dtype", default="float32", help="of target and draft")
     parser.add_argument(
         "--segment-draft",
         default=str(DRAFT_LAYERS),
