@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import build_architecture
 from segments import recorded_segments, separate_grades, separate_risks
 from tiny import (
     CONFIGS,
@@ -65,11 +66,9 @@ def test_risks_and_grades_are_those_of_separate_passes(tokenizer, kind, reading,
         assert segment.outcome == ("flagged" if not is_safe else "accepted" if is_good else "rewritten")
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_few_rows_wait_to_be_judged_while_most_are_being_written(tokenizer, kind, monkeypatch):
-    """A forward is as wide as its widest row: one with the quality prompt should be so for many rows."""
-    model, turns = build_model(kind), list[tuple[int, int, int]]()
-    judge = SegmentDecoder._judge
+def count_turns(monkeypatch):
+    """Of each round how many rows are judged, wait, and are being written; filled as it goes."""
+    judge, turns = SegmentDecoder._judge, list[tuple[int, int, int]]()
 
     def noted(decoder, of_rows):
         num_judged, num_waiting = (sum(getattr(turn, name) for turn in of_rows) for name in ("is_judged", "waits"))
@@ -77,6 +76,13 @@ def test_few_rows_wait_to_be_judged_while_most_are_being_written(tokenizer, kind
         return judge(decoder, of_rows)
 
     monkeypatch.setattr(SegmentDecoder, "_judge", noted)
+    return turns
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_few_rows_wait_to_be_judged_while_most_are_being_written(tokenizer, kind, monkeypatch):
+    """A forward is as wide as its widest row: one with the quality prompt should be so for many rows."""
+    model, turns = build_model(kind), count_turns(monkeypatch)
     attach(model, tokenizer, build_noisy_head(model, 0.8))
     draft = perturb(model, 0.03)
     batch = ask(model, draft, replace(SEGMENTS, quality_threshold=9), ids=PROMPTS.repeat(2, 1), max_new_tokens=60)
@@ -86,6 +92,21 @@ def test_few_rows_wait_to_be_judged_while_most_are_being_written(tokenizer, kind
         assert num_waiting == 0 or num_waiting < num_writing
         assert num_judged == 0 or num_judged >= num_writing
     assert batch.statistics.num_rounds == len(turns)
+
+
+@pytest.mark.parametrize("name", ["bamba", "lfm2", "bloom"])
+def test_what_waits_loses_nothing_where_states_have_no_columns(tokenizer, name, monkeypatch):
+    """Recurrent layers, convolutions, and rows that are read one by one: a last token is read again and again."""
+    model, turns = build_architecture(name), count_turns(monkeypatch)
+    draft, ids = perturb(model, 0.03), PROMPTS.repeat(2, 1)
+    attach(model, tokenizer, build_noisy_head(model, 0.8))
+    batch = ask(model, draft, ids=ids, max_new_tokens=30)
+    assert any(batch.events)
+    assert any(num_waiting for _, num_waiting, _ in turns)
+    for row, prompt in enumerate(PROMPTS):
+        single = ask(model, draft, ids=prompt[prompt != 0][None], max_new_tokens=30)
+        answer = single.sequences[0, int((prompt != 0).sum()) :].tolist()
+        assert batch.sequences[row, 4 : 4 + len(answer)].tolist() == answer
 
 
 @pytest.mark.parametrize("forced", [False, True])

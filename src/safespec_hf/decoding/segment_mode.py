@@ -83,15 +83,16 @@ class SegmentDecoder(Decoder):
         """Segments of the draft, for all rows in one batch; and guesses for those whose target writes."""
         start = time.perf_counter()
         is_writing = [self._target_writes(row) for row in self.live]
-        waits = [not writes and 2 * sum(is_writing) > len(self.live) for writes in is_writing]
-        pairs = list(zip(self.live, is_writing, strict=True))
-        limits = [0 if must_wait else self._num_drafts(*pair) for pair, must_wait in zip(pairs, waits, strict=True)]
+        most_write = 2 * sum(is_writing) > len(self.live)
+        waits = [most_write and not writes for writes in is_writing]
+        triples = list(zip(self.live, is_writing, waits, strict=True))
+        limits = [0 if must_wait else self._num_drafts(row, writes) for row, writes, must_wait in triples]
         drafts = self.drafter.write(self.live, limits, self._is_whole)
         if self._redraws is not None:
             drafts = self._screen(self._redraws, drafts, limits, is_writing)
         turns = [
             Turn([], False, row.num_visible, waits=True) if must_wait else self._turn(row, tokens, writes)
-            for (row, writes), tokens, must_wait in zip(pairs, drafts, waits, strict=True)
+            for (row, writes, must_wait), tokens in zip(triples, drafts, strict=True)
         ]
         self.statistics.draft_seconds += time.perf_counter() - start
         return turns
@@ -175,7 +176,7 @@ class SegmentDecoder(Decoder):
         ]
         guesses = Proposal([[] if turn.is_judged else turn.tokens for turn in turns])
         # what waits reads its last token again in the next round
-        nums = [turn.waits or len(turn.tokens) + len(ids) * turn.is_judged for turn in turns]
+        nums = [1 if turn.waits else len(turn.tokens) + len(ids) * turn.is_judged for turn in turns]
         output = self.target.forward(blocks, 1 + max(map(len, guesses.drafts)), num_drafts=nums)
         start = time.perf_counter()
         parts = [read_quality(output.logits_BTV[:, -1], self.plan.digit_ids, policy.quality_reading)]
