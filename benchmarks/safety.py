@@ -26,7 +26,7 @@ from provenance import write_json
 from rich.console import Console
 from rich.table import Table
 from safety_bars import BEGIN, END, find_bars, searched, seconds_of, to_page
-from safety_parts import DRAFT_LAYERS, EXACT, Part, load_guard, parts
+from safety_parts import DRAFT_LAYERS, EXACT, EXACT_FILE, Part, load_guard, parts
 from transformers import PreTrainedModel
 
 from safespec_hf import load_default, load_truncated_draft
@@ -64,11 +64,13 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=40, help="prompts of each set")
     parser.add_argument("--single", type=int, default=8, help="prompts of each set that are timed one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--batch-size", type=int, default=8)
-    known = "methods, a forced flag, ablations, singly, suffix, agreement, segments"
+    parser.add_argument("--batch-size", type=int, default=16)
+    known = "methods, agreement, a forced flag, ablations, singly, suffix, segments"
     parser.add_argument("--only", help=f"comma-separated parts: {known}")
     parser.add_argument("--method", action="append", help="only this one; repeatable. What is missing has no figure")
-    parser.add_argument("--dtype", default="float32", help="of target and draft")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help=f"of target and draft; what is held against undefended words is {EXACT}"
+    )
     parser.add_argument(
         "--segment-draft",
         default=str(DRAFT_LAYERS),
@@ -174,7 +176,7 @@ def main() -> int:
     nothing: dict[str, Any] = {name: [] for name in ("overview", "sets", "usefulness", "judges")}
     nothing |= {"attacks": {"": []}, "recovery": {}}
     main_results, singly = results.get("answers.jsonl", nothing), results.get("singly.jsonl", nothing)
-    exact = main_results if options.dtype == EXACT else results.get("agreement.jsonl", nothing)
+    exact = results.get(f"{EXACT_FILE}.jsonl", nothing)
     figures = find_bars(main_results, singly, exact, count_hours(options, todo))
     figures += searched(results.get("suffix.jsonl", nothing))
     show(figures, options.short)
@@ -182,7 +184,7 @@ def main() -> int:
         rows = [figure._asdict() | {"passes": figure.passes} for figure in figures]
         write_json(options.out / "safety.json", {"figures": rows, **results})
         if options.out.resolve() == (PAGE.parent / "results").resolve():
-            update_page(PAGE, BEGIN, f"\n{to_page(figures, main_results)}\n", END)
+            update_page(PAGE, BEGIN, f"\n{to_page(figures, main_results, exact)}\n", END)
     return 0 if options.short or all(figure.passes for figure in figures) else 1
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from head_words import BagOfWords
@@ -60,7 +60,8 @@ SENSITIVITY = (
 SINGLY = ("target", OURS)  # for speed, one prompt at a time
 SEARCHED = ("target", OURS, "refuse")  # against a suffix that was searched for with the head at hand
 NUM_SEARCHED = 16
-EXACT = "float32"  # in bfloat16 drafts change roundings, and now and then a word, with or without a head
+# against what the target says alone, word for word: in bfloat16 drafts change roundings, and now and then a word
+EXACT, EXACT_FILE = "float32", "exact"
 # what a false alarm costs, by how the answer goes on
 FORCED = (
     "forced",
@@ -136,10 +137,10 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         return {name: prompts[:limit] for name, prompts in sets.items() if prompts[0].kind in kinds}
 
     def part(
-        name: str, methods: Sequence[str], chosen: dict[str, list[Prompt]], batch_size: int | None = None
+        name: str, methods: Sequence[str], chosen: dict[str, list[Prompt]], file: str = "answers", **others: Any
     ) -> Part:
-        file = "answers" if batch_size is None else name
-        return Part(name, f"{file}.jsonl", chosen_of(methods), chosen, batch_size or options.batch_size)
+        settings = {"batch_size": options.batch_size} | others
+        return Part(name, f"{file}.jsonl", chosen_of(methods), chosen, **settings)
 
     def chosen_of(methods: Sequence[str]) -> tuple[str, ...]:
         known = [spec for spec in methods if options.data is not None or not spec.startswith("guard")]
@@ -147,15 +148,14 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
 
     expert = [] if options.expert is None else ["safedecoding:" + json.dumps({"expert": options.expert})]
     yield part("methods", [*METHODS, *expert], sets)
-    yield part("a forced flag", FORCED, of("benign"))
+    yield part("agreement", SINGLY, of("benign", "tasks"), EXACT_FILE, dtype=EXACT)
+    yield part("a forced flag", FORCED, of("benign"), EXACT_FILE, dtype=EXACT)
     if attacked := of("attacks", "borderline"):
         yield part("ablations", [*ABLATIONS, *SENSITIVITY], attacked)
     # files of their own: what goes together in a batch is part of an answer's settings
-    singly = {name: [*prompts] for name, prompts in of("attacks", "benign", limit=options.single).items()}
-    yield part("singly", SINGLY, singly, 1)
-    if plain := {name: [*prompts][:NUM_SEARCHED] for name, prompts in sets.items() if name == PLAIN_ATTACK}:
-        yield Part("suffix", "suffix.jsonl", chosen_of(SEARCHED), plain, options.batch_size, has_suffixes=True)
-    if options.dtype != EXACT:
-        yield Part("agreement", "agreement.jsonl", chosen_of(SINGLY), of("benign", "tasks"), 8, dtype=EXACT)
+    singly = of("attacks", "benign", limit=options.single)
+    yield part("singly", SINGLY, singly, "singly", batch_size=1)
+    if plain := {name: prompts[:NUM_SEARCHED] for name, prompts in sets.items() if name == PLAIN_ATTACK}:
+        yield part("suffix", SEARCHED, plain, "suffix", has_suffixes=True)
     if attacked:
-        yield part("segments", SEGMENTS, sets)._replace(draft=options.segment_draft)
+        yield part("segments", SEGMENTS, sets, draft=options.segment_draft)

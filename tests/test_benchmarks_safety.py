@@ -1,5 +1,6 @@
 """The bars of the safety benchmark, and the page that it writes."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from figures import Figure
 from pages import update_page
 from safety_bars import BEGIN, END, beaten, find_bars, searched, seconds_of, to_page
+from safety_parts import parts
 
 from safespec_hf.evaluation.summaries import Answers, attack_rates, overview, set_figures, usefulness_table
 
@@ -61,7 +63,28 @@ def test_bars_are_what_the_answers_say(results):
 
 def test_what_was_not_asked_is_not_measured(results):
     figures = by_name(find_bars(results, results, results, hours=1.0))
-    assert figures["useful after a forced flag"].measured is None
+    assert figures["useful after a forced flag, float32"].measured is None
+
+
+def test_words_are_held_against_undefended_ones_in_float32_whatever_else_runs_in(tmp_path):
+    options = argparse.Namespace(
+        data=None, work=tmp_path, limit=2, single=1, batch_size=4, method=None, expert=None, segment_draft="2"
+    )
+    compared = {part.name: part for part in parts(options) if part.name in ("agreement", "a forced flag")}
+    assert [part.dtype for part in compared.values()] == ["float32", "float32"]
+    assert len({part.file for part in compared.values()}) == 1  # beside the undefended answers, and apart from others
+    assert "target" in compared["agreement"].methods
+    assert all(part.file != compared["agreement"].file for part in parts(options) if part.name not in compared)
+
+
+def test_a_false_alarm_is_measured_where_words_are_compared(results):
+    rows = [answer_row(method, str(i), "w10", "benign") for method in ("target", "forced") for i in range(4)]
+    for row in rows[4:]:
+        row["events"] = [{"outcome": "dismissed", "risk": 1.0, "position": 3}]
+    exact = results_of(rows, lambda row: False)
+    figure = by_name(find_bars(results, results, exact, hours=1.0))["useful after a forced flag, float32"]
+    assert figure.measured is not None
+    assert by_name(find_bars(exact, results, results, hours=1.0))[figure.name].measured is None
 
 
 def test_ours_is_held_against_baselines_that_refuse_no_more(results):
@@ -96,7 +119,7 @@ def test_a_guard_that_reads_what_was_said_takes_its_own_time_only():
 def test_the_page_gets_its_tables_between_its_markers(results, tmp_path):
     page = tmp_path / "results.md"
     page.write_text(f"# Results\n\n{BEGIN}\nroses\n{END}\n\nThe end.\n")
-    update_page(page, BEGIN, f"\n{to_page(find_bars(results, results, results, hours=1.0), results)}\n", END)
+    update_page(page, BEGIN, f"\n{to_page(find_bars(results, results, results, hours=1.0), results, results)}\n", END)
     text = page.read_text()
     assert text.startswith("# Results\n\n")
     assert text.endswith(f"{END}\n\nThe end.\n")
