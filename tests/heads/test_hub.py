@@ -15,7 +15,14 @@ from tiny import build_head, build_model, is_before
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from safespec_hf import HeadFileError, HeadMismatchError, SafeSpecError, SafetyHead, attach_safety_head
+from safespec_hf import (
+    HeadFileError,
+    HeadMismatchError,
+    SafeSpecError,
+    SafetyHead,
+    SafetyHeadConfig,
+    attach_safety_head,
+)
 from safespec_hf.cli import app
 from safespec_hf.heads.hub import describe_push, keep_report, push_head, save_head, show_head
 
@@ -189,8 +196,13 @@ def with_weights(folder, change):
     return {WEIGHTS: content}
 
 
-def with_config(folder, **values):
-    return {CONFIG: json.dumps({**json.loads((folder / CONFIG).read_text()), **values}).encode()}
+def with_config(folder, *without, **values):
+    config = {**json.loads((folder / CONFIG).read_text()), **values}
+    return {CONFIG: json.dumps({name: value for name, value in config.items() if name not in without}).encode()}
+
+
+def stored_as(folder, dtype):
+    return with_weights(folder, lambda w: w.update({key: weight.to(dtype) for key, weight in w.items()}))
 
 
 DAMAGE = {
@@ -201,13 +213,23 @@ DAMAGE = {
     "pickle beside": (lambda f: {WEIGHTS: None, "pytorch_model.bin": pickled(f)}, "model.safetensors"),
     "no weights": (lambda f: {WEIGHTS: None}, "model.safetensors"),
     "no config": (lambda f: {CONFIG: None}, "config.json"),
-    "config of another kind": (lambda f: {CONFIG: b'{"model_type": "llama"}'}, "holds no safety head"),
+    "config of another kind": (lambda f: {CONFIG: b'{"model_type": "llama"}'}, "of model type 'llama'"),
     "config that is no object": (lambda f: {CONFIG: b"[1]"}, "No safety head could be loaded"),
     "config that is no JSON": (lambda f: {CONFIG: b"{"}, "config"),
     "value out of range": (lambda f: with_config(f, risk_threshold=1.5), "`risk_threshold` must be"),
     "missing tensor": (lambda f: with_weights(f, lambda w: w.pop("mlp.0.bias")), "mlp.0.bias missing"),
     "unknown tensor": (lambda f: with_weights(f, lambda w: w.update(x=torch.ones(1))), "x unknown"),
     "wrong shape": (lambda f: with_config(f, mlp_ratio=1.0), "mlp.0.bias, mlp.0.weight.* of another shape"),
+    "a field of a newer version": (lambda f: with_config(f, activation="gelu"), "has no `activation`"),
+    "a mistyped field": (lambda f: with_config(f, "pooling", poling="mean"), "does not say `pooling`"),
+    "no label direction": (lambda f: with_config(f, "unsafe_label"), "does not say `unsafe_label`"),
+    "no dtype of weights": (lambda f: with_config(f, dtype="nothing"), "`dtype` must be one of"),
+    "quantized": (lambda f: with_config(f, quantization_config={"load_in_8bit": True}), "`quantization_config`"),
+    "more than fits into memory": (lambda f: with_config(f, mlp_ratio=1e9), "of another shape"),
+    "more layers than anyone has": (lambda f: with_config(f, num_mlp_layers=10**6), "`num_mlp_layers` must be"),
+    "integers": (lambda f: stored_as(f, torch.int8), r"mlp.0.bias \(torch.int8\), .* another kind of number"),
+    "booleans": (lambda f: stored_as(f, torch.bool), r"\(torch.bool\)"),
+    "complex numbers": (lambda f: stored_as(f, torch.complex64), r"\(torch.complex64\)"),
     "not a number": (
         lambda f: with_weights(f, lambda w: w["mlp.0.weight"][0].fill_(float("nan"))),
         "mlp.0.weight not finite",
@@ -243,6 +265,11 @@ def test_a_damaged_head_is_refused_through_auto_model_too(hub, folder):
         AutoModel.from_pretrained(ID)
 
 
+def test_a_field_that_nobody_reads_is_refused_in_code_too():
+    with pytest.raises(TypeError, match="has no `risk_treshold`"):
+        SafetyHeadConfig(hidden_size=8, hidden_layers=[1], risk_treshold=0.1)
+
+
 def test_a_head_for_another_target_is_refused_by_id(hub, head, tokenizer):
     push_head(head, ID, token=TOKEN)
     with pytest.raises(HeadMismatchError, match="`num_layers`"):
@@ -261,7 +288,7 @@ def test_weights_that_a_config_points_to_elsewhere_are_not_followed(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
     (folder / CONFIG).write_bytes(with_config(folder, transformers_weights="adapter_model.bin")[CONFIG])
-    with pytest.raises(HeadFileError, match=WEIGHTS):
+    with pytest.raises(HeadFileError, match="has no `transformers_weights`"):
         SafetyHead.from_pretrained(folder)
 
 

@@ -163,9 +163,10 @@ def test_a_difference_can_be_excused_by_name(name):
     assert check_binding(small_head(target=FOUND), {**FOUND, name: other}, (name,)) is None
 
 
-def test_a_head_without_any_binding_is_refused(target):
+@pytest.mark.parametrize("bound", [None, {}, {"architecture": None}, {"hidden_size": 32}, {"model_id": "owner/other"}])
+def test_a_head_without_any_binding_is_refused(target, bound):
     with pytest.raises(HeadMismatchError, match="LlamaForCausalLM"):
-        check_binding(small_head(hidden_size=32), target_binding(target))
+        check_binding(small_head(hidden_size=32, target=bound), target_binding(target))
 
 
 def test_a_layer_that_the_target_lacks_is_refused(target):
@@ -188,6 +189,13 @@ def test_another_model_of_the_same_width_is_told_apart(target, kind, layers):
     other = build_model(kind) if kind == "gpt2" else build_model(num_hidden_layers=layers)
     with pytest.raises(HeadMismatchError, match="architecture" if kind == "gpt2" else "num_layers"):
         check_binding(build_head(target), target_binding(other))
+
+
+def test_a_point_without_a_name_is_not_the_heads_own():
+    points = {"": {"risk_threshold": 0.3, "prompt_threshold": 0.1}}
+    config = SafetyHeadConfig(hidden_size=8, hidden_layers=[1], prompt_threshold=0.6, operating_points=points)
+    assert config.prompt_threshold_at() == 0.6
+    assert config.prompt_threshold_at("") == 0.1
 
 
 def test_risks_know_no_dropout_in_any_mode():

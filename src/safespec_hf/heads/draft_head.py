@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..checks import check_value
 from ..errors import UnsupportedRequestError
-from .loading import StrictModel
+from .loading import StrictConfig, StrictModel
 from .safety_head import check_binding, target_binding
 
 
-class DraftHeadConfig(PreTrainedConfig):
+class DraftHeadConfig(StrictConfig):
     """Architecture and target binding of a [`DraftHead`].
 
     Args:
@@ -43,6 +43,7 @@ class DraftHeadConfig(PreTrainedConfig):
         target (`dict`, *optional*): [`target_binding`] of the target it was distilled from.
 
     Raises:
+        TypeError: If there is no such field.
         ValueError: If a value is outside of its range.
 
     Example:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from transformers import PreTrainedConfig
-
 from ..checks import check_types, check_value, field_types
+from .loading import StrictConfig
 
 Pooling = Literal["last", "mean", "ewma"]
 Span = Literal["segment", "answer"]
 
 
-class SafetyHeadConfig(PreTrainedConfig):
+class SafetyHeadConfig(StrictConfig):
     """Architecture, reading rule, operating point and target binding of a [`SafetyHead`].
 
     Args:
@@ -22,7 +21,7 @@ class SafetyHeadConfig(PreTrainedConfig):
             Which hidden states are read: 0 is the embeddings, `k` the output of layer `k`, and the target's number of
             layers its last, normed hidden state. Several layers are concatenated in this order.
         mlp_ratio (`float`, defaults to 0.5): Width of the hidden layers of the MLP over its number of inputs, > 0.
-        num_mlp_layers (`int`, defaults to 2): Linear layers of the MLP, >= 1; 1 is a linear probe.
+        num_mlp_layers (`int`, defaults to 2): Linear layers of the MLP, in [1, 100]; 1 is a linear probe.
         dropout (`float`, defaults to 0.1): Dropout between them while training, in [0, 1).
         pooling (`"last"`, `"mean"` or `"ewma"`, defaults to `"mean"`):
             What the MLP sees at a token: its own hidden state (the paper's boundary token), the mean over the scored
@@ -43,7 +42,7 @@ class SafetyHeadConfig(PreTrainedConfig):
         target (`dict`, *optional*): [`target_binding`] of the target it was trained on.
 
     Raises:
-        TypeError: If a value is of another type.
+        TypeError: If a value is of another type, or there is no such field.
         ValueError: If a value is outside of its range.
 
     Example:
@@ -85,7 +84,7 @@ class SafetyHeadConfig(PreTrainedConfig):
         layers = self.hidden_layers
         check_value("hidden_layers", layers, layers is None or (bool(layers) and min(layers) >= 0), "indices >= 0")
         check_value("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "> 0")
-        check_value("num_mlp_layers", self.num_mlp_layers, self.num_mlp_layers >= 1, ">= 1")
+        check_value("num_mlp_layers", self.num_mlp_layers, 1 <= self.num_mlp_layers <= 100, "in [1, 100]")
         check_value("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         ways, known = self.pooling.split("+"), get_args(Pooling)
         is_sound = set(ways) <= set(known) and len(set(ways)) == len(ways)
@@ -129,9 +128,9 @@ class SafetyHeadConfig(PreTrainedConfig):
             >>> config.prompt_threshold_at("strict"), config.prompt_threshold_at()
             (0.5, 0.6)
         """
-        if self.prompt_threshold is None:
-            return None
-        return self.prompt_thresholds.get(operating_point or "", self.prompt_threshold)
+        if self.prompt_threshold is None or operating_point is None:
+            return self.prompt_threshold
+        return self.prompt_thresholds.get(operating_point, self.prompt_threshold)
 
     @property
     def prompt_thresholds(self) -> dict[str, float]:

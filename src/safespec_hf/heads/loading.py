@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from huggingface_hub import HfApi, constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # `HTTPError` is that of its HTTP library
     GatedRepoError,
@@ -22,10 +24,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..checks import check_value
 from ..errors import HeadFileError
 
 if TYPE_CHECKING:
@@ -35,6 +38,56 @@ PROBE_TIMEOUT_S = 3.0
 PROBE_MEMORY_S = 30.0
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say how files are fetched."""
+
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+OTHERS_FIELDS = (
+    "model_type",
+    "name_or_path",
+    "torch_dtype",
+    "auto_map",
+    "attn_implementation",
+    "output_attentions",
+    "num_labels",
+)
+"""What transformers itself puts into a config beside the fields of [`~transformers.PreTrainedConfig`]."""
+
+
+class StrictConfig(PreTrainedConfig):
+    """A config in which every field means something: transformers keeps what it does not know, and guesses the rest.
+
+    Raises:
+        TypeError: If there are fields that nobody reads, such as a mistyped one or one of a newer version.
+        ValueError: If the weights' `dtype` is none, or a file lacks a field or is another model's.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if unknown := [name for name in kwargs if name not in OTHERS_FIELDS and not name.startswith("_")]:
+            raise TypeError(
+                f"{type(self).__name__} has no {' and no '.join(f'`{name}`' for name in unknown)}: mistyped, or of a "
+                "newer version of safespec-hf or transformers than this one."
+            )
+        dtype = self.dtype if self.dtype is not None else kwargs.get("torch_dtype")
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        check_value("dtype", dtype, name is None or name in WEIGHT_DTYPES, f"one of {WEIGHT_DTYPES}")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """That of a file, which has every field that has no `None` for a default.
+
+        Raises:
+            ValueError: Names the fields that it lacks, or the model that it is of.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"its `{CONFIG_NAME}` holds no object")
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"its `{CONFIG_NAME}` is of model type {kind!r}, not {cls.model_type!r}")
+        own = [field for field in fields(cls) if field.name in cls.__annotations__]
+        if missing := [field.name for field in own if field.default is not None and field.name not in config_dict]:
+            raise ValueError(f"its `{CONFIG_NAME}` does not say {', '.join(f'`{name}`' for name in missing)}")
+        config: Self = super().from_dict(config_dict, **kwargs)
+        return config
 
 
 class StrictModel(PreTrainedModel):
@@ -65,10 +118,9 @@ class StrictModel(PreTrainedModel):
         config, weights = cls._read_files(name, kwargs.pop("config", None), hub_kwargs)
         # What transformers would resolve by itself may be a pickle, or a bot's conversion of one. It gets no choice.
         kwargs |= {"config": config, "state_dict": weights, "use_safetensors": True}
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = super().from_pretrained(None, *model_args, **kwargs)
-        head: Self = loaded[0]
-        head._check_weights(name, info=loaded[1])
+        cls._check(name, cls._find_misfits(config, weights))
+        head: Self = super().from_pretrained(None, *model_args, **kwargs)
+        cls._check(name, head._bad_values())
         head.config.name_or_path = head.name_or_path = str(name)
         return head.eval()
 
@@ -101,18 +153,28 @@ class StrictModel(PreTrainedModel):
             )
         return config, weights
 
-    def _check_weights(self, name: str | os.PathLike[str], info: dict[str, Any]) -> None:
-        # transformers only warns of these, and goes on with random weights
-        problems = {
-            "missing": sorted(info["missing_keys"]),
-            "unknown": sorted(info["unexpected_keys"]),
-            "of another shape than the config asks for": sorted(key for key, *_ in info["mismatched_keys"]),
-            **self._bad_values(),
+    @classmethod
+    def _find_misfits(cls, config: Any, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """What transformers would fill with random weights or cast to numbers that say nothing, before it can."""
+        with torch.device("meta"):  # a damaged config may ask for more than any memory has
+            wanted = cls(config).state_dict()
+        both = [(key, weights[key], wanted[key]) for key in sorted(wanted.keys() & weights.keys())]
+        kinds = [key for key, weight, like in both if weight.is_floating_point() != like.is_floating_point()]
+        return {
+            "missing": sorted(wanted.keys() - weights.keys()),
+            "unknown": sorted(weights.keys() - wanted.keys()),
+            "of another shape than the config asks for": [
+                key for key, *pair in both if pair[0].shape != pair[1].shape
+            ],
+            "stored as another kind of number": [f"{key} ({weights[key].dtype})" for key in kinds],
         }
+
+    @classmethod
+    def _check(cls, name: str | os.PathLike[str], problems: Mapping[str, list[str]]) -> None:
         found = "; ".join(f"{', '.join(keys)} {what}" for what, keys in problems.items() if keys)
         if found:
             raise HeadFileError(
-                f"The weights of the {self.title} {str(name)!r} don't fit its config, or are bad: {found}."
+                f"The weights of the {cls.title} {str(name)!r} don't fit its config, or are bad: {found}."
             )
 
     def _bad_values(self) -> dict[str, list[str]]:

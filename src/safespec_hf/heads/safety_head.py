@@ -278,18 +278,18 @@ def check_usable(head: SafetyHead, model: PreTrainedModel) -> None:
 def check_binding(head: StrictModel, found: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
     """Raises unless `head` may read the target that `found` (a [`target_binding`]) describes.
 
-    A field that either side does not know (`None`) is not compared, except for a head without any binding.
+    A field that either side does not know (`None`) is not compared. A head whose binding tells nothing about this
+    target but its width is bound to nothing.
 
     Raises:
         HeadMismatchError: Names every field that differs.
     """
-    bound = head.config.target
-    if bound is None:
+    bound = head.config.target or {}
+    known = [name for name, value in found.items() if None not in (bound.get(name), value)]
+    if set(known) <= {"hidden_size"}:
         raise HeadMismatchError({"target": (None, found["model_id"] or found["architecture"])}, head.title)
     mismatches = {
-        name: (bound.get(name), value)
-        for name, value in found.items()
-        if name not in ignore and None not in (bound.get(name), value) and bound.get(name) != value
+        name: (bound[name], found[name]) for name in known if name not in ignore and bound[name] != found[name]
     }
     if head.config.hidden_size != found["hidden_size"]:
         mismatches["hidden_size"] = (head.config.hidden_size, found["hidden_size"])
