@@ -103,6 +103,32 @@ def test_where_no_token_can_be_drawn_sampling_fails_as_plain_generate_does(targe
     assert target.generate(PROMPT, max_new_tokens=4, safespec=ADAPTIVE, **arguments).shape == (1, 8)
 
 
+def test_a_token_of_which_nothing_is_known_is_flagged_before_its_scores_are_missed(tokenizer):
+    target = build_model()
+    token = target.generate(PROMPT, max_new_tokens=4, pad_token_id=0)[0, -1].item()
+    with torch.no_grad():
+        target.model.embed_tokens.weight[token] = torch.nan
+    attach(target, tokenizer)
+    torch.manual_seed(0)
+    arguments = {"do_sample": True, "temperature": 0.01, "return_dict_in_generate": True, "pad_token_id": 0}
+    output = target.generate(PROMPT, max_new_tokens=16, safespec=POLICY, **arguments)
+    assert output.events[0]
+    assert token not in output.sequences[0, PROMPT.shape[1] :].tolist()
+
+
+def test_an_answer_may_end_by_a_criterion_where_no_token_can_be_drawn_any_more(target, tokenizer):
+    attach(target, tokenizer)
+    arguments = {
+        "do_sample": True,
+        "temperature": 0.01,
+        "logits_processor": LogitsProcessorList([LeaveNothing(8, -torch.inf)]),
+        "stopping_criteria": [lambda ids, scores: torch.full((1,), ids.shape[1] == 8)],
+    }
+    for source in DRAFTING:
+        answer = target.generate(PROMPT, max_new_tokens=10, safespec=POLICY, **arguments, **drafting(source, target))
+        assert answer.shape == (1, 8)
+
+
 def test_temperature_and_top_k_shape_samples_as_in_plain_generate(tokenizer):
     model = ScriptedModel(count_after(CHANCES))
     attach(model, tokenizer, probe(model))

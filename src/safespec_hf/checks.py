@@ -8,6 +8,8 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+MAX_FLOAT = sys.float_info.max
+
 
 def check_value(name: str, value: object, is_legal: bool, legal: str) -> None:
     """Raises unless a value is legal.
@@ -69,5 +71,7 @@ def _is_of_type(value: object, hint: Any) -> bool:
     if arguments:
         return any(_is_of_type(value, argument) for argument in arguments)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, hint)):
+            return False
+        return hint is int or isinstance(value, float) or abs(value) <= MAX_FLOAT
     return isinstance(value, hint)

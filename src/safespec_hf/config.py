@@ -32,6 +32,7 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
 }
 """What a safety policy means for other fields."""
 LEAST = {"max_segment_tokens": 1, "min_segment_tokens": 1, "num_candidates": 1, "num_draft_segments": 1}
+MAX_CANDIDATES = 4096
 LEAST |= {"rollback_segments": 0, "max_recoveries": 0, "num_target_segments": 0}
 DEFAULT_QUALITY_PROMPT = (
     "\n\nNow grade the passage just above, and nothing else: is what it says correct, and does it follow from what "
@@ -92,7 +93,7 @@ class SafeSpecConfig:
         rollback_segments (`int`, defaults to 1):
             Committed segments given up besides the flagged one, >= 0. That many, and the open one, are held back from
             a streamer. Never reaches into the prompt, nor before what has become final.
-        num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), >= 1.
+        num_candidates (`int`, defaults to 8): Continuations sampled per recovery (K in the paper), in [1, 4096].
         candidates_per_batch (`int`, *optional*):
             Sample so many of them at a time, until one is safe or all are spent; in [1, `num_candidates`]. Default:
             all at once.
@@ -221,6 +222,7 @@ class SafeSpecConfig:
         check_value("operating_point", self.operating_point, is_one, "None where there is a `risk_threshold`")
         check_value("carried_risk", self.carried_risk, 0 <= self.carried_risk < 1, "in [0, 1)")
         check_value("num_draft_tokens", drafts, drafts is None or drafts >= 1, ">= 1 or None")
+        check_value("num_candidates", self.num_candidates, self.num_candidates <= MAX_CANDIDATES, "at most 4096")
         self._check_policy()
         for name in ("refusal", "quality_prompt"):
             check_value(name, getattr(self, name), bool(getattr(self, name).strip()), "a text that is not blank")

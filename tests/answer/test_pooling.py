@@ -8,7 +8,7 @@ import torch
 from tiny import VOCAB_SIZE, build_head, make_row
 
 from safespec_hf import Provenance, SafeSpecConfig
-from safespec_hf.answer.pooling import PooledStates, pool, pooling_weights, segment_counts
+from safespec_hf.answer.pooling import PooledStates, pool, pool_block, pool_next, pooling_weights, segment_counts
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.engine.token_tree import path_to
 
@@ -111,6 +111,21 @@ def test_a_block_goes_on_from_the_pooled_state_before_it(pooling, expected):
 def test_weights_of_a_token_sum_to_one(pooling, counts):
     sums = pooling_weights(counts, pooling, DECAY).sum(dim=1)
     torch.testing.assert_close(sums, torch.ones(4), atol=1e-6, rtol=0.0)  # four float32 terms of at most 1
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+def test_what_is_not_finite_reaches_the_tokens_after_it_alone(pooling, value):
+    hidden_TF = torch.tensor([[1.0, 1.0], [3.0, value], [8.0, 1.0], [5.0, 1.0]])
+    sound_TF = torch.nan_to_num(hidden_TF, nan=1.0, posinf=1.0, neginf=1.0)
+    pooled, sound = (pool_block(None, states, [0, 1, 2, 0], pooling, DECAY) for states in (hidden_TF, sound_TF))
+    reached = [1] if pooling == "last" else [1, 2]
+    assert [index for index, state in enumerate(pooled) if state.isnan().all()] == reached
+    kept = [index for index in range(4) if index not in reached]
+    assert torch.equal(pooled[kept], sound[kept])
+    # a new segment begins anew, whatever was before it
+    assert pool_block(torch.full((2,), value), sound_TF[3:], [0], pooling, DECAY).tolist() == [[5.0, 1.0]]
+    assert pool_next(torch.full((1, 2), value), sound_TF[3:], [0], pooling, DECAY).tolist() == [[5.0, 1.0]]
 
 
 def test_no_tokens_give_no_pooled_states():

@@ -80,9 +80,10 @@ def test_steering_acts_on_first_tokens_only():
     assert {tuple(segment[:3]) for segment in sample(model, 32, steer=steer)} == {(20, 21, 20), (20, 21, 22)}
 
 
-def test_a_low_temperature_takes_the_likeliest():
+@pytest.mark.parametrize("temperature", [0.01, 1e-38, 1e-300])
+def test_a_low_temperature_takes_the_likeliest(temperature):
     model = ScriptedModel(count_after({10: {20: 0.6, 30: 0.4}}))
-    row = make_row([9, 10], policy=SafeSpecConfig(recovery_temperature=0.01))
+    row = make_row([9, 10], policy=SafeSpecConfig(recovery_temperature=temperature))
     assert {segment[0] for segment in sample(model, 32, row=row)} == {20}
 
 

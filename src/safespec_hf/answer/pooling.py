@@ -106,7 +106,7 @@ def pooling_weights(
 
 
 def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
-    """Pooled states of a block, float32.
+    """Pooled states of a block, float32; `nan` where one that is not finite counts, and nowhere else.
 
     Args:
         before_F (`torch.Tensor` of shape `(F,)`, *optional*): Pooled state of the token before the block, if any.
@@ -118,8 +118,12 @@ def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
     """
     hidden_TF = hidden_TF.float()
     weights = weights.to(hidden_TF.device)
-    pooled_TF = weights[..., 1:] @ hidden_TF
-    return pooled_TF if before_F is None else pooled_TF + weights[..., :1] * before_F
+    # 0 * inf is nan: a rejected draft's state must not reach the tokens before it
+    is_bad_T = ~hidden_TF.sum(-1).isfinite()
+    sound_TF = hidden_TF.masked_fill(is_bad_T[..., None], 0.0)
+    counts_bad_T1 = (weights[..., 1:].ne(0) & is_bad_T[..., None, :]).any(-1, keepdim=True)
+    pooled_TF = (weights[..., 1:] @ sound_TF).masked_fill(counts_bad_T1, torch.nan)
+    return pooled_TF if before_F is None else pooled_TF + _share(weights[..., :1], before_F)
 
 
 def pool_block(
@@ -179,7 +183,12 @@ def pool_next(
     own = [[own_weight(count, way, decay) for way in ways] for count in counts]
     own_KW1 = torch.tensor(own, dtype=torch.float32).to(hidden_KF.device, non_blocking=True)[..., None]
     before_KWF = before_KF.view(len(own), len(ways), -1)
-    return ((1 - own_KW1) * before_KWF + own_KW1 * hidden_KF[:, None]).flatten(1)
+    return (_share(1 - own_KW1, before_KWF) + own_KW1 * hidden_KF[:, None]).flatten(1)
+
+
+def _share(weight: Tensor, states: Tensor) -> Tensor:
+    """A part of states; nothing of those that do not count, were they infinite."""
+    return torch.where(weight == 0, 0.0, weight * states)
 
 
 class PooledStates:

@@ -12,6 +12,7 @@ from ..answer.rows import Row
 from ..outputs import Provenance, SafeSpecEvent, SafeSpecStatistics
 from .plan import Plan
 from .stopping import Stopping
+from .verification import NO_TOKEN
 
 
 class Pending(NamedTuple):
@@ -52,8 +53,8 @@ class Flag(NamedTuple):
         return self.is_prompt or self.before is not None
 
 
-NO_TOKEN = -1
-"""Stands where a token was to be drawn and none could be."""
+OUT_OF_TOKENS = "no token"
+"""Why an answer can't go on where none could be drawn."""
 
 
 class Committer:
@@ -72,19 +73,12 @@ class Committer:
         self.stopping = Stopping(plan.criteria, rows, plan.pad_token_id)
 
     def append(self, row: Row, tokens: Sequence[tuple[int, Provenance]]) -> str | None:
-        """Adds tokens until the answer has come to its end; returns why it ended.
-
-        Raises:
-            RuntimeError: If there is nothing to draw a token from, as plain sampling does.
-        """
+        """Adds tokens until the answer has come to its end; returns why it ended."""
         if row.closing is not None:
             return row.closing
         for token, origin in tokens:
             if token == NO_TOKEN:
-                raise RuntimeError(
-                    f"No token can be drawn after {row.num_visible} tokens of answer {row.index}: its scores are not "
-                    "numbers, or a logits processor leaves no token possible."
-                )
+                return OUT_OF_TOKENS  # no fault yet: what led there may be taken back, or be the end
             row.append(token, origin)
             if token in self.plan.eos_ids:
                 return "eos"
@@ -124,6 +118,9 @@ class Committer:
 
         What comes after the end of an answer is not part of it, however risky: so first come the criteria, which can
         end an answer anywhere in its new tokens, and then the flags.
+
+        Raises:
+            RuntimeError: If an answer goes on and there is nothing to draw a token from, as plain sampling does.
         """
         stopped = self._stop(dict(zip((row.index for row in rows), pending, strict=True)))
         flags: list[Flag | None] = []
@@ -133,6 +130,11 @@ class Committer:
             else:
                 flags.append(self.roll_back(row, row.num_settled, unsafe_risk))
                 continue
+            if reason == OUT_OF_TOKENS and row.index not in stopped:
+                raise RuntimeError(
+                    f"No token can be drawn after {row.num_visible} tokens of answer {row.index}: its scores are not "
+                    "numbers, or a logits processor leaves no token possible."
+                )
             row.finalize()
             if row.index not in stopped:
                 self._finish(row, reason)
@@ -162,7 +164,7 @@ class Committer:
         if is_live and (is_unsafe or is_awaited):
             num_ready -= len(row.visible(row.num_settled))
         # at an end token or the length limit an answer ends anyway
-        has_end = not is_live or (pending is not None and pending.reason is not None)
+        has_end = not is_live or (pending is not None and pending.reason not in (None, OUT_OF_TOKENS))
         return min(num_ready, row.num_visible - has_end)
 
     def _finish(self, row: Row, reason: str | None) -> None:

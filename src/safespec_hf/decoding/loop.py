@@ -29,12 +29,12 @@ from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, is_chain, path_to
 from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecOutput, SafeSpecSegment, SafeSpecStatistics
-from .commit import NO_TOKEN, NOTHING, Committer, Flag
+from .commit import NOTHING, Committer, Flag
 from .plan import Plan
 from .prompt_screen import PromptScreen
 from .safety_mode import SafetyMode
 from .sampling import Shares, token_at
-from .verification import Verification, verify_sampled
+from .verification import NO_TOKEN, Verification, verify_sampled
 from .watch import Watch
 
 

@@ -13,6 +13,8 @@ from ..answer.rows import Row
 from ..drafting.drafters import fit_vocabulary
 from ..engine.cache import BlockOutput, CachedModel
 
+MIN_TEMPERATURE = 1e-6
+"""Below it scores overflow; at it the likeliest token is all but certain already."""
 Judge = Callable[[Sequence[Sequence[int]], Sequence[bool], BlockOutput], list[bool]]
 
 
@@ -52,7 +54,7 @@ def sample_segments(
         one: at some point no token had a finite score, or one had none at all (`nan`).
     """
     policy = row.policy
-    temperature = policy.recovery_temperature if temperature is None else temperature
+    temperature = max(policy.recovery_temperature if temperature is None else temperature, MIN_TEMPERATURE)
     ids_1L = row.visible_ids()
     num_before = ids_1L.shape[1]
     all_KL = torch.nn.functional.pad(ids_1L, (0, max_tokens)).repeat(num_segments, 1)  # written in place

@@ -12,13 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1
+"""Stands where a token was to be drawn and none could be."""
+
 
 class Verification(NamedTuple):
     """Outcome of a round, per row.
 
     Attributes:
         num_accepted_B (`torch.LongTensor` of shape `(B,)`): Drafts that stand, from a row's first one on.
-        next_token_B (`torch.LongTensor` of shape `(B,)`): The target's own token after them.
+        next_token_B (`torch.LongTensor` of shape `(B,)`): The target's own token after them; -1 where there is none.
     """
 
     num_accepted_B: Tensor
@@ -58,7 +61,8 @@ def verify_sampled(
     # where p and q agree up to rounding a draft is all but surely accepted; p is then the residual's limit
     is_empty_B1 = residual_BV.sum(dim=-1, keepdim=True) <= torch.finfo(residual_BV.dtype).tiny
     weights_BV = torch.where(is_empty_B1, p_BV, residual_BV)
-    return Verification(num_accepted_B, torch.multinomial(weights_BV, 1, generator=generator)[:, 0])
+    drawn_B = torch.multinomial(weights_BV.nan_to_num(nan=1.0), 1, generator=generator)[:, 0]
+    return Verification(num_accepted_B, drawn_B.masked_fill(weights_BV.isnan().any(dim=-1), NO_TOKEN))
 
 
 def mean_log_prob(logits_TV: Tensor, tokens: Sequence[int]) -> Tensor:
