@@ -47,7 +47,7 @@ from .assistant import Draft, check_assistant
 from .attachment import find_threshold
 from .monitor import RiskMonitor
 from .plan import Plan
-from .prompts import check_prompts, check_right_padding
+from .prompts import check_padding, check_prompts
 from .quality import find_digit_ids
 from .step_outputs import wanted_outputs
 from .support import max_context
@@ -94,7 +94,7 @@ def check_request(
     """
     num_rows = prompt_ids.shape[0]
     is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
-    check_right_padding(model, is_real, config.max_length - prompt_ids.shape[1])
+    check_padding(model, is_real, config.max_length - prompt_ids.shape[1])
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
