@@ -159,7 +159,7 @@ def test_each_row_gets_its_own_part_of_a_processor(row, num_candidates):
         ]
     )
     expected = processors(PADDED, scores)[row].expand(num_candidates, -1)
-    ids, own = PADDED[row].expand(num_candidates, -1), row_processors(processors, row)
+    ids, own = PADDED[row].expand(num_candidates, -1), row_processors(processors, row, 3)
     assert torch.equal(own(ids, scores[row].expand(num_candidates, -1)), expected)
 
 

@@ -37,7 +37,7 @@ from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..engine.compiling import check_compiler
-from ..engine.private_names import allowed_tokens, pad_token_id
+from ..engine.private_names import for_row, pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.ropes import rereads
 from ..engine.traits import goes_back_by_copies, input_device, max_positions
@@ -193,27 +193,48 @@ def check_processors(processors: LogitsProcessorList) -> None:
             )
 
 
-def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+def row_processors(processors: LogitsProcessorList, row: int, num_rows: int) -> LogitsProcessorList:
     """The caller's processors for one row on its own, on any number of its continuations.
 
-    Those that hold something of every row of the batch get a copy that holds this row's part; all others are functions
-    of their arguments and are shared.
+    Those that hold something of every row of the batch, or of every prompt, get a copy that holds this row's part; all
+    others are functions of their arguments and are shared.
+
+    Raises:
+        UnsupportedRequestError: If one holds something of another number of rows.
     """
-    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
+    return LogitsProcessorList(_of_row(processor, row, num_rows) for processor in processors)
 
 
-def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+def _of_row(processor: LogitsProcessor, row: int, num_rows: int) -> LogitsProcessor:
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = allowed_tokens(processor)
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+        return for_row(processor, row)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
+        lengths = processor.prompt_ignore_length.tolist()
+        if len(lengths) != num_rows:
+            raise UnsupportedRequestError(
+                f"`prompt_ignore_length` of {type(processor).__name__} has {len(lengths)} entries, but the batch has "
+                f"{num_rows} rows. Give one to each; with `num_return_sequences`, to each sequence."
+            )
         # one number holds for any number of continuations, a tensor for as many as it has entries
-        return _with(processor, prompt_ignore_length=int(processor.prompt_ignore_length[row]))
+        return _with(processor, prompt_ignore_length=int(lengths[row]))
     if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
-        return _EachRow(_with(processor, encoder_input_ids=processor.encoder_input_ids[row : row + 1]))
+        held = processor.encoder_input_ids
+        at = _prompt_of(processor, row, num_rows, len(held))
+        return _EachRow(_with(processor, encoder_input_ids=held[at : at + 1]))
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[row]])
+        at = _prompt_of(processor, row, num_rows, len(processor.generated_ngrams))
+        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[at]])
     return processor
+
+
+def _prompt_of(processor: LogitsProcessor, row: int, num_rows: int, num_held: int) -> int:
+    """Which of the prompts that a processor holds is a row's: with `num_return_sequences` there are more rows."""
+    if num_held == 0 or num_rows % num_held:
+        raise UnsupportedRequestError(
+            f"{type(processor).__name__} holds {num_held} prompts, which can't be those of a batch of {num_rows} "
+            "rows. Make it of the prompts of this call."
+        )
+    return row // (num_rows // num_held)
 
 
 class _EachRow(LogitsProcessor):
@@ -263,7 +284,7 @@ def make_rows(
             policy=policy,
             newline_ids=newline_ids,
             pieces=pieces,
-            processors=row_processors(processors, index),
+            processors=row_processors(processors, index, len(prompt_ids)),
         )
         for index, (ids, real) in enumerate(zip(prompt_ids, is_real, strict=True))
     ]
