@@ -94,3 +94,9 @@ def test_what_comes_last_and_looks_at_scores_only_serves_all_positions_at_once()
 def test_a_ban_holds_for_a_score_that_is_infinite():
     scores = torch.tensor([[torch.inf, 1.0, -torch.inf]])
     assert penalize(scores, [0, 2]).tolist() == [[-math.inf, 1.0, -math.inf]]
+
+
+@pytest.mark.parametrize("token", [-1, -3, 3, 99])
+def test_a_ban_on_what_is_no_token_bans_nothing(token):
+    assert penalize(torch.zeros(1, 3), [token]).tolist() == [[0.0] * 3]
+    assert penalize(torch.zeros(1, 3), [token, 0]).tolist() == [[-math.inf, 0.0, 0.0]]

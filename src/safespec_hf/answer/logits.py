@@ -100,7 +100,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
 
     Args:
         scores_KV (`torch.FloatTensor` of shape `(K, V)`): Scores.
-        token_ids (`Sequence[int]`): The tokens; those without a score, as some end tokens are, are passed over.
+        token_ids (`Sequence[int]`): The tokens; those without a score, as some end tokens are (-1), are passed over.
         penalty (`float`, defaults to `inf`): In nats, >= 0; `inf` bans them.
 
     Example:
@@ -110,7 +110,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
         tensor([[-1.5000,  0.0000,  0.0000]])
     """
     penalized_KV = scores_KV.clone()
-    scored = [token for token in token_ids if token < scores_KV.shape[1]]
+    scored = [token for token in token_ids if 0 <= token < scores_KV.shape[1]]
     ids = torch.tensor(scored, dtype=torch.long, device=scores_KV.device)
     penalized_KV[:, ids] = -torch.inf if penalty == torch.inf else penalized_KV[:, ids] - penalty
     # with a ban, a caller's processors may have left nothing else

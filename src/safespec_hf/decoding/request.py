@@ -319,7 +319,7 @@ def make_plan(
         eos_ids=frozenset(ends),
         criteria=other_criteria(criteria, config.max_length),
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
-        refusal_ids=refusal + ends[:1],
+        refusal_ids=refusal + [token for token in ends if token < vocab_size][:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
         max_context=max_context(model, rows, num_unseen, _stays_for(model, config, prompt)),
         max_positions=(max_positions(model) or 2**31) - num_unseen,
@@ -360,9 +360,9 @@ def other_criteria(criteria: StoppingCriteriaList, max_length: int) -> StoppingC
 
 
 def eos_ids(criteria: StoppingCriteriaList) -> list[int]:
-    """All tokens that end an answer, the generation config's own ones first."""
+    """All tokens that end an answer, the generation config's own ones first; -1, say, is the number of none."""
     ids: list[int] = []
     for criterion in criteria:
         if isinstance(criterion, EosTokenCriteria):
             ids += torch.as_tensor(criterion.eos_token_id).flatten().tolist()
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(token for token in ids if token >= 0))
