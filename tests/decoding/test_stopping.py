@@ -214,3 +214,24 @@ def test_a_batch_under_flags_ends_each_row_where_its_own_stop_string_is(tokenize
     criterion = StopStringCriteria(tokenizer, ["w22"])
     tokens = answer(tokenizer, {15: 0.9}, [criterion], prompts=((10,), (18,)))
     assert tokens == [[20, 21, 22, 0], [19, 20, 21, 22]]
+
+
+def test_what_a_criterion_or_a_processor_keeps_is_not_rewritten_after_a_rollback(flagging):
+    kept, copies = [], []
+
+    def keep(ids, scores):
+        kept.append(ids)
+        copies.append(ids.tolist())
+        return False
+
+    def keep_too(ids, scores):
+        keep(ids, scores)
+        return scores
+
+    fields = {"max_recoveries": 50, "num_candidates": 8, "candidate_source": "target"}
+    arguments = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    policy = SafeSpecConfig(**{**FIELDS, **fields})
+    callers = {"stopping_criteria": [keep], "logits_processor": [keep_too]}
+    output = flagging.generate(PADDED[-1:], **arguments, **callers, safespec=policy)
+    assert len(output.events[0]) > 1
+    assert [ids.tolist() for ids in kept] == copies

@@ -24,6 +24,7 @@ from ..drafting.router import DraftRouter
 from ..engine.alone import cached_model
 from ..engine.cache import CACHE_NAME
 from ..engine.callers_cache import States, lay_out
+from ..engine.inference import ordinary_tensor
 from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, is_chain, path_to
@@ -340,7 +341,7 @@ class Decoder:
         row = self.rows[0]
         end = row.num_final if row.finish_reason is None else len(row.tokens)
         for index in row.visible(row.num_streamed, end):
-            self.streamer.put(torch.tensor([row.tokens[index]]))
+            self.streamer.put(ordinary_tensor([row.tokens[index]]))
         row.num_streamed = max(row.num_streamed, end)
         if row.finish_reason is not None:
             self.streamer.end()

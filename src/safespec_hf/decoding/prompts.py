@@ -76,8 +76,10 @@ def check_prompts(
         prompts are besides tokens, if anything.
 
     Raises:
-        UnsupportedRequestError: Names what would be dropped.
+        UnsupportedRequestError: Names what would be dropped; or if there are no prompts.
     """
+    if len(prompt_ids) == 0:
+        raise UnsupportedRequestError("The batch has no rows. Give at least one prompt.")
     prompt, device = read_prompt(model, prompt_ids, model_kwargs), input_device(model)
     if prompt is not None:
         if reads_alone(model):
