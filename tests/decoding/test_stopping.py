@@ -75,6 +75,20 @@ def test_criteria_see_the_batch_once_for_each_length_as_in_plain_generate(guarde
     assert len(logs[0]) - len(logs[1]) == 1
 
 
+@pytest.mark.parametrize("source", ["none", "draft", "lookup"])
+def test_rows_that_a_stop_string_ended_are_padded_though_there_is_no_end_token(guarded, tokenizer, source):
+    # plain decoding pads where there is an end token; where there is none, it lets such rows run on
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 12, "do_sample": False}
+    arguments |= {"stop_strings": ["w23", "thanks"], "tokenizer": tokenizer}
+    padded = guarded.generate(PADDED, **arguments, eos_token_id=2).tolist()
+    assert guarded.generate(PADDED, **arguments, eos_token_id=None).tolist() != padded
+    for eos in (2, None):
+        answers = guarded.generate(
+            PADDED, **arguments, **drafting(source, guarded), eos_token_id=eos, safespec=True
+        ).tolist()
+        assert answers == padded
+
+
 SHAPES = {
     "rows": lambda is_end: is_end,
     "column": lambda is_end: is_end[:, None],
