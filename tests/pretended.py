@@ -118,9 +118,18 @@ torch.Tensor.new_tensor = lambda self, data: on_device(data, dtype=self.dtype, d
 
 ONE, TWO = [[12, 18, 24, 13]], [[12, 18, 24, 13], [0, 0, 12, 14]]
 PENALTY = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+
+
+def in_turns(input_ids, scores):
+    """Leaves even tokens a chance, then odd ones, so that of drafts from the prompt few stand."""
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(places % 2 == input_ids.shape[1] % 2, -torch.inf)
+
+
 CALLS = {
     "no drafts": (ONE, POLICY, {}),
     "lookup": (ONE, POLICY, {"prompt_lookup_num_tokens": 3, **PENALTY}),
+    "lookup, a processor of one's own": (ONE, POLICY, {"prompt_lookup_num_tokens": 3, "logits_processor": [in_turns]}),
     "sampled drafts, top-k": (ONE, POLICY, {"do_sample": True, "top_k": 50}),
     "sampled drafts, penalty": (ONE, POLICY, {"do_sample": True, **PENALTY}),
     "adaptive drafts": (ONE, ADAPTIVE, {}),
@@ -139,7 +148,7 @@ def main():
     put(model.safety.head), put(models["draft"]), put(models["draft head"])
     found = {}
     for name, (prompts, policy, arguments) in CALLS.items():
-        assistant = {} if name in ("no drafts", "lookup") else {"assistant_model": models["draft"]}
+        assistant = {} if name.startswith(("no drafts", "lookup")) else {"assistant_model": models["draft"]}
         if name == "draft head":
             assistant = {"assistant_model": models["draft head"]}
         ids = torch.tensor(prompts, device="pretended")

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from safespec_hf import Provenance, SafeSpecConfig, SafeSpecLogitsProcessor
-from safespec_hf.answer.logits import penalize, process_rows, split_processors
+from safespec_hf.answer.logits import penalize, process_guesses, split_processors
 from safespec_hf.answer.rows import Row
 
 
@@ -59,24 +59,24 @@ def test_each_row_is_processed_on_its_own_tokens():
         make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)]),
         make_row([3], [RepetitionPenaltyLogitsProcessor(4.0)]),
     ]
-    scores = process_rows(rows, [rows[0].visible_ids([2]), rows[1].visible_ids()], torch.ones(2, 4))
+    scores = process_guesses(rows, [rows[0].visible_ids([2]), rows[1].visible_ids()], torch.ones(2, 4))
     assert scores.tolist() == [[1.0, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 0.25]]
 
 
 def test_processors_do_not_see_a_hidden_reflection():
     row = make_row([1], [RepetitionPenaltyLogitsProcessor(2.0)])
     row.append(2, Provenance.REFLECTION)
-    assert process_rows([row], [row.visible_ids()], torch.ones(1, 4)).tolist() == [[1.0, 0.5, 1.0, 1.0]]
+    assert process_guesses([row], [row.visible_ids()], torch.ones(1, 4)).tolist() == [[1.0, 0.5, 1.0, 1.0]]
 
 
 def test_processing_never_writes_into_the_logits():
     logits = torch.ones(1, 4)
-    process_rows([make_row([1])], [torch.tensor([[1]])], logits).zero_()
+    process_guesses([make_row([1])], [torch.tensor([[1]])], logits).zero_()
     assert torch.equal(logits, torch.ones(1, 4))
 
 
 def test_scores_are_float32_as_in_plain_generate():
-    assert process_rows([make_row([1])], [torch.tensor([[1]])], torch.ones(1, 4).bfloat16()).dtype == torch.float32
+    assert process_guesses([make_row([1])], [torch.tensor([[1]])], torch.ones(1, 4).bfloat16()).dtype == torch.float32
 
 
 def test_what_comes_last_and_looks_at_scores_only_serves_all_positions_at_once():
@@ -94,3 +94,9 @@ def test_what_comes_last_and_looks_at_scores_only_serves_all_positions_at_once()
 def test_a_ban_holds_for_a_score_that_is_infinite():
     scores = torch.tensor([[torch.inf, 1.0, -torch.inf]])
     assert penalize(scores, [0, 2]).tolist() == [[-math.inf, 1.0, -math.inf]]
+
+
+@pytest.mark.parametrize("token", [-1, -3, 3, 99])
+def test_a_ban_on_what_is_no_token_bans_nothing(token):
+    assert penalize(torch.zeros(1, 3), [token]).tolist() == [[0.0] * 3]
+    assert penalize(torch.zeros(1, 3), [token, 0]).tolist() == [[-math.inf, 0.0, 0.0]]

@@ -67,6 +67,14 @@ def test_what_cannot_be_guarded_is_refused_before_the_first_forward(target, neve
         model.generate(PROMPT, **SHORT, **arguments, **({} if always_on else {"safespec": True}))
 
 
+@pytest.mark.parametrize("more", [{}, {"inputs_embeds": torch.zeros(0, 3, 32)}])
+def test_a_batch_without_rows_is_refused(guarded, more):
+    guarded.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    prompts = {"inputs": torch.zeros(0, 3, dtype=torch.long)} if not more else {}
+    with pytest.raises(UnsupportedRequestError, match="no rows"):
+        guarded.generate(**prompts, **more, **SHORT, safespec=True)
+
+
 def test_a_draft_of_another_vocabulary_is_refused(guarded):
     draft = build_model(vocab_size=30)
     with pytest.raises(UnsupportedRequestError, match="30 entries and the target's 40, with 40"):
@@ -159,7 +167,7 @@ def test_each_row_gets_its_own_part_of_a_processor(row, num_candidates):
         ]
     )
     expected = processors(PADDED, scores)[row].expand(num_candidates, -1)
-    ids, own = PADDED[row].expand(num_candidates, -1), row_processors(processors, row)
+    ids, own = PADDED[row].expand(num_candidates, -1), row_processors(processors, row, 3)
     assert torch.equal(own(ids, scores[row].expand(num_candidates, -1)), expected)
 
 

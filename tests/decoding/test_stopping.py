@@ -8,7 +8,7 @@ from scripted import ScriptedModel, count_after, count_up, probe
 from tiny import REFLECTION, REFUSAL, THINK, perturb
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from safespec_hf import SafeSpecConfig, attach_safety_head
+from safespec_hf import SafeSpecConfig, UnsupportedRequestError, attach_safety_head
 
 PADDED = torch.tensor([[0, 0, 11, 17], [0, 12, 13, 14], [21, 22, 23, 24]])
 FIELDS = {"reflection": REFLECTION, "refusal": REFUSAL, "max_segment_tokens": 3, "rollback_segments": 1}
@@ -73,6 +73,58 @@ def test_criteria_see_the_batch_once_for_each_length_as_in_plain_generate(guarde
     # where the length limit or end tokens end all rows, there is nothing left to ask
     assert logs[1] == logs[0][: len(logs[1])]
     assert len(logs[0]) - len(logs[1]) == 1
+
+
+@pytest.mark.parametrize("source", ["none", "draft", "lookup"])
+def test_rows_that_a_stop_string_ended_are_padded_though_there_is_no_end_token(guarded, tokenizer, source):
+    # plain decoding pads where there is an end token; where there is none, it lets such rows run on
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 12, "do_sample": False}
+    arguments |= {"stop_strings": ["w23", "thanks"], "tokenizer": tokenizer}
+    padded = guarded.generate(PADDED, **arguments, eos_token_id=2).tolist()
+    assert guarded.generate(PADDED, **arguments, eos_token_id=None).tolist() != padded
+    for eos in (2, None):
+        answers = guarded.generate(
+            PADDED, **arguments, **drafting(source, guarded), eos_token_id=eos, safespec=True
+        ).tolist()
+        assert answers == padded
+
+
+SHAPES = {
+    "rows": lambda is_end: is_end,
+    "column": lambda is_end: is_end[:, None],
+    "one for all": lambda is_end: is_end.any(),
+    "the same, in a list's shape": lambda is_end: is_end.any()[None],
+    "python's": lambda is_end: bool(is_end.any()),
+    "numpy's": lambda is_end: is_end.numpy(),
+    "whole numbers": lambda is_end: is_end.long(),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_criterion_may_give_a_value_for_each_row_in_any_shape_that_says_so(guarded, shape, num_rows):
+    def is_end(ids, scores):
+        return SHAPES[shape]((ids[:, -1] == 27) | (ids[:, -1] == 23))
+
+    ids = PADDED[-num_rows:]
+    arguments = {"attention_mask": (ids != 0).long(), "max_new_tokens": 16, "do_sample": False, "eos_token_id": 39}
+    rows = "rows" if shape in ("rows", "column", "numpy's", "whole numbers") else "one for all"
+    plain = [lambda ids, scores: SHAPES[rows]((ids[:, -1] == 27) | (ids[:, -1] == 23))]
+    expected = guarded.generate(ids, **arguments, stopping_criteria=plain)
+    assert expected.tolist() != guarded.generate(ids, **arguments).tolist()
+    assert guarded.generate(ids, **arguments, stopping_criteria=[is_end], safespec=True).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "value", [None, "yes", [True], torch.zeros(2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(1, 1)], ids=str
+)
+def test_a_criterion_that_gives_anything_else_is_named(guarded, value):
+    def odd_one(ids, scores):
+        return value
+
+    arguments = {"attention_mask": (PADDED != 0).long(), "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(UnsupportedRequestError, match="The stopping criterion odd_one gave"):
+        guarded.generate(PADDED, **arguments, stopping_criteria=[odd_one], safespec=True)
 
 
 @pytest.mark.parametrize("source", ["none", "draft"])
@@ -176,3 +228,24 @@ def test_a_batch_under_flags_ends_each_row_where_its_own_stop_string_is(tokenize
     criterion = StopStringCriteria(tokenizer, ["w22"])
     tokens = answer(tokenizer, {15: 0.9}, [criterion], prompts=((10,), (18,)))
     assert tokens == [[20, 21, 22, 0], [19, 20, 21, 22]]
+
+
+def test_what_a_criterion_or_a_processor_keeps_is_not_rewritten_after_a_rollback(flagging):
+    kept, copies = [], []
+
+    def keep(ids, scores):
+        kept.append(ids)
+        copies.append(ids.tolist())
+        return False
+
+    def keep_too(ids, scores):
+        keep(ids, scores)
+        return scores
+
+    fields = {"max_recoveries": 50, "num_candidates": 8, "candidate_source": "target"}
+    arguments = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    policy = SafeSpecConfig(**{**FIELDS, **fields})
+    callers = {"stopping_criteria": [keep], "logits_processor": [keep_too]}
+    output = flagging.generate(PADDED[-1:], **arguments, **callers, safespec=policy)
+    assert len(output.events[0]) > 1
+    assert [ids.tolist() for ids in kept] == copies

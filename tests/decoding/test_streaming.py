@@ -160,3 +160,16 @@ def test_a_text_streamer_gets_the_text_of_the_answer(target, noisy, tokenizer):
     assert text == "".join(alone)
     # older streamers lose a space at the beginning of a line
     assert text == tokenizer.decode(sequences[0, 3:]) or is_before("5.23")
+
+
+def test_streamed_tokens_are_ordinary_tensors(guarded):
+    class Keeper(Recorder):
+        def put(self, value):
+            kept.append(value)
+            super().put(value)
+
+    kept, embedding = [], torch.nn.Embedding(40, 4)
+    guarded.generate(PROMPT, max_new_tokens=4, do_sample=False, streamer=Keeper(), safespec=True)
+    assert len(kept) == 5  # the prompt is the first
+    assert not any(tokens.is_inference() for tokens in kept)
+    embedding(torch.cat(kept[1:])).sum().backward()

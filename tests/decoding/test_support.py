@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from architectures import build_architecture
-from tiny import attach, build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, perturb
+from tiny import CONFIGS, attach, build_head, build_model, build_noisy_head, build_tokenizer, cheap_drafts, perturb
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -265,3 +265,23 @@ def test_right_padding_is_refused_where_a_model_counts_positions_by_the_mask(nam
     with pytest.raises(UnsupportedRequestError, match="Right padding"):
         model.generate(LONG_PROMPT[:, :6], attention_mask=mask, **arguments)
     assert model.generate(LONG_PROMPT[:, :6], attention_mask=mask.flip(1), **arguments).shape == (1, 8)
+
+
+HOLES = {"input_ids": LONG_PROMPT[:, :7], "attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1, 1]])}
+
+
+@pytest.mark.parametrize("name", ["sliding", "alternating", "mamba2", "lfm2", "mpt"])
+def test_padding_between_tokens_is_refused_where_its_places_count(name, tokenizer):
+    model = attach(build_model(name) if name in CONFIGS else build_architecture(name), tokenizer)
+    left = {**HOLES, "attention_mask": HOLES["attention_mask"].sort().values}
+    assert model.generate(**left, **SHORT, safespec=True).shape[1] > 7
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(UnsupportedRequestError, match="Padding inside of a prompt"):
+        model.generate(**HOLES, **SHORT, safespec=True)
+
+
+@pytest.mark.parametrize(("name", "num_new"), [("llama", 9), ("gpt2", 9), ("sliding", 1), ("bloom", 9)])
+def test_and_read_as_in_plain_decoding_where_they_do_not(name, num_new, tokenizer):
+    model = attach(build_model(name) if name in CONFIGS else build_architecture(name), tokenizer)
+    arguments = {**HOLES, "do_sample": False, "max_new_tokens": num_new}
+    assert model.generate(**arguments, safespec=True).tolist() == model.generate(**arguments).tolist()

@@ -13,8 +13,16 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no such devices",
 )
 SCRIPT = Path(__file__).parents[1] / "pretended.py"
-NUM_WAITS = {"no drafts": 1, "lookup": 1}
-CALLS = ["no drafts", "lookup", "sampled drafts, top-k", "sampled drafts, penalty", "adaptive drafts", "draft head"]
+NUM_WAITS = {"no drafts": 1, "lookup": 1, "lookup, a processor of one's own": 1}
+CALLS = [
+    "lookup, a processor of one's own",
+    "no drafts",
+    "lookup",
+    "sampled drafts, top-k",
+    "sampled drafts, penalty",
+    "adaptive drafts",
+    "draft head",
+]
 
 
 @pytest.fixture(scope="module")

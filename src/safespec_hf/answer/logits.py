@@ -10,6 +10,7 @@ from torch import FloatTensor, LongTensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as known
 
+from ..engine.token_tree import path_to
 from .rows import Row
 
 _OF_SCORES_ONLY = {
@@ -99,7 +100,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
 
     Args:
         scores_KV (`torch.FloatTensor` of shape `(K, V)`): Scores.
-        token_ids (`Sequence[int]`): The tokens; those without a score, as some end tokens are, are passed over.
+        token_ids (`Sequence[int]`): The tokens; those without a score, as some end tokens are (-1), are passed over.
         penalty (`float`, defaults to `inf`): In nats, >= 0; `inf` bans them.
 
     Example:
@@ -109,7 +110,7 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
         tensor([[-1.5000,  0.0000,  0.0000]])
     """
     penalized_KV = scores_KV.clone()
-    scored = [token for token in token_ids if token < scores_KV.shape[1]]
+    scored = [token for token in token_ids if 0 <= token < scores_KV.shape[1]]
     ids = torch.tensor(scored, dtype=torch.long, device=scores_KV.device)
     penalized_KV[:, ids] = -torch.inf if penalty == torch.inf else penalized_KV[:, ids] - penalty
     # with a ban, a caller's processors may have left nothing else
@@ -117,8 +118,11 @@ def penalize(scores_KV: torch.Tensor, token_ids: Sequence[int], penalty: float =
     return torch.where(is_possible_K1, penalized_KV, scores_KV)
 
 
-def process_rows(rows: Sequence[Row], ids: Sequence[torch.Tensor], scores_BV: torch.Tensor) -> torch.Tensor:
-    """Applies each row's own logits processors, up to those that all rows share.
+def process_guesses(rows: Sequence[Row], ids: Sequence[torch.Tensor], scores_BV: torch.Tensor) -> torch.Tensor:
+    """Applies each row's own logits processors, up to those that all rows share, to what a draft says of a next token.
+
+    A draft may have gone where the target never will, so what processors raise there is no error: a guess goes without
+    them. What they raise at a text of the target's, they raise again when that is read.
 
     Args:
         rows (`Sequence[Row]`): The rows.
@@ -128,10 +132,67 @@ def process_rows(rows: Sequence[Row], ids: Sequence[torch.Tensor], scores_BV: to
     Returns:
         `torch.FloatTensor` of shape `(B, V)`: Scores, float32 as in plain `generate`.
     """
-    scores_BV = scores_BV.to(torch.float32, copy=True)
-    return torch.cat(
-        [
-            split_processors(row.processors)[0](cast("LongTensor", ids_1L), cast("FloatTensor", scores_V[None]))
-            for row, ids_1L, scores_V in zip(rows, ids, scores_BV, strict=True)
-        ]
-    )
+    processed = []
+    for row, ids_1L, scores_1V in zip(rows, ids, scores_BV.float().split(1), strict=True):
+        try:
+            processed.append(_of_context(row, ids_1L, scores_1V))
+        except Exception:  # noqa: BLE001 - code of the caller's, at a text that it need not know
+            processed.append(scores_1V)
+    return torch.cat(processed)
+
+
+def process_drafts(
+    row: Row, ids: Sequence[torch.Tensor], drafts: Sequence[int], parents: Sequence[int], scores_TV: torch.Tensor
+) -> torch.Tensor:
+    """Applies a row's own logits processors, up to those that all rows share, before its drafts and after each.
+
+    Drafts that can't stand, because the processors leave their token no chance, are passed over, with all that follows
+    them: plain decoding never comes there, and a grammar may know nothing of such a text. On an accelerator the host
+    would have to wait for every draft to see that, so there it looks only if a processor raises.
+
+    Args:
+        row (`Row`): The row.
+        ids (`Sequence[torch.LongTensor]` of shape `(1, length)`): What they see before the drafts, and after each.
+        drafts, parents (`Sequence[int]`): The tree.
+        scores_TV (`torch.FloatTensor` of shape `(T, V)`): Raw logits: first those before the drafts.
+
+    Returns:
+        `torch.FloatTensor` of shape `(T, V)`: Scores, and raw logits where processors were not asked.
+    """
+    processed: list[torch.Tensor] = []
+
+    def is_lost(draft: int) -> bool:
+        return _is_impossible(processed[parents[draft] + 1], drafts[draft])
+
+    looks, lost = looks_ahead(scores_TV), set[int]()
+    for draft, (ids_1L, scores_1V) in enumerate(zip(ids, scores_TV.split(1), strict=True), start=-1):
+        if draft >= 0 and (parents[draft] in lost or (looks and is_lost(draft))):
+            lost.add(draft)
+            processed.append(scores_1V)
+            continue
+        try:
+            processed.append(_of_context(row, ids_1L, scores_1V))
+        except Exception:
+            if not any(map(is_lost, path_to(draft, parents))):
+                raise
+            lost.add(draft)
+            processed.append(scores_1V)
+    return torch.cat(processed)
+
+
+def looks_ahead(scores_TV: torch.Tensor) -> bool:
+    """Whether scores can be looked at without waiting for a device."""
+    return scores_TV.device.type == "cpu"
+
+
+def _of_context(row: Row, ids_1L: torch.Tensor, scores_1V: torch.Tensor) -> torch.Tensor:
+    scores = scores_1V.clone()  # a processor may write in place
+    return split_processors(row.processors)[0](cast("LongTensor", ids_1L), cast("FloatTensor", scores))
+
+
+def _is_impossible(scores_1V: torch.Tensor, token: int) -> bool:
+    """Whether a token is left no chance, by -inf or the least finite number, and another one is."""
+    if token >= scores_1V.shape[1]:
+        return True
+    least = torch.finfo(scores_1V.dtype).min
+    return bool(scores_1V[0, token] <= least) and bool((scores_1V > least).any())

@@ -87,7 +87,10 @@ class Transcript:
 
     def truncate(self, kept: int) -> None:
         """Drops all tokens after the first `kept`."""
-        self.num_visible -= len(self.visible(kept))
+        if dropped := self.visible(kept):
+            self.num_visible -= len(dropped)
+            # processors and criteria may have kept what they were shown: other tokens go in the same places of a copy
+            self._visible = self._visible.clone()
         del self.tokens[kept:], self.origins[kept:]
         del self._inserted[bisect_left(self._inserted, kept) :]
 

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..answer.bans import keep_off
-from ..answer.logits import process_rows, split_processors
+from ..answer.logits import process_drafts, split_processors
 from ..answer.rows import Row, pad_rows
 from ..drafting.drafters import Proposal
 from ..drafting.router import DraftRouter
 from ..engine.alone import cached_model
 from ..engine.cache import CACHE_NAME
 from ..engine.callers_cache import States, lay_out
+from ..engine.inference import ordinary_tensor
 from ..engine.prompt import Prompt
 from ..engine.tap import split_tap
 from ..engine.token_tree import accept_matching, depths_of, is_chain, path_to
@@ -236,19 +237,17 @@ class Decoder:
         return token_K1.view(len(shares), num_positions)
 
     def _process(self, proposal: Proposal, logits_BTV: Tensor) -> Tensor:
-        """The caller's processors; those that look at the context once per position, rows aligned to the right."""
+        """The caller's processors; those that look at the context once per position that can be reached."""
         row = self.live[0]
         if not row.processors:
             return logits_BTV
         of_context, of_scores = split_processors(row.processors)
         scores_BTV = logits_BTV.to(row.device, torch.float32)
         if of_context:
-            ids = [self._ids_at(*args) for args in zip(self.live, proposal.drafts, proposal.trees(), strict=True)]
-            columns = [
-                process_rows(self.live, [ids_T[max(place, -len(ids_T))] for ids_T in ids], scores_BTV[:, place])
-                for place in range(-logits_BTV.shape[1], 0)
-            ]
-            scores_BTV = torch.stack(columns, dim=1)
+            scores_BTV = scores_BTV.clone()  # places before those of a row mean nothing, and stay as they are
+            for index, args in enumerate(zip(self.live, proposal.drafts, proposal.trees(), strict=True)):
+                of_row_TV = scores_BTV[index, -1 - len(proposal.drafts[index]) :]
+                of_row_TV.copy_(process_drafts(args[0], self._ids_at(*args), *args[1:], of_row_TV))
         ids_1L = cast("torch.LongTensor", row.visible_ids())
         scores_NV = cast("torch.FloatTensor", scores_BTV.flatten(0, 1))
         return of_scores(ids_1L, scores_NV).view_as(scores_BTV) if of_scores else scores_BTV
@@ -342,7 +341,7 @@ class Decoder:
         row = self.rows[0]
         end = row.num_final if row.finish_reason is None else len(row.tokens)
         for index in row.visible(row.num_streamed, end):
-            self.streamer.put(torch.tensor([row.tokens[index]]))
+            self.streamer.put(ordinary_tensor([row.tokens[index]]))
         row.num_streamed = max(row.num_streamed, end)
         if row.finish_reason is not None:
             self.streamer.end()

@@ -76,8 +76,10 @@ def check_prompts(
         prompts are besides tokens, if anything.
 
     Raises:
-        UnsupportedRequestError: Names what would be dropped.
+        UnsupportedRequestError: Names what would be dropped; or if there are no prompts.
     """
+    if len(prompt_ids) == 0:
+        raise UnsupportedRequestError("The batch has no rows. Give at least one prompt.")
     prompt, device = read_prompt(model, prompt_ids, model_kwargs), input_device(model)
     if prompt is not None:
         if reads_alone(model):
@@ -142,11 +144,11 @@ def _num_cached(kwargs: Mapping[str, Any]) -> int:
     return int(cache.get_seq_length()) if is_user_cache(cache) else 0
 
 
-def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
-    """Raises if padding between a prompt and its answer would not stay what it is in plain decoding.
+def check_padding(model: PreTrainedModel, is_real: Tensor, num_new: float) -> None:
+    """Raises if padding between a prompt and its answer, or in the midst of it, would not stay what it is when plain.
 
     There its places count, in the state of a recurrent layer and in the distance that a sliding window reaches; and
-    where a model counts positions itself, by the mask (ALiBi), its last column has one that no token here can have.
+    where a model counts positions itself, by the mask (ALiBi), a last column has one that no token here can have.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
@@ -154,18 +156,27 @@ def check_right_padding(model: PreTrainedModel, is_real: Tensor, num_new: float)
         num_new (`float`): Tokens that an answer may have.
 
     Raises:
-        UnsupportedRequestError: For recurrent layers, for sliding windows that the text outgrows, and for models that
-            count positions themselves.
+        UnsupportedRequestError: For recurrent layers, rows that are read one by one, and sliding windows that the text
+            outgrows; and, if the padding is on the right, for models that count positions themselves.
     """
-    if bool(is_real[:, -1].all()):
+    is_gap = ~is_real & (is_real.cumsum(dim=1) > 0)
+    if not bool(is_gap.any()):
         return
     reach = min_window(model) if has_windows(model) else None
     is_long = reach is not None and is_real.shape[1] + num_new > reach
-    if goes_back_by_copies(model) or is_long or has_alibi(model) or not takes_positions(model):
+    is_refused = goes_back_by_copies(model) or is_long
+    if bool(is_gap[:, -1].any()):
+        if is_refused or has_alibi(model) or not takes_positions(model):
+            raise UnsupportedRequestError(
+                "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, beyond "
+                "a sliding window, or where a model counts positions itself, guarded decoding needs left padding; set "
+                "`tokenizer.padding_side = 'left'`."
+            )
+    elif is_refused:
         raise UnsupportedRequestError(
-            "Right padding was found: the last column of `attention_mask` has a 0. With recurrent layers, beyond a "
-            "sliding window, or where a model counts positions itself, guarded decoding needs left padding; set "
-            "`tokenizer.padding_side = 'left'`."
+            "Padding inside of a prompt was found: `attention_mask` has a 0 between tokens. With recurrent layers, "
+            "rows that are read one by one, or beyond a sliding window, its places count in plain decoding, and can't "
+            "be kept here. Take them out, and pad on the left."
         )
 
 

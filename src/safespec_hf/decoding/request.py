@@ -37,7 +37,7 @@ from ..answer.characters import Piece
 from ..answer.rows import Row
 from ..config import SafeSpecConfig
 from ..engine.compiling import check_compiler
-from ..engine.private_names import allowed_tokens, pad_token_id
+from ..engine.private_names import for_row, pad_token_id
 from ..engine.prompt import Prompt
 from ..engine.ropes import rereads
 from ..engine.traits import goes_back_by_copies, input_device, max_positions
@@ -47,7 +47,7 @@ from .assistant import Draft, check_assistant
 from .attachment import find_threshold
 from .monitor import RiskMonitor
 from .plan import Plan
-from .prompts import check_prompts, check_right_padding
+from .prompts import check_padding, check_prompts
 from .quality import find_digit_ids
 from .step_outputs import wanted_outputs
 from .support import max_context
@@ -94,7 +94,7 @@ def check_request(
     """
     num_rows = prompt_ids.shape[0]
     is_real, prompt = check_prompts(model, prompt_ids, model_kwargs)
-    check_right_padding(model, is_real, config.max_length - prompt_ids.shape[1])
+    check_padding(model, is_real, config.max_length - prompt_ids.shape[1])
     check_processors(processors)
     if policy.compile and config.disable_compile:
         raise UnsupportedRequestError("`disable_compile=True` contradicts the policy's `compile=True`. Choose one.")
@@ -193,27 +193,48 @@ def check_processors(processors: LogitsProcessorList) -> None:
             )
 
 
-def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+def row_processors(processors: LogitsProcessorList, row: int, num_rows: int) -> LogitsProcessorList:
     """The caller's processors for one row on its own, on any number of its continuations.
 
-    Those that hold something of every row of the batch get a copy that holds this row's part; all others are functions
-    of their arguments and are shared.
+    Those that hold something of every row of the batch, or of every prompt, get a copy that holds this row's part; all
+    others are functions of their arguments and are shared.
+
+    Raises:
+        UnsupportedRequestError: If one holds something of another number of rows.
     """
-    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
+    return LogitsProcessorList(_of_row(processor, row, num_rows) for processor in processors)
 
 
-def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+def _of_row(processor: LogitsProcessor, row: int, num_rows: int) -> LogitsProcessor:
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = allowed_tokens(processor)
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+        return for_row(processor, row)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
+        lengths = processor.prompt_ignore_length.tolist()
+        if len(lengths) != num_rows:
+            raise UnsupportedRequestError(
+                f"`prompt_ignore_length` of {type(processor).__name__} has {len(lengths)} entries, but the batch has "
+                f"{num_rows} rows. Give one to each; with `num_return_sequences`, to each sequence."
+            )
         # one number holds for any number of continuations, a tensor for as many as it has entries
-        return _with(processor, prompt_ignore_length=int(processor.prompt_ignore_length[row]))
+        return _with(processor, prompt_ignore_length=int(lengths[row]))
     if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
-        return _EachRow(_with(processor, encoder_input_ids=processor.encoder_input_ids[row : row + 1]))
+        held = processor.encoder_input_ids
+        at = _prompt_of(processor, row, num_rows, len(held))
+        return _EachRow(_with(processor, encoder_input_ids=held[at : at + 1]))
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[row]])
+        at = _prompt_of(processor, row, num_rows, len(processor.generated_ngrams))
+        return _with(processor, batch_size=1, generated_ngrams=[processor.generated_ngrams[at]])
     return processor
+
+
+def _prompt_of(processor: LogitsProcessor, row: int, num_rows: int, num_held: int) -> int:
+    """Which of the prompts that a processor holds is a row's: with `num_return_sequences` there are more rows."""
+    if num_held == 0 or num_rows % num_held:
+        raise UnsupportedRequestError(
+            f"{type(processor).__name__} holds {num_held} prompts, which can't be those of a batch of {num_rows} "
+            "rows. Make it of the prompts of this call."
+        )
+    return row // (num_rows // num_held)
 
 
 class _EachRow(LogitsProcessor):
@@ -263,7 +284,7 @@ def make_rows(
             policy=policy,
             newline_ids=newline_ids,
             pieces=pieces,
-            processors=row_processors(processors, index),
+            processors=row_processors(processors, index, len(prompt_ids)),
         )
         for index, (ids, real) in enumerate(zip(prompt_ids, is_real, strict=True))
     ]
@@ -298,7 +319,7 @@ def make_plan(
         eos_ids=frozenset(ends),
         criteria=other_criteria(criteria, config.max_length),
         reflection_ids=tokenizer.encode(policy.reflection, add_special_tokens=False) if policy.reflection else [],
-        refusal_ids=refusal + ends[:1],
+        refusal_ids=refusal + [token for token in ends if token < vocab_size][:1],
         separator_ids=tokenizer.encode("\n\n", add_special_tokens=False),
         max_context=max_context(model, rows, num_unseen, _stays_for(model, config, prompt)),
         max_positions=(max_positions(model) or 2**31) - num_unseen,
@@ -339,9 +360,9 @@ def other_criteria(criteria: StoppingCriteriaList, max_length: int) -> StoppingC
 
 
 def eos_ids(criteria: StoppingCriteriaList) -> list[int]:
-    """All tokens that end an answer, the generation config's own ones first."""
+    """All tokens that end an answer, the generation config's own ones first; -1, say, is the number of none."""
     ids: list[int] = []
     for criterion in criteria:
         if isinstance(criterion, EosTokenCriteria):
             ids += torch.as_tensor(criterion.eos_token_id).flatten().tolist()
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(token for token in ids if token >= 0))

@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from ..answer.rows import Row
 from ..answer.transcript import INSERTED
+from ..errors import UnsupportedRequestError
 
 OWN = (MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 COPIED = (set, deque, bytearray, np.ndarray)
@@ -105,11 +106,16 @@ class Stopping:
         goes_on = [opened and row.index not in ends for row, opened in zip(self.rows, is_open, strict=True)]
         while self._length < min((end for end, more in zip(last, goes_on, strict=True) if more), default=max(last)):
             self._length += 1
-            is_done = self._of_batch(self._batch_ids(self._length, ends), None).tolist()
+            is_done = self._decide(self._batch_ids(self._length, ends))
             for index, row in enumerate(self.rows):
                 if is_done[index] and self._length <= last[index] and may_end(row, self._length):
                     ends[index] = last[index] = self._length
                     goes_on[index] = False
+
+    def _decide(self, ids_BL: LongTensor) -> list[bool]:
+        """Which rows the batch's criteria end; all of them are asked."""
+        decisions = [value_of_each(one, one(ids_BL, None), ids_BL) for one in self._of_batch]
+        return cast("list[bool]", torch.stack(decisions).any(dim=0).tolist())
 
     def _batch_ids(self, length: int, ends: Mapping[int, int]) -> LongTensor:
         """What plain decoding shows when the answers have a length: those that ended before are padded."""
@@ -118,6 +124,26 @@ class Stopping:
             end = min(length, ends.get(row.index, row.num_visible))
             ids.append(row.visible_ids([self.pad_token_id] * (length - end), end))
         return cast("LongTensor", torch.cat(ids) if len(ids) > 1 else ids[0])
+
+
+def value_of_each(criterion: StoppingCriteria, value: Any, ids_BL: Tensor) -> Tensor:
+    """What a criterion says, as one value for each row: it may give that, also as a column, or one for all of them.
+
+    Raises:
+        UnsupportedRequestError: If it gives anything else.
+    """
+    num_rows = len(ids_BL)
+    found = value if isinstance(value, Tensor) else torch.tensor(value) if isinstance(value, (bool, int)) else None
+    if isinstance(value, (np.ndarray, np.bool_)):
+        found = torch.from_numpy(np.asarray(value))
+    if found is None or tuple(found.shape) not in {(), (1,), (num_rows,), (num_rows, 1)}:
+        said = f"{type(value).__name__}" if found is None else f"values of shape {tuple(found.shape)}"
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        raise UnsupportedRequestError(
+            f"The stopping criterion {name} gave {said} for a batch of {num_rows} rows. It must give one value for "
+            f"each row, of shape ({num_rows},), or one for all."
+        )
+    return found.to(ids_BL.device, torch.bool).flatten().expand(num_rows)
 
 
 def may_end(row: Row, length: int) -> bool:

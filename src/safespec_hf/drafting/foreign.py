@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..answer.logits import process_rows
 from ..answer.rows import Row
 from ..engine.cache import BlockOutput, CachedModel
 from .draft_length import DraftLength, confidence_kind
@@ -139,8 +138,7 @@ class SharedTokensDrafter(ForeignDrafter):
         own, known = self._own.to(logits_BV.device), self._known.to(logits_BV.device)
         full_BV = logits_BV.new_full((len(rows), self.vocab_size), -torch.inf)
         full_BV = full_BV.index_copy(1, known, logits_BV[:, own])
-        extras = torch.stack(list(tokens), 1).tolist() if tokens and rows[0].processors else [[] for _ in rows]
-        return process_rows(rows, extras, full_BV), None
+        return self._processed(rows, tokens, full_BV), None
 
     def _propose(
         self, rows: Sequence[Row], guesses: Sequence[Guesses], nums: Sequence[int], has_others: bool

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..answer.logits import process_rows, split_processors
+from ..answer.logits import process_guesses, split_processors
 from ..answer.rows import Row
 from ..engine.alone import cached_model
 from ..engine.cache import BlockOutput, CachedModel
@@ -264,17 +264,22 @@ class ModelDrafter:
         self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Processed scores, and the tokens they are of, if not the first ones of the vocabulary."""
-        scores_BV = fit_vocabulary(logits_BV, self.vocab_size).to(rows[0].device, torch.float32)
+        scores_BV = self._processed(rows, tokens, fit_vocabulary(logits_BV, self.vocab_size))
+        return scores_BV[:, : self.num_known], None  # a processor may have left only tokens that it can't read
+
+    def _processed(self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor) -> Tensor:
+        """What the caller's processors make of logits over the target's vocabulary."""
+        scores_BV = logits_BV.to(rows[0].device, torch.float32)
         of_context, of_scores = split_processors(rows[0].processors)
         if of_context:
             # the drafts so far stay where they are: to read them would make the host wait
             drafts_BG = torch.stack(list(tokens), 1) if tokens else [() for _ in rows]
             ids = [row.visible_ids(drafts_G) for row, drafts_G in zip(rows, drafts_BG, strict=True)]
-            scores_BV = process_rows(rows, ids, scores_BV)
+            scores_BV = process_guesses(rows, ids, scores_BV)
         if of_scores:
             ids_1L = cast("torch.LongTensor", rows[0].visible_ids())
             scores_BV = of_scores(ids_1L, cast("torch.FloatTensor", scores_BV))
-        return scores_BV[:, : self.num_known], None  # a processor may have left only tokens that it can't read
+        return scores_BV
 
     def _guess(self, rows: Sequence[Row], tokens: Sequence[Tensor], logits_BV: Tensor) -> Guesses:
         scores_BV, to_token = self._scores(rows, tokens, logits_BV)

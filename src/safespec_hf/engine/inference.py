@@ -40,6 +40,13 @@ def inference_mode(models: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def ordinary_tensor(values: Sequence[int]) -> Tensor:
+    """Whole numbers as a tensor that autograd can go on with, in inference mode too."""
+    return torch.tensor(values)
+
+
 def _is_fit(model: nn.Module) -> bool:
     if model in _KEEPERS:
         return False

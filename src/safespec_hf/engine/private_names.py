@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import accelerate
@@ -81,9 +82,14 @@ def is_user_cache(cache: Any) -> bool:
     return bool(getattr(cache, "_is_user_defined", False))
 
 
-def allowed_tokens(processor: PrefixConstrainedLogitsProcessor) -> Callable[[int, Tensor], list[int]]:
-    """The caller's function in a processor."""
-    return processor._prefix_allowed_tokens_fn
+def for_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:
+    """A processor for one row of a batch, on any number of its continuations.
+
+    Its function is told the number that it is told in the batch: the row's or, in most releases, that of its prompt.
+    """
+    allowed, number, own = processor._prefix_allowed_tokens_fn, row // processor._num_beams, copy(processor)
+    own._prefix_allowed_tokens_fn, own._num_beams = lambda _, ids: allowed(number, ids), 1
+    return own
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
@@ -275,6 +281,7 @@ NAMES = (
     PrivateName("transformers.GenerationConfig", "_from_model_config", GenerationConfig),
     PrivateName("transformers.GenerationConfig", "_pad_token_tensor", lambda: GenerationConfig),
     PrivateName("transformers.PrefixConstrainedLogitsProcessor", "_prefix_allowed_tokens_fn", _prefix_constrained),
+    PrivateName("transformers.PrefixConstrainedLogitsProcessor", "_num_beams", _prefix_constrained),
     PrivateName("transformers.PreTrainedModel", "_is_stateful", lambda: PreTrainedModel),
     PrivateName("transformers.PreTrainedModel", "_init_weights", lambda: PreTrainedModel),
     PrivateName("transformers.GenerationMixin", "_supports_logits_to_keep", lambda: GenerationMixin),

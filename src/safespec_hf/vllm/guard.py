@@ -277,7 +277,8 @@ def find_end_ids(name: str, config: PreTrainedConfig, tokenizer: PreTrainedToken
         found = config.get_text_config(decoder=True).eos_token_id
     ids = [] if found is None else found if isinstance(found, list) else [found]
     own = tokenizer.eos_token_id
-    return tuple(dict.fromkeys([*ids, *([own] if isinstance(own, int) else [])]))
+    ids = [*ids, *([own] if isinstance(own, int) else [])]
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))  # some configs say -1, which is no token
 
 
 def check_policy(policy: SafeSpecConfig) -> None:
