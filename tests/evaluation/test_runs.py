@@ -129,6 +129,43 @@ def test_another_draft_leaves_what_did_not_use_it(evaluate, engine, tmp_path):
         evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
 
 
+POINTS = {"strict": {"risk_threshold": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("pooling", "last", "'pooling': 'last'"),
+        ("span", "answer", "'span': 'answer'"),
+        ("ewma_decay", 0.5, "'ewma_decay': 0.5"),
+        ("unsafe_label", 0, "'unsafe_label': 0"),
+        ("operating_points", {"strict": {"risk_threshold": 0.9}}, "'strict': {'risk_threshold': 0.9}"),
+    ],
+)
+def test_a_head_that_would_flag_otherwise_is_another_one(evaluate, engine, tmp_path, field, value, said):
+    config = engine.model.safety.head.config
+    config.operating_points = POINTS
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    config.operating_points = {"strict": {"risk_threshold": 0.4, "recall": 0.7}}  # measured since: flags stay
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    setattr(config, field, value)
+    evaluate(tmp_path / "x.jsonl", ["target", "assisted"])
+    with pytest.raises(SafeSpecError, match=f"in methods, 'safespec' was .* and is {{'head': .*{said}"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+
+
+def test_a_file_that_does_not_say_what_its_head_read_is_refused_by_what_asks_the_head(evaluate, tmp_path):
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    file = tmp_path / "x.jsonl.settings.json"
+    settings = json.loads(file.read_text())
+    head = settings["methods"]["safespec"]["head"]
+    settings["methods"]["safespec"]["head"] = {name: head[name] for name in ("risk_threshold", "prompt_threshold")}
+    file.write_text(json.dumps(settings))
+    evaluate(tmp_path / "x.jsonl", ["target"])
+    with pytest.raises(SafeSpecError, match=r"'pooling': 'not recorded'.* is .*'pooling': 'mean'.* now"):
+        evaluate(tmp_path / "x.jsonl", ["safespec"])
+
+
 def test_a_file_of_something_else_is_left_alone(evaluate, tmp_path):
     (tmp_path / "x.jsonl").write_text("roses\n")
     with pytest.raises(SafeSpecError, match="not begun by"):

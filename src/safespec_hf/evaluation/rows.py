@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import SafeSpecError
 from ..training.files import DataError, read_rows, write_whole
+from ..training.settings import differences
 from .engine import Reply
 
 SETTINGS_SUFFIX, PART = ".settings.json", ".part-"
@@ -110,10 +111,8 @@ class AnswerFile:
             if part == "common" and begun:
                 changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
-                name, was, now_is = changed[0], before.get(changed[0]), now.get(changed[0])
-                if isinstance(was, dict) and isinstance(now_is, dict):  # what is alike would hide what is not
-                    keys = [key for key in {**was, **now_is} if was.get(key) != now_is.get(key)]
-                    was, now_is = ({key: one.get(key) for key in keys} for one in (was, now_is))
+                name = changed[0]
+                was, now_is = differences(before.get(name), now.get(name))
                 raise SafeSpecError(
                     f"{self.path} was begun with other settings: in {part}, {name!r} was {was!r:.300} "
                     f"and is {now_is!r:.300} now. Give another file, or delete this one."
