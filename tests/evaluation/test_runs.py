@@ -214,3 +214,15 @@ def test_a_part_that_was_not_merged_is_read(tmp_path):
     file = AnswerFile(tmp_path / "x.jsonl", 1, 2)
     file.append([{"method": "target", "set": "calm", "prompt": "0", "turn": 0}])
     assert len(AnswerFile(tmp_path / "x.jsonl").read()) == 1
+
+
+@pytest.mark.parametrize("num_bytes_lost", range(1, 8))
+def test_a_line_that_a_kill_cut_anywhere_is_passed_over(tmp_path, num_bytes_lost):
+    file = AnswerFile(tmp_path / "x.jsonl")
+    rows = [{"method": "target", "set": "calm", "prompt": str(i), "turn": 0, "number": i} for i in range(2)]
+    file.write_settings({"methods": {"target": {}}, "sets": {"calm": {}}})
+    file.append([{**row, "answer": "café ☃"} for row in rows])
+    content = file.path.read_bytes()
+    file.path.write_bytes(content[:-num_bytes_lost])
+    file.merge()
+    assert file.path.read_bytes() == content.splitlines(keepends=True)[0]

@@ -76,7 +76,7 @@ class AnswerFile:
 
         parts = self._parts()
         text = "".join(_to_line(row) for row in sorted(rows.values(), key=place))
-        if parts or text != self.path.read_text(encoding="utf-8"):
+        if parts or text.encode() != self.path.read_bytes():  # a kill may have cut a character, which is no text
             write_whole(self.path, text)
         for part in parts:
             part.unlink()
