@@ -8,6 +8,7 @@ from samples import make_examples
 from safespec_hf import SafeSpecError
 from safespec_hf.training.collect import CollectSettings, NamedLabeler, collect_answers
 from safespec_hf.training.data import Example, load_examples
+from safespec_hf.training.files import DataError
 from safespec_hf.training.hidden import encode
 
 SETTINGS = CollectSettings(max_new_tokens=6, batch_size=4)
@@ -179,6 +180,30 @@ def test_a_file_that_does_not_say_who_began_it_is_refused(collect, tmp_path):
         (tmp_path / "x.jsonl.settings.json").write_text(content)
         with pytest.raises(SafeSpecError, match="begun with other settings"):
             collect(tmp_path / "x.jsonl")
+
+
+def test_blank_lines_of_the_file_are_passed_over(collect, tmp_path):
+    collect(tmp_path / "x.jsonl")
+    lines = (tmp_path / "x.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_bytes(b"\n  \r\n".join(lines))
+    assert collect(tmp_path / "x.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{}", "field `id`: missing"),
+        ('{"id": 1}', "field `id`: missing, or no text"),
+        ("null", "expected an object, got NoneType"),
+        ("roses", "not JSON"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_told_with_its_place(collect, tmp_path, line, said):
+    collect(tmp_path / "x.jsonl")
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(DataError, match=f"x.jsonl, line 12, .*{said}"):
+        collect(tmp_path / "x.jsonl")
 
 
 def test_a_labeler_labels_and_what_it_cannot_label_is_left_out_and_counted(collect, tmp_path, caplog):

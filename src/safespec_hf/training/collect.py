@@ -21,7 +21,7 @@ from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
 from .chat_template import next_turn
 from .data import Example, hash_examples
-from .files import check_writable_file, write_whole
+from .files import check_writable_file, read_own_rows, write_whole
 from .hidden import hash_weights, render_prompt
 from .settings import check_counts, check_ranges, differences
 
@@ -228,14 +228,17 @@ def _append(path: Path, examples: Sequence[Example]) -> int:
 
 
 def _read_done(path: Path) -> set[str]:
-    """Ids in the file, after cutting off a line that a kill left incomplete."""
+    """Ids of the rows in the file, after cutting off a line that a kill left incomplete."""
     if not path.exists():
         return set()
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     if len(complete) < len(content):
         os.truncate(path, len(complete))
-    return {json.loads(line)["id"] for line in complete.splitlines()}
+    rows = list(read_own_rows(path))
+    if bad := next((row for row in rows if not isinstance(row.values.get("id"), str)), None):
+        raise bad.error("id", "missing, or no text: this is no row that `safespec collect` wrote")
+    return {row.values["id"] for row in rows}
 
 
 def _check_settings(path: Path, described: Mapping[str, Any]) -> None:
