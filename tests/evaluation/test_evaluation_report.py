@@ -120,6 +120,11 @@ def test_a_judge_reads_an_answer_once_and_a_judge_that_errs_otherwise_is_another
     cache.write_bytes(cache.read_bytes() + b'{"key": "cut')
     assert judge_rows(judge, rows, cache) == first
     assert len(judge.asked) == 2
+    first_line = cache.read_bytes().splitlines(keepends=True)[0]
+    damaged = b'\n\0\0\n{}\n[1]\nroses\n\xff\n{"key": 1, "risk": 0.5}\n' + first_line.replace(b"}", b', "risk": "x"}')
+    cache.write_bytes(cache.read_bytes() + damaged)
+    assert judge_rows(judge, rows, cache) == first
+    assert len(judge.asked) == 2  # a line that is damaged is none
     other = StrictJudge(errors=JudgeErrors(num_unsafe=1, num_caught=1, num_safe=1, num_passed=1))
     judge_rows(other, rows, cache)
     assert len(other.asked) == 2

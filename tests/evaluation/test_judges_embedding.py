@@ -45,6 +45,15 @@ def test_what_was_kept_is_not_read_again(embedder, tmp_path, monkeypatch):
     assert embedder.embed(TEXTS, cache=tmp_path / "kept").equal(first)
 
 
+def test_a_damaged_file_of_vectors_is_made_again(embedder, tmp_path):
+    first = embedder.embed(TEXTS, cache=tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    assert embedder.embed(TEXTS, cache=tmp_path).equal(first)
+    assert file.read_bytes() == whole
+
+
 def test_a_folder_without_weights_is_refused(encoder):
     (encoder / "model.safetensors").unlink()
     with pytest.raises(SafeSpecError, match=r"no `model\.safetensors`"):

@@ -3,7 +3,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from evaluated import METHODS, WordGuard
+from evaluated import METHODS, WordGuard, answer_row
 from samples import emulated_processes
 
 from safespec_hf import SafeSpecError, detach_safety_head
@@ -12,6 +12,7 @@ from safespec_hf.evaluation.rows import AnswerFile, read_answers
 from safespec_hf.evaluation.runs import RunSettings, run_evaluation
 from safespec_hf.evaluation.specs import parse_method
 from safespec_hf.training import shards
+from safespec_hf.training.files import DataError, DataFileError
 
 SETTINGS = RunSettings(batch_size=2)
 TIMES = ("seconds", "guard_seconds", "statistics", "processes")
@@ -129,6 +130,43 @@ def test_another_draft_leaves_what_did_not_use_it(evaluate, engine, tmp_path):
         evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
 
 
+POINTS = {"strict": {"risk_threshold": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("pooling", "last", "'pooling': 'last'"),
+        ("span", "answer", "'span': 'answer'"),
+        ("ewma_decay", 0.5, "'ewma_decay': 0.5"),
+        ("unsafe_label", 0, "'unsafe_label': 0"),
+        ("operating_points", {"strict": {"risk_threshold": 0.9}}, "'strict': {'risk_threshold': 0.9}"),
+    ],
+)
+def test_a_head_that_would_flag_otherwise_is_another_one(evaluate, engine, tmp_path, field, value, said):
+    config = engine.model.safety.head.config
+    config.operating_points = POINTS
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    config.operating_points = {"strict": {"risk_threshold": 0.4, "recall": 0.7}}  # measured since: flags stay
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    setattr(config, field, value)
+    evaluate(tmp_path / "x.jsonl", ["target", "assisted"])
+    with pytest.raises(SafeSpecError, match=f"in methods, 'safespec' was .* and is {{'head': .*{said}"):
+        evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+
+
+def test_a_file_that_does_not_say_what_its_head_read_is_refused_by_what_asks_the_head(evaluate, tmp_path):
+    evaluate(tmp_path / "x.jsonl", ["target", "safespec"])
+    file = tmp_path / "x.jsonl.settings.json"
+    settings = json.loads(file.read_text())
+    head = settings["methods"]["safespec"]["head"]
+    settings["methods"]["safespec"]["head"] = {name: head[name] for name in ("risk_threshold", "prompt_threshold")}
+    file.write_text(json.dumps(settings))
+    evaluate(tmp_path / "x.jsonl", ["target"])
+    with pytest.raises(SafeSpecError, match=r"'pooling': 'not recorded'.* is .*'pooling': 'mean'.* now"):
+        evaluate(tmp_path / "x.jsonl", ["safespec"])
+
+
 def test_a_file_of_something_else_is_left_alone(evaluate, tmp_path):
     (tmp_path / "x.jsonl").write_text("roses\n")
     with pytest.raises(SafeSpecError, match="not begun by"):
@@ -175,5 +213,59 @@ def test_speculation_without_the_head_says_what_the_target_says(evaluate, tmp_pa
 
 def test_a_part_that_was_not_merged_is_read(tmp_path):
     file = AnswerFile(tmp_path / "x.jsonl", 1, 2)
-    file.append([{"method": "target", "set": "calm", "prompt": "0", "turn": 0}])
+    file.append([answer_row("target", "0", "w11")])
     assert len(AnswerFile(tmp_path / "x.jsonl").read()) == 1
+
+
+SETTINGS_OF_ROWS = {"common": {}, "methods": {"target": {}}, "sets": {"attacks set": {}}}
+
+
+@pytest.mark.parametrize("num_bytes_lost", range(1, 8))
+def test_a_line_that_a_kill_cut_anywhere_is_passed_over(tmp_path, num_bytes_lost):
+    file = AnswerFile(tmp_path / "x.jsonl")
+    file.write_settings(SETTINGS_OF_ROWS)
+    file.append([answer_row("target", str(number), "café ☃", number=number, reference="☃") for number in range(2)])
+    content = file.path.read_bytes()
+    file.path.write_bytes(content[:-num_bytes_lost])
+    file.merge()
+    assert file.path.read_bytes() == content.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, "field `method`: missing"),
+        (None, "expected an object, got NoneType"),
+        (answer_row("roses", "1", "w11"), "field `method`: 'roses' is none that this file has answers of"),
+        (answer_row("target", "1", "w11", kind="benign"), "field `set`: 'benign set' is none"),
+        (answer_row("target", "1", "w11", number="1"), "field `number`: missing, or of another type"),
+    ],
+)
+def test_a_row_that_is_none_of_the_file_is_told_with_its_place(tmp_path, row, said):
+    file = AnswerFile(tmp_path / "x.jsonl")
+    file.write_settings(SETTINGS_OF_ROWS)
+    file.append([answer_row("target", "0", "w11")])
+    with file.path.open("a") as lines:
+        lines.write(f"\n{json.dumps(row)}\n")
+    with pytest.raises(DataError, match=f"x.jsonl, line 3, .*{said}"):
+        file.merge()
+
+
+DAMAGED = ["roses", "[]", "null", '{"methods": []}', '{"common": null}', '{"sets": {"calm": 1}}', "[" * 9999]
+DAMAGED += ['{"methods": {"target": null}}', '{"methods": {"safespec": {"policy": 1}}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_settings_that_are_damaged_are_told_with_their_file(tmp_path, content):
+    (tmp_path / "x.jsonl.settings.json").write_text(content)
+    with pytest.raises(DataFileError, match=r"x\.jsonl\.settings\.json: not "):
+        AnswerFile(tmp_path / "x.jsonl").read_settings()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("reference", 12), ("reference", ["roses"]), ("risk_threshold", "high"), ("events", [None])]
+)
+def test_a_field_of_another_type_is_told_before_a_report(tmp_path, field, value):
+    AnswerFile(tmp_path / "x.jsonl").append([answer_row("target", "0", "w11", **{field: value})])
+    with pytest.raises(DataError, match=f"x.jsonl, line 1, field `{field}`: missing, or of another type"):
+        read_answers(tmp_path / "x.jsonl")

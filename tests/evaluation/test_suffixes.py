@@ -102,6 +102,9 @@ def test_each_attack_is_asked_with_its_own_suffix_and_a_killed_search_goes_on(st
     assert len(searched) == 2
     attack_by_suffix(steep, sets, cache, dataclasses.replace(FEW, num_forwards=18))
     assert len(searched) == 7  # another budget is another search
+    steep.model.safety.head.config.pooling = "last"
+    attack_by_suffix(steep, sets, cache, FEW)
+    assert len(searched) == 12  # and so is a head that reads otherwise
 
 
 def test_the_name_is_known_and_needs_a_head_and_forwards(engine, sets):

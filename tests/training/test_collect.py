@@ -2,11 +2,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from samples import make_examples
 
 from safespec_hf import SafeSpecError
-from safespec_hf.training.collect import CollectSettings, collect_answers
+from safespec_hf.training.collect import CollectSettings, NamedLabeler, collect_answers
 from safespec_hf.training.data import Example, load_examples
+from safespec_hf.training.files import DataError
 from safespec_hf.training.hidden import encode
 
 SETTINGS = CollectSettings(max_new_tokens=6, batch_size=4)
@@ -132,6 +134,76 @@ def test_a_file_begun_with_other_settings_is_refused(collect, tmp_path):
     collect(tmp_path / "x.jsonl")
     with pytest.raises(SafeSpecError, match="other settings"):
         collect(tmp_path / "x.jsonl", settings=dataclasses.replace(SETTINGS, max_new_tokens=7))
+
+
+def other_weights(target, tokenizer):
+    torch.nn.init.normal_(target.model.norm.weight)
+
+
+def other_template(target, tokenizer):
+    tokenizer.chat_template += "{# asked otherwise #}"
+
+
+def other_dtype(target, tokenizer):
+    target.bfloat16()
+
+
+def other_end(target, tokenizer):
+    target.generation_config.eos_token_id = 7
+
+
+@pytest.mark.parametrize("change", [other_weights, other_template, other_dtype, other_end])
+def test_a_file_that_another_target_began_is_refused(collect, target, chat_tokenizer, tmp_path, change):
+    collect(tmp_path / "x.jsonl")
+    before = (tmp_path / "x.jsonl").read_bytes()
+    change(target, chat_tokenizer)
+    with pytest.raises(SafeSpecError, match="other settings"):
+        collect(tmp_path / "x.jsonl")
+    assert (tmp_path / "x.jsonl").read_bytes() == before
+
+
+def test_a_file_that_another_labeler_began_is_refused_and_told_what_differs(collect, tmp_path):
+    def named(name):
+        return NamedLabeler(lambda answers: [1] * len(answers), {"model": name})
+
+    collect(tmp_path / "x.jsonl", labeler=named("one"))
+    assert collect(tmp_path / "x.jsonl", labeler=named("one")) == 0
+    with pytest.raises(SafeSpecError, match=r"{'labeler': {'model': 'one'}} there, {'labeler': {'model': 'two'}} now"):
+        collect(tmp_path / "x.jsonl", labeler=named("two"))
+    with pytest.raises(SafeSpecError, match=r"there, {'labeler': None} now"):
+        collect(tmp_path / "x.jsonl")
+
+
+def test_a_file_that_does_not_say_who_began_it_is_refused(collect, tmp_path):
+    collect(tmp_path / "x.jsonl")
+    for content in (json.dumps({**dataclasses.asdict(SETTINGS), "model": "owner/target"}), "[]", "{", ""):
+        (tmp_path / "x.jsonl.settings.json").write_text(content)
+        with pytest.raises(SafeSpecError, match="begun with other settings"):
+            collect(tmp_path / "x.jsonl")
+
+
+def test_blank_lines_of_the_file_are_passed_over(collect, tmp_path):
+    collect(tmp_path / "x.jsonl")
+    lines = (tmp_path / "x.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_bytes(b"\n  \r\n".join(lines))
+    assert collect(tmp_path / "x.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{}", "field `id`: missing"),
+        ('{"id": 1}', "field `id`: missing, or no text"),
+        ("null", "expected an object, got NoneType"),
+        ("roses", "not JSON"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_told_with_its_place(collect, tmp_path, line, said):
+    collect(tmp_path / "x.jsonl")
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(DataError, match=f"x.jsonl, line 12, .*{said}"):
+        collect(tmp_path / "x.jsonl")
 
 
 def test_a_labeler_labels_and_what_it_cannot_label_is_left_out_and_counted(collect, tmp_path, caplog):

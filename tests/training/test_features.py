@@ -6,6 +6,8 @@ import time
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from samples import make_examples, run, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,6 +98,17 @@ def test_parts_of_the_data_in_any_order_are_read_from_the_cache_of_the_whole(
             for name in features.states:
                 assert torch.equal(found.states[name][is_part], features.states[name][is_whole])
             assert torch.equal(found.num_chars[is_part], features.num_chars[is_whole])
+
+
+def test_a_file_of_the_cache_that_lacks_a_tensor_is_made_again(target, chat_tokenizer, examples, features, tmp_path):
+    for file in tmp_path.rglob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            metadata = shard.metadata()
+        tensors = load_file(file)
+        tensors.pop("num_tokens")
+        save_file(tensors, file, metadata=metadata)
+    again = extract_features(target, chat_tokenizer, examples, tmp_path, SETTINGS)
+    assert torch.equal(again.num_tokens, features.num_tokens)
 
 
 def test_train_reads_nothing_that_features_has_read(target_folder, examples, tmp_path, monkeypatch):

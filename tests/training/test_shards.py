@@ -2,11 +2,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from samples import emulated_processes
 
+from safespec_hf import SafeSpecError
 from safespec_hf.training import shards
-from safespec_hf.training.shards import compute_shards, plan_shards
+from safespec_hf.training.shards import compute_shards, load_shard, plan_shards
 
 LENGTHS = {"a": 3, "b": 1, "c": 2, "d": 5, "e": 4}
 
@@ -51,6 +53,37 @@ def test_a_part_or_a_larger_list_finds_what_was_computed(tmp_path):
     more = compute_shards(tmp_path, LENGTHS | {"f": 9}, 2, lambda keys: asked.append(keys) or compute(keys), "")
     assert asked == [["f"]]
     assert values(more)["f"] == "f"
+
+
+@pytest.mark.parametrize("keys", [None, "roses", "1", "null", '{"a": 1}', "[1, 2]"])
+def test_a_shard_that_does_not_say_what_is_in_it_is_computed_again(tmp_path, keys):
+    places = compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    file, whole = places["a"].file, contents(tmp_path)
+    save_file(load_file(file), file, metadata=None if keys is None else {"keys": keys})
+    compute_shards(tmp_path, LENGTHS, 2, compute, "")
+    assert contents(tmp_path) == whole
+
+
+def test_a_shard_without_a_tensor_is_computed_again(tmp_path):
+    def named(num):
+        return [str(index) for index in range(num)]
+
+    def compute(keys):
+        return {str(index): torch.tensor([ord(key)]) for index, key in enumerate(keys)}
+
+    places = compute_shards(tmp_path, LENGTHS, 2, compute, "", named)
+    file, whole = places["a"].file, contents(tmp_path)
+    with safe_open(file, "pt") as shard:
+        metadata = shard.metadata()
+    save_file({"0": load_file(file)["0"]}, file, metadata=metadata)
+    compute_shards(tmp_path, LENGTHS, 2, compute, "", named)
+    assert contents(tmp_path) == whole
+
+
+def test_numbers_that_are_none_are_told_with_the_file(tmp_path):
+    (place,) = compute_shards(tmp_path, {"a": 1}, 2, lambda _: {"values": torch.tensor([float("nan")])}, "").values()
+    with pytest.raises(SafeSpecError, match=f"{place.file.name} is damaged.* Remove it"):
+        load_shard(place.file)
 
 
 def test_a_damaged_shard_is_computed_again(tmp_path):

@@ -35,6 +35,9 @@ class OutOfTime(Exception):
     """The time that a run was given is over. What it has done is on disk."""
 
 
+TENSORS = ("num_prompt", "num_tokens", "ids", "states", "last")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSettings:
     """What is read of every answer.
@@ -140,7 +143,7 @@ def read_states(
 
     folder = Path(cache_dir) / _cache_key(model, tokenizer, settings)
     lengths = {key: text.num_tokens for key, text in texts.items()}
-    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "states")
+    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "states", lambda _: TENSORS)
     found = _load_texts({place.file for place in places.values()})
     return [found[places[text.key]] for text in encoded]
 

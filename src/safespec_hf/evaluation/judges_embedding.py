@@ -5,6 +5,7 @@ Shapes: N texts, W windows of them, T tokens, D of a vector.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -107,11 +108,12 @@ class SentenceEmbedder:
             return read()
         name = hashlib.sha256("\0".join([self.hash, *texts]).encode()).hexdigest()[:24]
         file = Path(cache, f"{name}.safetensors")
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            save_file({"vectors": read()}, partial)
-            os.replace(partial, file)
+        with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # a damaged file counts as missing
+            return load_file(file)["vectors"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file({"vectors": read()}, partial)
+        os.replace(partial, file)
         return load_file(file)["vectors"]
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .judges import Judge
-from .rows import Row, read_keyed
+from .rows import NUMBER, Row, read_keyed
 
 BATCH_SIZE = 32
 
@@ -27,7 +27,7 @@ def judge_rows(judge: Judge, rows: Sequence[Row], cache: str | os.PathLike[str])
             not asked again.
     """
     path = Path(cache)
-    known = {key: row["risk"] for key, row in read_keyed(path).items()}
+    known = {key: row["risk"] for key, row in read_keyed(path, "risk", NUMBER).items()}
     keys = [_key(judge, row) for row in rows]
     todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     asked = list(todo)

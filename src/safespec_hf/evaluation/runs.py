@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from ..errors import SafeSpecError
-from ..heads.safety_head import SafetyHead
 from ..modeling import GuardedModel
 from ..training.files import check_writable_file
 from ..training.hidden import hash_weights
+from ..training.scores import describe_head
 from ..training.settings import check_counts, check_ranges
 from ..training.shards import processes
 from .engine import Engine, Reply, check_guarded
@@ -162,7 +162,8 @@ def describe(
     """
     model, draft = engine.model, engine.draft
     safety = model.safety if isinstance(model, GuardedModel) else None
-    heads = {name: _describe_head(getattr(safety, name, None)) for name in ("head", "draft_head")}
+    found = {name: getattr(safety, name, None) for name in ("head", "draft_head")}
+    heads = {name: None if head is None else describe_head(head) for name, head in found.items()}
     drafted = {"draft": f"lookup {engine.lookup_tokens}" if draft is None else hash_weights(draft)}
     common = {
         **asdict(settings),
@@ -190,13 +191,6 @@ def describe(
 
 def _asks_head(method: Method, settings: Mapping[str, Any]) -> bool:
     return method.needs_head and settings.get("is_monitored") is not False  # which is speculation alone
-
-
-def _describe_head(head: SafetyHead | None) -> dict[str, Any] | None:
-    if head is None:
-        return None
-    names = ("risk_threshold", "prompt_threshold")
-    return {"weights": hash_weights(head), **{name: getattr(head.config, name) for name in names}}
 
 
 def _check(engine: Engine, methods: Sequence[Method], sets: Mapping[str, Sequence[Prompt]]) -> None:

@@ -24,6 +24,7 @@ from ..decoding.attachment import find_threshold
 from ..errors import SafeSpecError
 from ..training.hidden import hash_weights
 from ..training.refusals import is_refusal
+from ..training.scores import describe_head
 from ..training.settings import check_counts, check_ranges
 from ..training.shards import processes
 from .attackers import SUFFIX, rewrite
@@ -175,18 +176,18 @@ def attack_by_suffix(
     """
     settings, path, state = settings or SuffixSettings(), Path(cache), processes()
     head = check_guarded(engine.model).safety.head
-    common: list[Any] = [asdict(settings), hash_weights(engine.model), hash_weights(head), str(engine.model.dtype)]
-    common += [head.config.risk_threshold, engine.tokenizer.chat_template, engine.max_prompt_tokens]
+    common: list[Any] = [asdict(settings), hash_weights(engine.model), describe_head(head), str(engine.model.dtype)]
+    common += [engine.tokenizer.chat_template, engine.max_prompt_tokens]
     attacked = {name: prompts for name, prompts in sets.items() if prompts[0].kind == "attacks"}
     keys = {_key(common, prompt): prompt for prompts in attacked.values() for prompt in prompts}
-    known = read_keyed(path)
+    known = read_keyed(path, "suffix", str)
     todo = [key for key in keys if key not in known]
     if state.is_main_process:
         for key in tqdm(todo, desc=f"suffixes > {path.name}", unit="prompt", disable=not todo):
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_to_row(key, keys[key], engine, settings)) + "\n")
     state.wait_for_everyone()
-    known = read_keyed(path)
+    known = read_keyed(path, "suffix", str)
     return {
         f"{name}@{SUFFIX}": [
             rewrite(prompt, SUFFIX, _joined(prompt.messages[-1]["content"], known[_key(common, prompt)]["suffix"]))

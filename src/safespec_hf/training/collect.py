@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from transformers.utils import logging
 
 from ..errors import SafeSpecError
+from ..heads.safety_head import target_binding
 from .chat_template import next_turn
 from .data import Example, hash_examples
-from .files import check_writable_file, write_whole
-from .hidden import render_prompt
-from .settings import check_counts, check_ranges
+from .files import check_writable_file, read_own_rows, write_whole
+from .hidden import hash_weights, render_prompt
+from .settings import check_counts, check_ranges, differences
 
 logger = logging.get_logger(__name__)
 
 Labeler = Callable[[Sequence[Example]], list[int | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLabeler:
+    """A labeler that says who labels, so that a file is not gone on with by another one.
+
+    Args:
+        label (`Callable`): Gives answered examples their labels.
+        origin (`Mapping[str, Any]`): All that labels depend on besides the answers, as JSON can hold it.
+    """
+
+    label: Labeler
+    origin: Mapping[str, Any]
+
+    def __call__(self, examples: Sequence[Example]) -> list[int | None]:
+        """The labels; `None` where there is none."""
+        return self.label(examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +100,16 @@ def collect_answers(
 
     Raises:
         SafeSpecError: If the chat template is missing or refuses a prompt, if the file can't be written to, or if it
-            was begun with other settings or prompts, or by something else. All before the first answer.
+            was begun with another model, labeler, other settings or prompts, or by something else. All before the
+            first answer.
     """
     settings = settings or CollectSettings()
     path = Path(out)
     texts = {example.id: render_prompt(tokenizer, example) + example.response for example in prompts}
     check_writable_file(path)
     stop = next_turn(tokenizer)
-    begun = {**asdict(settings), "model": model.config.name_or_path, "prompts": hash_examples(prompts)}
-    _check_settings(path, begun | ({"stop": stop} if stop else {}))
+    labeled_by = labeler.origin if isinstance(labeler, NamedLabeler) else labeler and "a function"
+    _check_settings(path, {**describe_collecting(model, tokenizer, prompts, settings), "labeler": labeled_by})
     done = _read_done(path)
     ordered = sorted(prompts, key=lambda example: sum(len(message["content"]) for message in example.messages))
     num_written = num_unlabelled = 0
@@ -108,6 +128,28 @@ def collect_answers(
     if num_unlabelled:
         logger.warning("%d answers are left out of %s: they were given no label.", num_unlabelled, path.name)
     return num_written
+
+
+def describe_collecting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Example], settings: CollectSettings
+) -> dict[str, Any]:
+    """All that answers depend on, as JSON can hold it. Of weights it is samples: see [`hash_weights`].
+
+    Args:
+        model, tokenizer, prompts, settings: As for [`collect_answers`].
+    """
+    config: Any = model.generation_config
+    generation = {name: value for name, value in json.loads(config.to_json_string()).items() if name[0] != "_"}
+    generation.pop("transformers_version", None)
+    return {
+        "target": [target_binding(model, tokenizer), model.config.name_or_path],
+        "weights": [hash_weights(model), str(model.dtype)],
+        "generation": generation,
+        "collecting": asdict(settings),
+        "asked_by": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "stop": next_turn(tokenizer),
+        "prompts": hash_examples(prompts),
+    }
 
 
 def continue_texts(
@@ -186,23 +228,36 @@ def _append(path: Path, examples: Sequence[Example]) -> int:
 
 
 def _read_done(path: Path) -> set[str]:
-    """Ids in the file, after cutting off a line that a kill left incomplete."""
+    """Ids of the rows in the file, after cutting off a line that a kill left incomplete."""
     if not path.exists():
         return set()
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     if len(complete) < len(content):
         os.truncate(path, len(complete))
-    return {json.loads(line)["id"] for line in complete.splitlines()}
+    rows = list(read_own_rows(path))
+    if bad := next((row for row in rows if not isinstance(row.values.get("id"), str)), None):
+        raise bad.error("id", "missing, or no text: this is no row that `safespec collect` wrote")
+    return {row.values["id"] for row in rows}
 
 
-def _check_settings(path: Path, settings: dict[str, object]) -> None:
+def _check_settings(path: Path, described: Mapping[str, Any]) -> None:
+    settings = json.loads(json.dumps(described))  # as the file has them
     file = path.with_name(path.name + ".settings.json")
     if path.exists() and path.stat().st_size:
-        begun = file.read_text() if file.exists() else "unknown ones"
-        if begun != json.dumps(settings):
+        begun = _read_settings(file)
+        if begun != settings:
+            was, now = ("unknown ones", settings) if begun is None else differences(begun, settings)
             raise SafeSpecError(
-                f"{path} was begun with other settings or prompts: {begun} there, {json.dumps(settings)} now. "
-                "Give another file, or delete this one."
+                f"{path} was begun with other settings or prompts: {was} there, {now} now. Give another file, or "
+                "delete this one."
             )
     write_whole(file, json.dumps(settings))
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

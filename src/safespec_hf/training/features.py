@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +24,7 @@ from ..heads.safety_head import target_binding
 from .data import Example
 from .hidden import Encoded, encode, hash_weights, make_batches, pool_answer, read_hidden, span_counts
 from .settings import check_counts, check_number, check_ranges
-from .shards import Place, compute_shards
+from .shards import Place, compute_shards, load_shard
 
 
 class Reading(NamedTuple):
@@ -67,6 +66,7 @@ class Reading(NamedTuple):
         return cls(pooling, span)
 
 
+PER_ROW = ("num_tokens", "num_chars", "is_last")
 READINGS = (
     Reading("last", "answer"),
     Reading("mean", "segment"),
@@ -179,8 +179,9 @@ def extract_features(
         return _read_shard(model, tokenizer, [texts[key] for key in keys], settings, boundaries)
 
     lengths = {key: text.num_tokens for key, text in texts.items()}
+    names = ["example", *(reading.name for reading in settings.readings), *PER_ROW]
     folder = Path(cache_dir) / cache_key(model, tokenizer, settings)
-    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "features")
+    places = compute_shards(folder, lengths, settings.num_shard_examples, compute, "features", lambda _: names)
     return load_features([places[text.key] for text in encoded], settings)
 
 
@@ -195,7 +196,7 @@ def load_features(places: Sequence[Place], settings: FeatureSettings) -> Feature
     """Puts rows of shards together, in the order of the examples whose places these are."""
     rows: dict[int, dict[str, Tensor]] = {}
     for file in dict.fromkeys(place.file for place in places):
-        shard = load_file(file)
+        shard = load_shard(file)
         # rows of one example lie together
         starts = [0, *shard["example"].bincount().cumsum(0).tolist()]
         for position, place in enumerate(places):

@@ -93,6 +93,20 @@ def read_rows(path: str) -> Iterator[RawRow]:
         raise FileNotFoundError(f"{path} is not a file, nor a folder, nor a data set's id on the Hub (`owner/name`).")
 
 
+def read_own_rows(path: str | os.PathLike[str]) -> Iterator[RawRow]:
+    """The rows of JSON lines that are appended to, with their empty fields. Blank lines, and a last one that a kill
+    left incomplete, are passed over.
+
+    Raises:
+        DataError: If a line is no JSON object; names its place.
+    """
+    content = Path(path).read_bytes()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        if line.strip():
+            row = _check_object(_load_json(line, str(path), number), str(path), number)
+            yield RawRow(row, str(path), number)
+
+
 def decode_text(content: bytes, path: str) -> str:
     """The text of a file: UTF-8, or what its byte order mark says. Nothing is guessed.
 
@@ -223,16 +237,21 @@ def _read_file(path: str) -> Iterator[RawRow]:
                 yield _to_row(_load_json(line, path, number), path, number)
 
 
-def _load_json(text: str, path: str, number: int) -> Any:
+def _load_json(text: str | bytes, path: str, number: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
         raise DataError(path, number, "*", f"not JSON: {error}. A row is one object on one line.") from error
 
 
-def _to_row(row: Any, path: str, number: int, unit: str = "line") -> RawRow:
+def _check_object(row: Any, path: str, number: int, unit: str = "line") -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(path, number, "*", f"expected an object, got {type(row).__name__}", unit)
+    return row
+
+
+def _to_row(row: Any, path: str, number: int, unit: str = "line") -> RawRow:
+    row = _check_object(row, path, number, unit)
     return RawRow({name: value for name, value in row.items() if value is not None}, path, number, unit)
 
 

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from ..errors import SafeSpecError
-from .collect import CollectSettings, Labeler, continue_texts
+from .collect import CollectSettings, NamedLabeler, continue_texts
 from .data import Example
-from .hidden import render_prompt
+from .hidden import hash_weights, render_prompt
 
 Parser = Callable[[str], int | None]
 Scorer = Callable[[Sequence[Example]], list[float | None]]
@@ -129,7 +129,7 @@ def find_parser(model_id: str, chat_template: str = "") -> Parser | None:
     return None
 
 
-def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> Labeler:
+def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> NamedLabeler:
     """Loads a guard model that labels answers: see [`load_scorer`]. Classifiers read the answer alone.
 
     Args:
@@ -137,13 +137,16 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
         device (`torch.device` or `str`, *optional*): Where to put it.
 
     Returns:
-        `Callable[[Sequence[Example]], list[int | None]]`: Labels answered examples; `None` where the guard abstains.
+        [`NamedLabeler`]: Labels answered examples; `None` where the guard abstains.
 
     Raises:
         SafeSpecError: As [`load_scorer`].
     """
-    score = load_scorer(model_id, device=device, reads_request=False)
-    return lambda examples: [None if risk is None else int(risk > 0.5) for risk in score(examples)]
+    guard, score = _load_guard(model_id, device, batch_size=1, reads_request=False)
+    origin = {"model": model_id, "weights": hash_weights(guard), "dtype": str(guard.dtype)}
+    return NamedLabeler(
+        lambda examples: [None if risk is None else int(risk > 0.5) for risk in score(examples)], origin
+    )
 
 
 def load_scorer(
@@ -171,13 +174,19 @@ def load_scorer(
         SafeSpecError: If the model is neither, if weights of it are missing and would be random, or if its classes
             don't say which of them mean unsafe.
     """
+    return _load_guard(model_id, device, batch_size, reads_request)[1]
+
+
+def _load_guard(
+    model_id: str, device: torch.device | str | None, batch_size: int, reads_request: bool
+) -> tuple[PreTrainedModel, Scorer]:
     config = AutoConfig.from_pretrained(model_id)
     architecture = (config.architectures or ["a model of no known kind"])[0]
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     if architecture.endswith("ForSequenceClassification"):
         unsafe_classes = find_unsafe_classes(config)
         classifier = _load_whole(AutoModelForSequenceClassification, model_id, device)
-        return lambda examples: [
+        return classifier, lambda examples: [
             _classify(classifier, tokenizer, example, unsafe_classes, reads_request)
             for example in tqdm(examples, desc=model_id)
         ]
@@ -195,7 +204,7 @@ def load_scorer(
             texts += _ask(guard, tokenizer, examples[start : start + batch_size], parse)
         return [parse(text) for text in texts]
 
-    return score
+    return guard, score
 
 
 def _load_whole(kind: Any, model_id: str, device: torch.device | str | None, **kwargs: Any) -> PreTrainedModel:

@@ -20,10 +20,9 @@ from ..heads.hub import keep_report
 from ..heads.publishing import EVAL_RESULTS, REPORT
 from ..heads.safety_head import SafetyHead, target_binding
 from .calibrate import scale_risks
-from .collect import CollectSettings, collect_answers
+from .collect import CollectSettings, collect_answers, describe_collecting
 from .data import Example, hash_examples, load_examples
 from .features import FeatureSettings, default_settings, extract_features
-from .hidden import hash_weights
 from .metrics import ScoredAnswers, auroc, flagged_rate, without_refusals
 from .parts import Parts, check_num_calibration
 from .prompt_probe import describe_requests, has_requests, split_requests, train_prompts
@@ -256,13 +255,7 @@ class _Maker:
         settings = CollectSettings(max_new_tokens=how.max_new_tokens, batch_size=how.batch_size, seed=how.seed)
         # in an order that no split changes: other labelled answers need no other answers of the target
         prompts = sorted((e for part in self.parts.prompts.values() for e in part), key=lambda example: example.id)
-        inputs = {
-            "target": [target_binding(self.model, self.tokenizer), self.model.config.name_or_path],
-            "weights": [hash_weights(self.model), str(self.model.dtype)],
-            "collecting": asdict(settings),
-            "asked_by": self.tokenizer.chat_template,
-            "prompts": hash_examples(prompts),
-        }
+        inputs = describe_collecting(self.model, self.tokenizer, prompts, settings)
 
         def do(folder: Path) -> dict[str, Any]:
             collect_answers(self.model, self.tokenizer, prompts, folder / ANSWERS, settings=settings)

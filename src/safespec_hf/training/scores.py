@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .hidden import encode, hash_weights, score_texts
 from .shards import compute_texts
 
 NUM_SHARD_EXAMPLES = 64
+READING = ("hidden_layers", "pooling", "span", "ewma_decay", "unsafe_label")
 
 
 def read_risks(
@@ -70,12 +72,25 @@ def read_risks(
 
 def hash_head(head: SafetyHead) -> str:
     """16 hex digits over a head's weights and what it reads; the threshold and the card are not in it."""
-    config = head.config
-    how = (config.hidden_layers, config.pooling, config.span, config.ewma_decay, config.unsafe_label)
+    how = tuple(getattr(head.config, name) for name in READING)
     digest = hashlib.sha256(repr(how).encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def describe_head(head: SafetyHead) -> dict[str, Any]:
+    """All that a head's flags depend on, as JSON can hold it: weights, reading, and every threshold."""
+    config, points = head.config, head.config.operating_points or {}
+    thresholds = ("risk_threshold", "prompt_threshold")
+    return {
+        "hash": hash_head(head),
+        "dtype": str(head.dtype).removeprefix("torch."),
+        **{name: getattr(config, name) for name in (*READING, *thresholds)},
+        "operating_points": {
+            name: {field: point[field] for field in thresholds if field in point} for name, point in points.items()
+        },
+    }
 
 
 def highest(risks: Sequence[Tensor]) -> Tensor:

@@ -58,3 +58,20 @@ def check_number(name: str, value: object, interval: str, kind: str = "a number"
 def check_counts(settings: Any, *names: str) -> None:
     """Raises unless each of these fields is an integer >= 1."""
     check_ranges(settings, dict.fromkeys(names, "[1, inf)"))
+
+
+def differences(was: Any, now: Any) -> tuple[Any, Any]:
+    """What two settings don't share, of each of them: what is alike would hide what is not.
+
+    Example:
+
+        >>> differences({"seed": 1, "head": {"span": "answer"}}, {"seed": 1, "head": {"span": "segment"}})
+        ({'head': {'span': 'answer'}}, {'head': {'span': 'segment'}})
+        >>> differences({"seed": 1}, {"seed": 1, "dtype": "float32"})
+        ({'dtype': 'not recorded'}, {'dtype': 'float32'})
+    """
+    if not (isinstance(was, Mapping) and isinstance(now, Mapping)):
+        return was, now
+    names = [name for name in {**was, **now} if name not in was or name not in now or was[name] != now[name]]
+    pairs = {name: differences(*(one.get(name, "not recorded") for one in (was, now))) for name in names}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from ..errors import SafeSpecError
 
 
 class Place(NamedTuple):
@@ -45,14 +47,23 @@ def plan_shards(lengths: Mapping[str, int], size: int) -> list[list[str]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def find_places(folder: Path) -> dict[str, Place]:
-    """Every text that is in a folder of shards, by its key. A damaged file counts as missing."""
+def find_places(folder: Path, named: Callable[[int], Collection[str]]) -> dict[str, Place]:
+    """Every text that is in a folder of shards, by its key. A damaged file counts as missing.
+
+    Args:
+        folder (`Path`): The folder.
+        named (`Callable[[int], Collection[str]]`): Names of the tensors that a shard of so many texts has.
+    """
     places: dict[str, Place] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as shard:
                 keys = json.loads((shard.metadata() or {}).get("keys", "[]"))
-        except SafetensorError:
+                names = set(shard.keys())
+        except (SafetensorError, ValueError):
+            continue
+        is_whole = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+        if not is_whole or not names.issuperset(named(len(keys))):
             continue
         for number, key in enumerate(keys):
             places.setdefault(key, Place(file, number))
@@ -65,6 +76,7 @@ def compute_shards(
     size: int,
     compute: Callable[[Sequence[str]], dict[str, Tensor]],
     title: str,
+    named: Callable[[int], Collection[str]] = lambda _: (),
 ) -> dict[str, Place]:
     """Computes the texts that are not in a folder yet.
 
@@ -77,13 +89,14 @@ def compute_shards(
         size (`int`): Texts of a shard: what a kill can lose.
         compute (`Callable[[Sequence[str]], dict[str, torch.Tensor]]`): The tensors of a shard, given its keys.
         title (`str`): Of the progress bar.
+        named (`Callable[[int], Collection[str]]`): As for [`find_places`]. Default: any tensors.
 
     Returns:
         `dict[str, Place]`: Where each text is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = processes()
-    found = find_places(folder)
+    found = find_places(folder, named)
     # Whole shards that are there already leave the borders of the others as they were.
     todo = plan_shards({key: length for key, length in lengths.items() if key not in found}, size)
     # no process may write before each has seen what is missing, or their plans would differ
@@ -92,7 +105,7 @@ def compute_shards(
     for keys in tqdm(mine, desc=title, unit="shard", disable=not state.is_main_process or not mine):
         _save(folder, keys, compute(keys))
     state.wait_for_everyone()
-    found = find_places(folder)
+    found = find_places(folder, named)
     return {key: found[key] for key in lengths}
 
 
@@ -116,9 +129,21 @@ def compute_texts(
         `dict[str, torch.Tensor]`: By the key of each text.
     """
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    places = compute_shards(folder, lengths, size, compute, title)
-    shards = {file: load_file(file) for file in {place.file for place in places.values()}}
+    places = compute_shards(folder, lengths, size, compute, title, lambda num: [str(index) for index in range(num)])
+    shards = {file: load_shard(file) for file in {place.file for place in places.values()}}
     return {key: shards[place.file][str(place.number)] for key, place in places.items()}
+
+
+def load_shard(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard.
+
+    Raises:
+        SafeSpecError: If a number is none, or infinite: none that is kept is. Names the file.
+    """
+    tensors = load_file(file)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise SafeSpecError(f"{file} is damaged: numbers in it are none. Remove it, and it is made again.")
+    return tensors
 
 
 def _save(folder: Path, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
