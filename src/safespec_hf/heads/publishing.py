@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from ..errors import HeadFileError, SafeSpecError
 from .card import UNPUBLISHED, Report, eval_results, format_threshold, is_unedited, model_card, to_json
 from .loading import StrictModel, is_hub_reachable, no_such_folder
+from .shapes import check_shape
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +154,7 @@ def publication(
             save_folder(head, folder, license=license)
         else:
             _copy_published(Path(head), folder)
+            read_report(head)  # what is wrong in it is told with its own place
         if report is not None:
             copy_report(report, folder)
         loaded = kind.from_pretrained(folder)
@@ -289,8 +291,6 @@ def _read_json(head: str | os.PathLike[str], name: str, **hub_kwargs: Any) -> di
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, EntryNotFoundError):  # a head may have none
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HeadFileError(f"`{name}` of {str(head)!r} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise HeadFileError(f"`{name}` of {str(head)!r} must be a JSON object, but it is a {type(content).__name__}.")
-    return content
+    return check_shape(content, name, f"`{name}` of {str(head)!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import HeadFileError
 from ..heads.card import to_json
+from ..heads.shapes import check_shape
 from .files import write_whole
 
 RECORD_FILE = "training.json"
@@ -21,18 +22,16 @@ def read_record(head: str | os.PathLike[str]) -> dict[str, Any]:
         head (`str` or `os.PathLike`): Folder of the head.
 
     Raises:
-        HeadFileError: If the file holds no JSON object.
+        HeadFileError: If the file holds no JSON object, or something in it is of another shape.
     """
     file = Path(head) / RECORD_FILE
     if not file.exists():
         return {}
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HeadFileError(f"{file} is not JSON: {error}. Remove it, or train the head again.") from error
-    if not isinstance(record, dict):
-        raise HeadFileError(f"{file} must hold a JSON object, but it holds a {type(record).__name__}.")
-    return record
+    return check_shape(record, RECORD_FILE, str(file))
 
 
 def update_record(head: str | os.PathLike[str], **parts: Any) -> None:
