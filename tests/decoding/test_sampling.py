@@ -49,6 +49,22 @@ def test_a_segment_ends_with_an_end_token():
     assert sample(ScriptedModel(count_up), 2, end_ids=frozenset({14})) == [[11, 12, 13, 14]] * 2
 
 
+class Grammar(LogitsProcessor):
+    """Knows nothing of a text that goes on after its end, 14."""
+
+    def __call__(self, input_ids, scores):
+        assert 14 not in input_ids[:, :-1]
+        assert not input_ids[:, -1].eq(14).any()
+        return scores
+
+
+def test_processors_are_not_asked_how_an_ended_segment_goes_on():
+    row = make_row([9, 10], LogitsProcessorList([Grammar()]), policy=SafeSpecConfig(min_segment_tokens=1))
+    model = ScriptedModel(count_after({10: {13: 0.5, 20: 0.5}}))
+    segments = sample(model, 16, row=row, end_ids=frozenset({14}))
+    assert {tuple(segment) for segment in segments} == {(13, 14), tuple(range(20, 26))}
+
+
 def test_an_end_token_waits_until_the_segment_is_long_enough():
     model = ScriptedModel(count_after({10: {13: 0.99, 20: 0.01}}))
     for num_least, first in ((1, 13), (2, 20)):

@@ -72,7 +72,7 @@ def sample_segments(
                 break
         logits_KV = fit_vocabulary(output.logits_BTV[:, -1], vocab_size)
         logits_KV = logits_KV.to(row.device, torch.float32)
-        scores_KV = steer(ids_KL, row.process(ids_KL, logits_KV)) / temperature
+        scores_KV = steer(ids_KL, _process(row, ids_KL, logits_KV, is_open)) / temperature
         may_end = step + 1 >= policy.min_segment_tokens
         if end_ids and not may_end:
             # the fewer tokens, the lower the risk of the worst: an answer broken off at once would always be chosen
@@ -94,6 +94,14 @@ def sample_segments(
         ids_KL = all_KL[:, : num_before + step + 1]
         ids_KL[:, -1:] = token_K1
     return segments, sampler
+
+
+def _process(row: Row, ids_KL: Tensor, logits_KV: Tensor, is_open: Sequence[bool]) -> Tensor:
+    """The caller's processors, which are not asked how a segment goes on that has ended: a grammar may not know."""
+    if all(is_open):
+        return row.process(ids_KL, logits_KV)
+    open_M = torch.tensor([k for k, goes_on in enumerate(is_open) if goes_on], device=logits_KV.device)
+    return logits_KV.index_copy(0, open_M, row.process(ids_KL[open_M], logits_KV[open_M]))
 
 
 def _repeat(output: BlockOutput, num: int) -> BlockOutput:
