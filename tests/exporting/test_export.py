@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 from tiny import attach, build_head, build_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safespec_hf import SafeSpecConfig, SafeSpecError, SafetyHead, UnsupportedRequestError, export_guarded
 from safespec_hf.exporting.manifest import read_manifest
@@ -58,6 +58,27 @@ def test_an_export_replaces_an_earlier_one_and_keeps_a_card_that_was_edited(sour
     assert names(tmp_path) == sorted({*FULL, *TOKENIZER} - {"draft"})
     assert "My own words" in (tmp_path / "README.md").read_text()
     assert read_manifest(tmp_path, {}).draft is None
+
+
+def test_nothing_of_an_earlier_tokenizer_is_left_and_all_of_the_users(source, tokenizer, tmp_path):
+    source.safety.tokenizer.chat_template = {"default": "one", "tools": "two"}
+    export_guarded(source, tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tools.jinja").is_file()
+    (tmp_path / "added_tokens.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("of the user")
+    other = attach(build_model(), tokenizer)
+    assert names(export_guarded(other, tmp_path)) == sorted(
+        {*FULL, *TOKENIZER, "notes.txt"} - {"draft", "chat_template.jinja"}
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True).chat_template is None
+
+
+def test_vocabulary_files_are_those_of_the_earlier_tokenizers_class(source, tmp_path):
+    export_guarded(source, tmp_path)
+    (tmp_path / "vocab.txt").write_text("of the user")
+    assert "vocab.txt" in names(export_guarded(source, tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert "vocab.txt" not in names(export_guarded(source, tmp_path))
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "config.json"])

@@ -13,7 +13,13 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, logging
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, logging
 
 from ..config import SafeSpecConfig
 from ..decoding.assistant import Draft, as_draft, check_assistant
@@ -31,6 +37,11 @@ from .manifest import CODE, DRAFT, HEAD, MODEL_TYPE, TARGET, VERSION, Manifest, 
 logger = logging.get_logger(__name__)
 
 STAGING = ".exporting-"
+TOKENIZER_FILES = (
+    *(ADDED_TOKENS_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE),
+    *(CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_DIR),
+)
+"""What tokenizers of all classes may write, beside the vocabulary files of their own."""
 CODE_FILES = {
     f"{CODE}.py": '''\
 """Loads the target of this repository with its head on. Run by `from_pretrained(..., trust_remote_code=True)`."""
@@ -259,8 +270,11 @@ def _replace(folder: Path, staging: Path) -> None:
     """Moves everything over what was there. The config comes last: without it the folder is no model."""
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     interrupted = [file.name for file in folder.glob(f"{STAGING}*") if file != staging]
-    for name in (TARGET, HEAD, DRAFT, *interrupted):
+    stale = [name for name in _tokenizer_files(folder) if not (staging / name).exists()]
+    for name in (TARGET, HEAD, DRAFT, *interrupted, *stale):
         shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
     card = folder / CARD
     is_edited = card.is_file() and not is_unedited(card.read_text(encoding="utf-8"), THING)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
@@ -270,3 +284,13 @@ def _replace(folder: Path, staging: Path) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(file, place)
+
+
+def _tokenizer_files(folder: Path) -> set[str]:
+    """What the tokenizer of an earlier export may have written there: the new one reads whatever of it is left."""
+    config = folder / TOKENIZER_CONFIG_FILE
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):  # no export, or what is left of one
+        kind = ""
+    return {*TOKENIZER_FILES, *getattr(getattr(transformers, str(kind), None), "vocab_files_names", {}).values()}
