@@ -19,7 +19,8 @@ from transformers.tokenization_utils_base import (
     SPECIAL_TOKENS_MAP_FILE,
     TOKENIZER_CONFIG_FILE,
 )
-from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from ..config import SafeSpecConfig
 from ..decoding.assistant import Draft, as_draft, check_assistant
@@ -33,6 +34,7 @@ from ..heads.safety_head import SafetyHead, check_binding, is_hub_id, target_bin
 from ..modeling import GuardedModel
 from .card import THING, export_card
 from .manifest import CODE, DRAFT, HEAD, MODEL_TYPE, TARGET, VERSION, Manifest, Part, check_policy
+from .origins import is_as_published
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +79,7 @@ def export_guarded(
     `other.generate(..., custom_generate=folder, trust_remote_code=True)` guards any model that the head is made for.
 
     A full repository has everything. A light one points to what is on the Hub, at one commit each; the target must be
-    there, while a head or draft that is not is copied.
+    there, while a head or draft that is not, or that was changed since it was loaded, is copied.
 
     Args:
         model ([`GuardedModel`]): The target with its head, policy and tokenizer attached. For a light repository its
@@ -205,6 +207,13 @@ def _describe(
         commit = find_commit(name, revisions.get(TARGET))
         if commit is None:
             logger.warning("The commit of %s is not known, so the export points to whatever is there later.", name)
+        if not is_as_published(model, name, commit):
+            logger.warning(
+                "The weights of this %s are not those of %s at %s, which a light export points to: they were trained, "
+                "merged or loaded at another revision (`revisions=`). Whoever loads the export gets those of the Hub. "
+                "Export all of it to have these.",
+                *(architecture, name, commit or "its main branch"),
+            )
         target = Part(repo_id=name, revision=commit, architecture=architecture)
     known = revisions if light else None
     return Manifest(
@@ -228,7 +237,8 @@ def _place(part: PreTrainedModel, folder: str, revisions: Mapping[str, str] | No
     if revisions is None or not name or not is_hub_id(name):
         return Part(folder)
     commit = find_commit(name, revisions.get(folder))
-    return Part(repo_id=name, revision=commit) if commit else Part(folder)
+    # one that was changed since, or loaded at another revision, is copied as well
+    return Part(repo_id=name, revision=commit) if commit and is_as_published(part, name, commit) else Part(folder)
 
 
 def _write(
