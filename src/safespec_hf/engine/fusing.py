@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .packing import Stack, is_plain_linear, may_pack, own_forward, packed_weights
-from .private_names import attention_name, is_compiled
+from .private_names import attention_name, has_hooks, is_compiled
 from .sharing import Shared, ThreadSwitch
 from .traits import CACHE_NAMES, FAILURES, cache_argument
 
@@ -112,7 +112,8 @@ def _kind_of(module: nn.Module) -> type[Fused] | None:
     forward = vars(module).get("forward")
     is_free = forward is None or isinstance(forward, kind)  # of another thread's call
     has_own = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
-    is_usual = is_free and not has_own
+    # hooks of its activation or norms are the user's, and would see the numbers that are drawn for the proof
+    is_usual = is_free and not has_own and not any(map(has_hooks, module.children()))
     are_plain = all(map(is_plain_linear, [*first, *last]))
     return kind if is_usual and are_plain and _agree(first) else None
 
