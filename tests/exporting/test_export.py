@@ -127,6 +127,7 @@ def test_a_model_without_a_head_is_refused(target, tmp_path):
     ("change", "message"),
     [
         ({"policy": SafeSpecConfig(policy="observe")}, "guards nothing"),
+        ({"policy": SafeSpecConfig(verification="segment", num_draft_segments=2)}, "`num_draft_segments=2` needs"),
         ({"tokenizer": None}, "needs the tokenizer"),
     ],
 )
