@@ -187,6 +187,16 @@ def test_hooks_of_all_modules_see_every_layer():
         handle.remove()
 
 
+@pytest.mark.parametrize(("kind", "name"), [("llama", "mlp.act_fn"), ("qwen3", "self_attn.k_norm")])
+def test_hooks_of_other_parts_see_no_numbers_but_the_callers(kind, name):
+    model, seen = build_architecture(kind), []
+    handle = layers(model)[0].get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    assert len(fused_in(model)) == ALL - 1
+    assert seen == []
+    handle.remove()
+    assert len(fused_in(model)) == ALL
+
+
 def test_another_attention_under_the_usual_name_is_used():
     model = build_model()
     AttentionInterface.register("sdpa", lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs))

@@ -6,9 +6,11 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import build_draft_head, build_head, build_model, build_noisy_head, cheap_drafts, perturb
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from safespec_hf import SafeSpecConfig, attach_safety_head, detach_safety_head
 from safespec_hf.engine import packing as packing_module
@@ -117,6 +119,36 @@ def test_what_is_not_a_plain_linear_layer_is_left_alone(model):
     with packed_weights([model, build_model().double()]):
         assert len(packed_layers(model)) == 2 * 7
         assert hooked.forward.__func__ is nn.Linear.forward
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "put_on",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        nn.utils.weight_norm,
+        lambda layer: layer.register_forward_pre_hook(lambda layer, _: layer.weight.data.neg_()),
+    ],
+    ids=["pruning", "weight_norm", "one of the user's"],
+)
+@torch.no_grad()
+def test_a_layer_whose_hook_sets_its_weight_is_left_alone(model, put_on):
+    layer, inputs = model.model.layers[0].mlp.down_proj, torch.randn(1, 64, dtype=model.dtype)
+    put_on(layer)
+    with packed_weights([model], True):
+        layer(inputs)
+        for name, weight in layer.named_parameters():
+            weight.mul_(-1.5 if name != "weight" else 1.0)
+        changed = layer(inputs)
+        assert len(packed_layers(model)) == 2 * 7
+    layer(inputs)  # so that the user's own hook has turned it as often
+    assert torch.equal(changed, layer(inputs))
+
+
+def test_layers_under_a_hook_of_accelerate_that_moves_inputs_only_are_packed():
+    model = add_hook_to_module(build_model(), AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with packed_weights([model], True):
+        assert len(packed_layers(model)) == 2 * 7 + 1 + 1  # accelerate's own forward of the model is one
 
 
 @pytest.mark.parametrize(("wanted", "is_packed"), [(None, False), (True, True), (False, False)])

@@ -193,6 +193,35 @@ def test_another_target_is_refused(draft, target):
     assert draft.bind(other, ignore_mismatches=("num_layers",)) is draft
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda target: target.load_state_dict(build_model(seed=3).state_dict()),
+        lambda target: target.lm_head.weight.mul_(2.0),
+        lambda target: setattr(target.lm_head, "weight", torch.nn.Parameter(torch.ones(40, 32))),
+        lambda target: setattr(target, "lm_head", torch.nn.Linear(32, 40)),
+    ],
+    ids=["another checkpoint", "written", "another weight", "another layer"],
+)
+@torch.no_grad()
+def test_bound_again_it_has_the_rows_that_the_target_has_now(target, change):
+    draft = build_draft(target)
+    before = draft.output.weight
+    assert draft.bind(target).output.weight is before
+    change(target)
+    assert torch.equal(draft.bind(target).output.weight, target.lm_head.weight[draft.token_ids])
+    if target.lm_head.bias is not None:
+        assert torch.equal(draft.output.bias, target.lm_head.bias[draft.token_ids])
+
+
+@torch.no_grad()
+def test_what_was_excused_once_stays_excused(draft):
+    other = build_model(num_hidden_layers=3)
+    draft.bind(other, ignore_mismatches=("num_layers",))
+    other.lm_head.weight.mul_(2.0)
+    assert torch.equal(draft.bind(other).output.weight, other.lm_head.weight[draft.token_ids])
+
+
 def test_it_must_be_bound_before_it_is_used(target, ids, states):
     with pytest.raises(UnsupportedRequestError, match=r"call `draft\.bind"):
         DraftHead(build_config(target))(ids, states)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .fingerprints import fingerprint
+from .private_names import has_hooks
 from .products import DTYPES, LAYOUTS, PLAIN, WIDTHS, fastest_layouts, usual_layouts, width_index
 from .sharing import Shared, ThreadSwitch
 from .speeds import describe, is_timed, remembered
@@ -312,9 +313,9 @@ def _forward_of(layer: nn.Linear) -> PackedLinear:
 
 
 def is_plain_linear(layer: Any) -> bool:
-    """Whether it is a linear layer and nothing more: no adapter, no offloading hook, no quantization."""
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        return False
+    """Whether it is a linear layer and nothing more: no adapter, no hooks, no offloading, no quantization."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or has_hooks(layer):
+        return False  # a hook may set the weight before each forward, as pruning and `weight_norm` do
     forward, weights = layer.__dict__.get("forward"), [layer.weight, *([] if layer.bias is None else [layer.bias])]
     is_free = forward is None or isinstance(forward, PackedLinear)  # of another thread's call
     is_fit = all(is_plain(weight) and weight.dtype == layer.weight.dtype for weight in weights)

@@ -13,7 +13,14 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from ..config import SafeSpecConfig
 from ..decoding.assistant import Draft, as_draft, check_assistant
@@ -27,10 +34,16 @@ from ..heads.safety_head import SafetyHead, check_binding, is_hub_id, target_bin
 from ..modeling import GuardedModel
 from .card import THING, export_card
 from .manifest import CODE, DRAFT, HEAD, MODEL_TYPE, TARGET, VERSION, Manifest, Part, check_policy
+from .origins import is_as_published
 
 logger = logging.get_logger(__name__)
 
 STAGING = ".exporting-"
+TOKENIZER_FILES = (
+    *(ADDED_TOKENS_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE),
+    *(CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_DIR),
+)
+"""What tokenizers of all classes may write, beside the vocabulary files of their own."""
 CODE_FILES = {
     f"{CODE}.py": '''\
 """Loads the target of this repository with its head on. Run by `from_pretrained(..., trust_remote_code=True)`."""
@@ -66,7 +79,7 @@ def export_guarded(
     `other.generate(..., custom_generate=folder, trust_remote_code=True)` guards any model that the head is made for.
 
     A full repository has everything. A light one points to what is on the Hub, at one commit each; the target must be
-    there, while a head or draft that is not is copied.
+    there, while a head or draft that is not, or that was changed since it was loaded, is copied.
 
     Args:
         model ([`GuardedModel`]): The target with its head, policy and tokenizer attached. For a light repository its
@@ -194,6 +207,13 @@ def _describe(
         commit = find_commit(name, revisions.get(TARGET))
         if commit is None:
             logger.warning("The commit of %s is not known, so the export points to whatever is there later.", name)
+        if not is_as_published(model, name, commit):
+            logger.warning(
+                "The weights of this %s are not those of %s at %s, which a light export points to: they were trained, "
+                "merged or loaded at another revision (`revisions=`). Whoever loads the export gets those of the Hub. "
+                "Export all of it to have these.",
+                *(architecture, name, commit or "its main branch"),
+            )
         target = Part(repo_id=name, revision=commit, architecture=architecture)
     known = revisions if light else None
     return Manifest(
@@ -217,7 +237,8 @@ def _place(part: PreTrainedModel, folder: str, revisions: Mapping[str, str] | No
     if revisions is None or not name or not is_hub_id(name):
         return Part(folder)
     commit = find_commit(name, revisions.get(folder))
-    return Part(repo_id=name, revision=commit) if commit else Part(folder)
+    # one that was changed since, or loaded at another revision, is copied as well
+    return Part(repo_id=name, revision=commit) if commit and is_as_published(part, name, commit) else Part(folder)
 
 
 def _write(
@@ -259,8 +280,11 @@ def _replace(folder: Path, staging: Path) -> None:
     """Moves everything over what was there. The config comes last: without it the folder is no model."""
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     interrupted = [file.name for file in folder.glob(f"{STAGING}*") if file != staging]
-    for name in (TARGET, HEAD, DRAFT, *interrupted):
+    stale = [name for name in _tokenizer_files(folder) if not (staging / name).exists()]
+    for name in (TARGET, HEAD, DRAFT, *interrupted, *stale):
         shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
     card = folder / CARD
     is_edited = card.is_file() and not is_unedited(card.read_text(encoding="utf-8"), THING)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
@@ -270,3 +294,13 @@ def _replace(folder: Path, staging: Path) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(file, place)
+
+
+def _tokenizer_files(folder: Path) -> set[str]:
+    """What the tokenizer of an earlier export may have written there: the new one reads whatever of it is left."""
+    config = folder / TOKENIZER_CONFIG_FILE
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):  # no export, or what is left of one
+        kind = ""
+    return {*TOKENIZER_FILES, *getattr(getattr(transformers, str(kind), None), "vocab_files_names", {}).values()}

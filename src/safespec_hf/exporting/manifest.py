@@ -152,12 +152,17 @@ def parse_manifest(config: Mapping[str, Any], name: str | os.PathLike[str]) -> M
 
 
 def check_policy(policy: SafeSpecConfig) -> None:
-    """Raises for a policy under which a repository would not be guarded.
+    """Raises for a policy under which a repository would not be guarded, or could not answer.
 
     Raises:
-        SafeSpecError: If it only observes.
+        SafeSpecError: If it only observes, or needs a head of the draft, which is not part of an export.
     """
     if policy.policy == "observe":
         raise SafeSpecError(
             "`policy='observe'` guards nothing, and can't be exported as the policy of a guarded model."
+        )
+    if policy.num_draft_segments > 1:
+        raise SafeSpecError(
+            f"`num_draft_segments={policy.num_draft_segments}` needs a safety head of the draft, which is not part of "
+            "an export: whoever loads it could not generate. Export with a policy that leaves the field at 1."
         )

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedM
 from transformers.utils.generic import ModelOutput
 
 from ..checks import check_value
+from ..engine.private_names import num_writes
+from ..engine.traits import is_plain
 from ..errors import UnsupportedRequestError
 from .loading import StrictConfig, StrictModel
 from .safety_head import check_binding, target_binding
@@ -172,6 +174,7 @@ class DraftHead(StrictModel):
         self.register_buffer("rope_P2C", None, persistent=False)
         self.output = _TargetRows()
         self._embedding: tuple[Tensor, ...] = ()
+        self._source: list[tuple[int, int]] = []
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,6 +194,8 @@ class DraftHead(StrictModel):
     def bind(self, target: PreTrainedModel, ignore_mismatches: tuple[str, ...] = ()) -> DraftHead:
         """Takes the target's embeddings, and a copy of those rows of its LM head that can be drafted.
 
+        Called again, it takes them anew where the LM head was written or replaced since, as by `load_state_dict`.
+
         Args:
             target ([`~transformers.PreTrainedModel`]): The model that it was distilled from.
             ignore_mismatches (`tuple[str, ...]`): Fields of the binding to excuse, as for a safety head.
@@ -204,9 +209,12 @@ class DraftHead(StrictModel):
         """
         inputs, outputs = target.get_input_embeddings(), target.get_output_embeddings()
         is_bound = bool(self._embedding) and self._embedding[0] is getattr(inputs, "weight", None)
-        if is_bound and (self.output.weight.dtype, self.output.weight.device) == (self.dtype, self.device):
+        source = [_state_of(getattr(outputs, name, None)) for name in ("weight", "bias")]
+        is_cast = is_bound and (self.output.weight.dtype, self.output.weight.device) != (self.dtype, self.device)
+        if is_bound and not is_cast and self._source == source:
             return self
-        check_binding(self, target_binding(target), ignore_mismatches)
+        if not is_bound:  # or else it was checked, with what is to be excused
+            check_binding(self, target_binding(target), ignore_mismatches)
         matrices = [module.weight for module in (inputs, outputs) if isinstance(module, (nn.Embedding, nn.Linear))]
         if [matrix.shape[-1] for matrix in matrices] != [self.width, self.width]:
             raise UnsupportedRequestError(
@@ -219,7 +227,7 @@ class DraftHead(StrictModel):
                 "are offloaded. Give both a device in `device_map`, or draft with a model or by prompt lookup."
             )
         # in a tuple, or it would count as a weight of this model and be moved and saved with it
-        self._embedding = (matrices[0],)
+        self._embedding, self._source = (matrices[0],), source
         own, rows = self.fuse.weight, self.token_ids.to(matrices[1].device)
         self.output.weight = matrices[1][rows].to(own)
         bias = getattr(outputs, "bias", None)
@@ -334,6 +342,13 @@ class _TargetRows(nn.Linear):
         nn.Module.__init__(self)
         for name in ("weight", "bias"):
             self.register_buffer(name, None, persistent=False)
+
+
+def _state_of(weight: Any) -> tuple[int, int]:
+    """Where a weight is and how often it was written there, as far as it is counted: in inference mode it is not."""
+    if weight is None or not is_plain(weight):
+        return 0, 0  # what is quantized or distributed may have no place of its own
+    return weight.data_ptr(), 0 if weight.is_inference() else num_writes(weight)
 
 
 def _attend(query_BTHC: Tensor, key_BKLC: Tensor, value_BKLC: Tensor, attention_mask: Tensor | None) -> Tensor:
