@@ -65,6 +65,12 @@ def test_too_few_benign_answers_are_refused_before_a_model_is_loaded(tmp_path):
         run("calibrate", tmp_path, "--benign", benign, "--target", "no/such-model")
 
 
+def test_unsafe_answers_to_calibrate_on_are_refused_before_a_model_is_loaded(tmp_path):
+    mixed = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(100)])
+    with pytest.raises(SafeSpecError, match="50 of 100 are labelled unsafe"):
+        run("calibrate", tmp_path, "--benign", mixed, "--target", "no/such-model")
+
+
 def test_data_is_checked_before_a_model_is_loaded(tmp_path):
     data = write_lines(tmp_path / "x.jsonl", [{"prompt": "a", "response": "b", "label": 3}])
     with pytest.raises(SafeSpecError, match="line 1, field `label`"):

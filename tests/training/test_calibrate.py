@@ -12,6 +12,7 @@ from safespec_hf.training.calibrate import (
     OPERATING_POINTS,
     alarms_per_1000_tokens,
     calibrate_head,
+    check_answers,
     conformal_threshold,
     fit_temperature,
     fold_temperature,
@@ -116,6 +117,22 @@ def test_each_operating_point_flags_at_most_as_many_as_it_says(target):
         assert (ScoredAnswers(benign.examples, scale).highest() >= points[name]["risk_threshold"]).mean() <= alpha
     assert points["strict"]["recall"] >= points["balanced"]["recall"] >= points["permissive"]["recall"]
     assert head.config.threshold_at("strict") < head.config.threshold_at("permissive")
+
+
+@pytest.mark.parametrize(
+    ("benign", "labelled", "said"),
+    [
+        ([*scored(60).examples, *scored(1, 1).examples], [], "1 of 61 are labelled unsafe, 'garden:0'"),
+        (scored(48).examples, [], "at least 49 benign"),
+        (scored(49).examples, scored(9, 1).examples, "all 9 labelled ones are of one"),
+    ],
+)
+def test_answers_that_no_head_can_be_calibrated_on_are_refused(target, benign, labelled, said):
+    with pytest.raises(SafeSpecError, match=said):
+        check_answers(benign, labelled, 0.02)
+    sets = [ScoredAnswers(examples, [torch.rand(3)] * len(examples)) for examples in (benign, labelled)]
+    with pytest.raises(SafeSpecError, match=said):
+        calibrate_head(tiny.build_head(target), sets[0], sets[1] if labelled else None, 0.02)
 
 
 @pytest.mark.parametrize(("num", "names"), [(10, None), (60, ["strict", "balanced"]), (199, list(OPERATING_POINTS))])

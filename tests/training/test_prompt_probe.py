@@ -1,5 +1,6 @@
 """The part of a head that scores prompts: trained, calibrated and saved with the head."""
 
+import dataclasses
 import json
 
 import pytest
@@ -102,7 +103,8 @@ def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alo
     head = with_probe(tiny.build_head(target, operating_points=points), torch.arange(32.0), 0.0, 0.9, found)
     assert head.config.prompt_thresholds == found
     assert head.config.prompt_threshold_at("permissive") == 0.9
-    benign = ScoredAnswers(make_examples(30), [torch.rand(9) / 2 for _ in range(30)])
+    safe = [dataclasses.replace(one, label=0) for one in make_examples(30)]
+    benign = ScoredAnswers(safe, [torch.rand(9) / 2 for _ in safe])
     calibrate_head(head, benign, None, alpha=0.1)
     assert list(head.config.operating_points) == ["strict"]
     assert head.config.prompt_thresholds == found

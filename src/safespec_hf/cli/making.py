@@ -194,7 +194,7 @@ def calibrate(
     Example: `safespec calibrate head --benign held_out_answers.jsonl --validation held_out.jsonl --alpha 0.02`
     """
     from ..heads.safety_head import SafetyHead
-    from ..training.calibrate import OPERATING_POINTS, num_answers_needed
+    from ..training.calibrate import OPERATING_POINTS, check_answers, num_answers_needed
     from ..training.data import load_examples
     from ..training.files import check_writable_folder
     from ..training.record import read_record
@@ -202,8 +202,7 @@ def calibrate(
 
     examples = load_examples(benign, label=0)
     labelled = load_examples(validation) if validation else []
-    if len(examples) < (needed := num_answers_needed(alpha)):
-        raise SafeSpecError(f"alpha={alpha} needs at least {needed} benign answers, got {len(examples)}.")
+    check_answers(examples, labelled, alpha)
     safety_head = SafetyHead.from_pretrained(head)
     check_writable_folder(head)
     read_record(head)  # a record that can't be added to is told now

@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import SafeSpecError
 from ..heads.safety_head import SafetyHead
+from .data import Example
 from .metrics import ScoredAnswers
 
 OPERATING_POINTS = {"strict": 0.05, "balanced": 0.02, "permissive": 0.005}
@@ -36,6 +37,38 @@ def num_answers_needed(alpha: float) -> int:
         raise SafeSpecError(f"`alpha` must be in (0, 1), but it is {alpha!r}.")
     # rounded first, so that 1 / 0.05 - 1 is 19 and not 19.000000000000004
     return math.ceil(round(1 / alpha - 1, 9))
+
+
+def check_answers(benign: Sequence[Example], labelled: Sequence[Example], alpha: float) -> None:
+    """Raises for answers that a head can't be calibrated on, before any model is loaded.
+
+    Args:
+        benign (`Sequence[Example]`): Answers to choose the threshold by.
+        labelled (`Sequence[Example]`): Answers of both classes for the temperature, or none.
+        alpha (`float`): Bound on the false-alarm rate, in (0, 1).
+
+    Raises:
+        SafeSpecError: If a benign answer is labelled unsafe, if `alpha` needs more of them, or if the labelled answers
+            are of one class.
+    """
+    if unsafe := [example.id for example in benign if example.label == 1]:
+        raise SafeSpecError(
+            f"Answers to calibrate on must be benign, but {len(unsafe)} of {len(benign)} are labelled unsafe, "
+            f"{unsafe[0]!r} for instance: the threshold would rise above what they score. Leave them out."
+        )
+    _check_num_answers(len(benign), alpha)
+    if len({example.label for example in labelled}) == 1:
+        raise SafeSpecError(
+            f"A temperature needs answers of both classes, but all {len(labelled)} labelled ones are of one."
+        )
+
+
+def _check_num_answers(num: int, alpha: float) -> None:
+    if num < (needed := num_answers_needed(alpha)):
+        raise SafeSpecError(
+            f"alpha={alpha} needs at least {needed} benign answers to calibrate on, got {num}. "
+            f"Collect more, or take alpha >= {1 / (num + 1):.4f}."
+        )
 
 
 def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
@@ -61,12 +94,8 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
         >>> round(conformal_threshold([0.1, 0.4, 0.2, 0.3], alpha=0.25), 3)
         0.4
     """
-    num_needed, num_scores = num_answers_needed(alpha), len(scores)
-    if num_scores < num_needed:
-        raise SafeSpecError(
-            f"alpha={alpha} needs at least {num_needed} benign answers to calibrate on, got {num_scores}. "
-            f"Collect more, or take alpha >= {1 / (num_scores + 1):.4f}."
-        )
+    num_scores = len(scores)
+    _check_num_answers(num_scores, alpha)
     if not all(0 <= score <= 1 for score in scores):
         raise SafeSpecError("Risks must be in [0, 1], but some are not: the head or its target is broken.")
     rank = math.ceil(round((num_scores + 1) * (1 - alpha), 9))
@@ -144,12 +173,9 @@ def calibrate_head(
         `operating_points` and `lengths`, tokens of the benign answers as they were read.
 
     Raises:
-        SafeSpecError: As [`conformal_threshold`], or if the labelled answers are of one class.
+        SafeSpecError: As [`check_answers`] and [`conformal_threshold`].
     """
-    if labelled is not None and not labelled.has_both_classes:
-        raise SafeSpecError(
-            f"A temperature needs answers of both classes, but all {len(labelled.examples)} labelled ones are of one."
-        )
+    check_answers(benign.examples, labelled.examples if labelled else (), alpha)
     logits = torch.logit(torch.tensor(benign.highest()), eps=1e-9)
     temperature = 1.0
     if labelled is not None:
