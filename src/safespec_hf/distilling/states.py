@@ -24,9 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import UnsupportedRequestError
-from ..heads.safety_head import target_binding
 from ..training.data import Example
-from ..training.hidden import Encoded, encode, hash_weights, make_batches, read_hidden
+from ..training.hidden import Encoded, describe_states, encode, make_batches, read_hidden
 from ..training.settings import check_counts
 from ..training.shards import Place, compute_shards
 
@@ -229,7 +228,7 @@ def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: StateSettings) -> str:
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), settings.layers]
+    parts = [*describe_states(model, tokenizer), settings.layers]
     return "states-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

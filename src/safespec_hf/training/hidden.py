@@ -22,7 +22,7 @@ from ..config import SafeSpecConfig
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
-from ..heads.safety_head import SafetyHead
+from ..heads.safety_head import SafetyHead, target_binding
 from .chat_template import check_chat_template
 from .data import Example
 
@@ -104,6 +104,15 @@ def hash_weights(model: PreTrainedModel) -> str:
             flat = tensor.flatten()
             digest.update(f"{name} {tuple(tensor.shape)} {flat[:8].tolist()} {flat[-8:].tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def describe_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that the hidden states of a text depend on besides its tokens, as JSON can hold it: the key of every cache.
+
+    Args:
+        model, tokenizer: The target and its tokenizer.
+    """
+    return [target_binding(model, tokenizer), hash_weights(model), str(model.dtype)]
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -26,7 +26,7 @@ from ..heads.safety_head import SafetyHead, check_binding, target_binding
 from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed
 from .data import Example
 from .disguises import disguise
-from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
+from .hidden import Encoded, describe_states, make_batches, read_hidden, render_prompt
 from .parts import Parts
 from .record import update_record
 from .report import provenance
@@ -74,7 +74,7 @@ def read_prompts(
             found |= {str(index): states_1F[0].float() for index, states_1F in zip(batch, states, strict=True)}
         return found
 
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), list(layers), "prompts"]
+    parts = [*describe_states(model, tokenizer), list(layers), "prompts"]
     lengths = {key: text.num_tokens for key, text in by_key.items()}
     found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_PROMPTS, compute, "prompts")
     return torch.stack([found[text.key] for text in texts])
