@@ -8,6 +8,7 @@ import torch
 from samples import make_examples
 
 from safespec_hf import SafeSpecError
+from safespec_hf.heads.shapes import check_shape
 from safespec_hf.training.calibrate import (
     OPERATING_POINTS,
     alarms_per_1000_tokens,
@@ -76,6 +77,17 @@ def test_sources_with_too_few_answers_have_no_threshold_of_their_own():
     table = thresholds_by_source({"garden": [0.1] * 9, "kitchen": [0.1] * 8}, 0.1)
     assert table["garden"]["risk_threshold"] > 0.1
     assert table["kitchen"] == {"num_answers": 8, "risk_threshold": None}
+
+
+def test_a_source_with_a_risk_of_one_costs_its_own_threshold_alone(target):
+    garden, kitchen = scored(200), scored(49, seed=1)
+    kitchen.risks[3][5] = 1.0
+    kitchen = [dataclasses.replace(example, source="kitchen") for example in kitchen.examples], kitchen.risks
+    both = ScoredAnswers([*garden.examples, *kitchen[0]], [*garden.risks, *kitchen[1]])
+    record = calibrate_head(tiny.build_head(target), both, None, 0.02)
+    assert record["by_source"]["kitchen"] == {"num_answers": 49, "risk_threshold": None}
+    assert record["by_source"]["garden"]["risk_threshold"] < 1
+    check_shape({"calibration": record}, "training.json", "training.json")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,17 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
     return float(np.nextafter(chosen, np.float32(1)))
 
 
+def threshold_if_any(scores: Sequence[float], alpha: float) -> float | None:
+    """[`conformal_threshold`], or `None` if there are too few answers, or if one that may not be flagged has risk 1.
+
+    Args:
+        scores, alpha: As for [`conformal_threshold`], of answers of which the whole has a threshold already.
+    """
+    with suppress(SafeSpecError):
+        return conformal_threshold(scores, alpha)
+    return None
+
+
 def thresholds_by_source(scores: Mapping[str, Sequence[float]], alpha: float) -> dict[str, dict[str, Any]]:
     """For every source its own threshold, where it has answers enough, since exchangeability ends at a source.
 
@@ -115,14 +127,10 @@ def thresholds_by_source(scores: Mapping[str, Sequence[float]], alpha: float) ->
         alpha (`float`): Bound on the false-alarm rate, in (0, 1).
 
     Returns:
-        `dict`: By source, `num_answers` and `risk_threshold`, which is `None` if there are too few.
+        `dict`: By source, `num_answers` and `risk_threshold`, which is `None` as [`threshold_if_any`] says.
     """
-    needed = num_answers_needed(alpha)
     return {
-        source: {
-            "num_answers": len(values),
-            "risk_threshold": conformal_threshold(values, alpha) if len(values) >= needed else None,
-        }
+        source: {"num_answers": len(values), "risk_threshold": threshold_if_any(values, alpha)}
         for source, values in scores.items()
     }
 
@@ -220,11 +228,8 @@ def find_operating_points(
     unsafe = None if labelled is None else scale_risks(labelled.of_label(1), temperature)
     points = {}
     for name, alpha in OPERATING_POINTS.items():
-        if len(scaled.examples) < num_answers_needed(alpha):
-            continue
-        try:
-            threshold = conformal_threshold(scaled.highest().tolist(), alpha)
-        except SafeSpecError:  # a benign answer has a risk of 1: no threshold flags so few
+        threshold = threshold_if_any(scaled.highest().tolist(), alpha)
+        if threshold is None:
             continue
         points[name] = {
             "risk_threshold": threshold,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
 from ..heads.hub import refresh_card
 from ..heads.safety_head import SafetyHead, check_binding, target_binding
-from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed
+from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed, threshold_if_any
 from .data import Example
 from .disguises import disguise
 from .hidden import Encoded, describe_states, make_batches, read_hidden, render_prompt
@@ -125,12 +124,8 @@ def prompt_thresholds(risks: Sequence[float], alpha: float, points: Mapping[str,
     """
     usual = OPERATING_POINTS["balanced"]
     alphas = {name: alpha * OPERATING_POINTS[name] / usual for name in points if name in OPERATING_POINTS}
-    found = {}
-    for name, share in alphas.items():
-        if share < 1 and len(risks) >= num_answers_needed(share):
-            with suppress(SafeSpecError):  # a harmless prompt has a risk of 1: no threshold flags so few
-                found[name] = conformal_threshold(risks, share)
-    return found
+    found = {name: threshold_if_any(risks, share) for name, share in alphas.items() if share < 1}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def with_probe(
