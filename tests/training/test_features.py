@@ -15,10 +15,10 @@ from safespec_hf import SafeSpecConfig, SafeSpecError
 from safespec_hf.answer.pooling import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
 from safespec_hf.training import features as features_module
 from safespec_hf.training.data import load_examples
+from safespec_hf.training.dataset import split_by_group
 from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.hidden import encode, read_hidden, score_answers
 from safespec_hf.training.scores import read_risks
-from safespec_hf.training.train import split_by_group
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 

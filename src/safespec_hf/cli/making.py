@@ -135,10 +135,11 @@ def train(
     Example: `safespec train labelled.jsonl --benign answers.jsonl --validation held_out.jsonl --out head`
     """
     from ..heads.safety_head import target_binding
+    from ..training.dataset import Dataset, check_sets, split_by_group
     from ..training.features import Reading, default_settings, extract_features
     from ..training.files import check_writable_folder
     from ..training.saving import train_and_save
-    from ..training.train import Dataset, TrainSettings, check_sets, split_by_group
+    from ..training.train import TrainSettings
 
     choice = Reading.parse(reading)
     examples = load_labelled(data, benign)

@@ -22,6 +22,7 @@ from ..heads.safety_head import SafetyHead, target_binding
 from .calibrate import scale_risks
 from .collect import CollectSettings, collect_answers, describe_collecting
 from .data import Example, hash_examples, load_examples
+from .dataset import Dataset, check_sets
 from .features import FeatureSettings, default_settings, extract_features
 from .metrics import ScoredAnswers, auroc, flagged_rate, without_refusals
 from .parts import Parts, check_num_calibration
@@ -31,7 +32,7 @@ from .report import write_report
 from .saving import calibrate_and_save, score, train_and_save
 from .settings import check_counts, check_ranges
 from .steps import STEP_FILE, Step, only_one
-from .train import Dataset, TrainSettings, check_sets
+from .train import TrainSettings
 
 STEPS = ("collect", "features", "train", "calibrate", "prompts", "report")
 ANSWERS, REPORT_FOLDER = "answers.jsonl", "report"
