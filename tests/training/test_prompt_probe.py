@@ -134,6 +134,21 @@ def test_prompts_that_teach_nothing_are_refused(train, calibration, named):
         check_prompts(train, calibration, alpha=0.1)
 
 
+@pytest.mark.parametrize("text", ["a", "3"])
+def test_prompts_to_measure_on_are_others(text):
+    train, calibration = [example("a"), example("b", 1)], [example(str(i)) for i in range(9)]
+    with pytest.raises(SafeSpecError, match=f"on and measured on, '{text}' for instance"):
+        check_prompts(train, calibration, 0.1, [example("new"), example(text)])
+    check_prompts(train, calibration, 0.1, [example("new")])
+
+
+def test_leaking_prompts_are_refused_before_a_model_is_loaded(tmp_path, files):
+    command = ["train-prompts", tmp_path, files["harmful"], "--benign", files["harmless"], "--alpha", 0.1]
+    command += ["--calibration", files["calm"], "--validation", files["harmful"], "--target", "no/such-model"]
+    with pytest.raises(SafeSpecError, match="40 prompts are both trained on and measured on"):
+        run(*command)
+
+
 @pytest.mark.parametrize(("row", "named"), [({}, "has no label"), ({"label": 1}, "must be harmless")])
 def test_labels_are_checked_before_a_model_is_loaded(tmp_path, files, row, named):
     odd = write_lines(tmp_path / "odd.jsonl", [{"prompt": "w11", **row}])

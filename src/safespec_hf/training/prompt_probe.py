@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,8 @@ def train_prompts(
         calibration (`Sequence[Example]`): Harmless prompts that are not among them.
         alpha (`float`): Bound on the share of harmless prompts that are flagged, in (0, 1).
         cache_dir (`str` or `os.PathLike`): For hidden states.
-        validation (`Sequence[Example]`): Labelled prompts to measure on; in a disguise each as well, if any are used.
+        validation (`Sequence[Example]`):
+            Labelled prompts to measure on, others than these; in a disguise each as well, if any are used.
         num_disguises (`int`, defaults to 0): In how many a harmful prompt is trained on besides; see [`disguise`].
         seed (`int`, defaults to 0): Of the disguises.
         files (`Sequence[str]`): The data, for its hashes.
@@ -216,10 +218,10 @@ def train_prompts(
         prompts as they are.
 
     Raises:
-        SafeSpecError: If a class is missing, or there are too few prompts to calibrate on.
+        SafeSpecError: As [`check_prompts`].
         HeadMismatchError: If the head was trained for another target.
     """
-    check_prompts(train, calibration, alpha)
+    check_prompts(train, calibration, alpha, validation)
     head = SafetyHead.from_pretrained(head_dir)
     check_binding(head, target_binding(model, tokenizer))
     train = [*train, *disguise(train, num_disguises, seed=seed)]
@@ -249,18 +251,26 @@ def train_prompts(
     return record
 
 
-def check_prompts(train: Sequence[Example], calibration: Sequence[Example], alpha: float) -> None:
-    """Raises for prompts that can't be learned from, before any model is loaded.
+def check_prompts(
+    train: Sequence[Example], calibration: Sequence[Example], alpha: float, validation: Sequence[Example] = ()
+) -> None:
+    """Raises for prompts that can't be learned from or measured on, before any model is loaded.
 
     Raises:
-        SafeSpecError: If a class is missing, a prompt is on both sides, or there are too few to calibrate on.
+        SafeSpecError: If a class is missing, a prompt is in two of the sets, or there are too few to calibrate on.
     """
     if {example.label for example in train} != {0, 1}:
         raise SafeSpecError("To train on, there must be harmful prompts (label 1) and harmless ones (label 0).")
     if len(calibration) < (needed := num_answers_needed(alpha)):
         raise SafeSpecError(f"alpha={alpha} needs at least {needed} harmless prompts, got {len(calibration)}.")
-    if shared := {str(example.messages) for example in train} & {str(example.messages) for example in calibration}:
-        raise SafeSpecError(f"{len(shared)} prompts are both trained and calibrated on: leave them out of one.")
+    sets = {"trained on": train, "calibrated on": calibration, "measured on": validation}
+    texts = {use: {str(example.messages): example.id for example in part} for use, part in sets.items()}
+    for (use, part), (other, others) in combinations(texts.items(), 2):
+        if shared := sorted(others[text] for text in part.keys() & others.keys()):
+            raise SafeSpecError(
+                f"{len(shared)} prompts are both {use} and {other}, {shared[0]!r} for instance: figures would flatter "
+                "the head. Leave them out of one."
+            )
 
 
 def _shares(examples: Sequence[Example], risks: Sequence[float], threshold: float) -> dict[str, dict[str, Any]]:
