@@ -97,6 +97,38 @@ def test_the_temperature_that_made_the_logits_is_found(temperature):
     assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num", [1, 10, 40])
+@pytest.mark.parametrize("margin", [1.0, 3.0, 10.0])
+def test_answers_that_are_all_told_apart_are_as_sure_as_their_number(margin, num, dtype):
+    logits, labels = torch.tensor([-margin, margin] * num, dtype=dtype), torch.tensor([0.0, 1.0] * num)
+    # at the best temperature the risk of an unsafe answer is Platt's target
+    expected = margin / math.log(num + 1)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_head_that_tells_all_labelled_answers_apart_still_has_a_threshold(target):
+    draw = torch.Generator().manual_seed(0)
+    sides = torch.tensor([-3.0, 3.0] * 40) + 0.4 * torch.randn(80, generator=draw)
+    spread = -2 + 2 * torch.randn(300, generator=draw)
+    labelled = ScoredAnswers(make_examples(80), list(torch.sigmoid(sides)[:, None]))
+    benign = ScoredAnswers(scored(300).examples, list(torch.sigmoid(spread)[:, None]))
+    record = calibrate_head(tiny.build_head(target), benign, labelled, 0.02)
+    assert record["risk_threshold"] < 1
+    assert list(record["operating_points"]) == list(OPERATING_POINTS)
+
+
+def test_a_calibration_that_fails_leaves_the_head_as_it_was(target):
+    head, benign = tiny.build_head(target), scored(60)
+    weight = head.mlp[-1].weight.clone()
+    for risks_T in benign.risks:
+        risks_T[3] = 1.0
+    labelled = ScoredAnswers(make_examples(20), [torch.rand(3) for _ in range(20)])
+    with pytest.raises(SafeSpecError, match="risks is 1"):
+        calibrate_head(head, benign, labelled, alpha=0.1)
+    assert torch.equal(head.mlp[-1].weight, weight)
+
+
 @pytest.mark.parametrize("num_mlp_layers", [1, 2])
 def test_a_folded_temperature_divides_the_logits(target, num_mlp_layers):
     head, inputs = tiny.build_head(target, num_mlp_layers=num_mlp_layers), torch.randn(5, 32)

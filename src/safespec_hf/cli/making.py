@@ -195,7 +195,7 @@ def calibrate(
     Example: `safespec calibrate head --benign held_out_answers.jsonl --validation held_out.jsonl --alpha 0.02`
     """
     from ..heads.safety_head import SafetyHead
-    from ..training.calibrate import OPERATING_POINTS, check_answers, num_answers_needed
+    from ..training.calibrate import OPERATING_POINTS, check_answers
     from ..training.data import load_examples
     from ..training.files import check_writable_folder
     from ..training.record import read_record
@@ -224,8 +224,8 @@ def calibrate(
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
     for name, alpha_at in OPERATING_POINTS.items():
         point = record["operating_points"].get(name)
-        too_few = f"needs {num_answers_needed(alpha_at)} benign answers"
-        typer.echo(f"{name}: {too_few if point is None else describe_point(point)}")
+        said = why_no_point(alpha_at, len(examples)) if point is None else describe_point(point)
+        typer.echo(f"{name}: {said}")
     if record["lengths"]["p95"] < generated_tokens:
         typer.echo(
             f"Warning: 95 % of the benign answers have at most {record['lengths']['p95']} tokens as they were read. "
@@ -233,6 +233,27 @@ def calibrate(
             "them. Calibrate on longer answers, and raise --max-response-tokens.",
             err=True,
         )
+
+
+def why_no_point(alpha: float, num_answers: int) -> str:
+    """What an operating point lacks, in a line.
+
+    Args:
+        alpha (`float`): Its bound on false alarms.
+        num_answers (`int`): Benign answers that there were.
+
+    Example:
+
+        >>> why_no_point(0.02, 30)
+        'needs 49 benign answers'
+        >>> why_no_point(0.02, 300)
+        'no threshold: too many benign answers have a risk of 1, above which nothing is'
+    """
+    from ..training.calibrate import num_answers_needed
+
+    if num_answers < (needed := num_answers_needed(alpha)):
+        return f"needs {needed} benign answers"
+    return "no threshold: too many benign answers have a risk of 1, above which nothing is"
 
 
 def describe_point(point: Mapping[str, Any]) -> str:

@@ -136,7 +136,11 @@ def thresholds_by_source(scores: Mapping[str, Sequence[float]], alpha: float) ->
 
 
 def fit_temperature(logits_N: Tensor, labels_N: Tensor) -> float:
-    """The temperature that gives logits the least cross-entropy.
+    """The temperature that gives logits the least cross-entropy with labels that are not quite sure.
+
+    Of n answers of a class a new one is of it with probability (n + 1) / (n + 2), by [Platt's
+    targets](https://www.cs.colorado.edu/~mozer/Teaching/syllabi/6622/papers/Platt1999.pdf). If all answers are told
+    apart, sure labels would have the lowest temperature there is, at which risks are 0 and 1 alone.
 
     Args:
         logits_N (`torch.Tensor` of shape `(N,)`): For unsafe.
@@ -148,10 +152,12 @@ def fit_temperature(logits_N: Tensor, labels_N: Tensor) -> float:
         >>> fit_temperature(torch.tensor([9.0, 9.0, -9.0, -9.0]), torch.tensor([1.0, 0.0, 0.0, 1.0])) > 10
         True
     """
+    logits_N, is_unsafe_N = logits_N.double(), labels_N == 1
+    num_unsafe, num_safe = int(is_unsafe_N.sum()), int((~is_unsafe_N).sum())
+    targets_N = torch.where(is_unsafe_N, (num_unsafe + 1) / (num_unsafe + 2), 1 / (num_safe + 2)).double()
 
     def loss(log_temperature: float) -> float:
-        scaled_N = logits_N / math.exp(log_temperature)
-        return float(binary_cross_entropy_with_logits(scaled_N, labels_N.float()))
+        return float(binary_cross_entropy_with_logits(logits_N / math.exp(log_temperature), targets_N))
 
     return math.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x)
 
@@ -181,21 +187,22 @@ def calibrate_head(
         `operating_points` and `lengths`, tokens of the benign answers as they were read.
 
     Raises:
-        SafeSpecError: As [`check_answers`] and [`conformal_threshold`].
+        SafeSpecError: As [`check_answers`] and [`conformal_threshold`]. The head is then as it was.
     """
     check_answers(benign.examples, labelled.examples if labelled else (), alpha)
-    logits = torch.logit(torch.tensor(benign.highest()), eps=1e-9)
+    logits = torch.logit(torch.tensor(benign.highest()))  # a risk of 1 stays one: how far above it lies is not known
     temperature = 1.0
     if labelled is not None:
         highest = torch.logit(torch.tensor(labelled.highest()), eps=1e-9)
         temperature = fit_temperature(highest, torch.tensor(labelled.labels))
-        fold_temperature(head, temperature)
     scores = torch.sigmoid(logits / temperature).tolist()
+    threshold = conformal_threshold(scores, alpha)
+    fold_temperature(head, temperature)
     points = find_operating_points(benign, labelled, temperature)
     of_prompts = head.config.prompt_thresholds
     head.config.operating_points = dict(points) or None
     head.config.set_prompt_thresholds(of_prompts)
-    head.config.risk_threshold = conformal_threshold(scores, alpha)
+    head.config.risk_threshold = threshold
     by_source: dict[str, list[float]] = {}
     for example, score in zip(benign.examples, scores, strict=True):
         by_source.setdefault(example.source, []).append(score)
@@ -203,7 +210,7 @@ def calibrate_head(
         "alpha": alpha,
         "num_answers": len(scores),
         "temperature": temperature,
-        "risk_threshold": head.config.risk_threshold,
+        "risk_threshold": threshold,
         "by_source": thresholds_by_source(by_source, alpha),
         "operating_points": points,
         "lengths": describe_lengths(benign.risks),
@@ -243,7 +250,7 @@ def find_operating_points(
 
 def scale_risks(scored: ScoredAnswers, temperature: float) -> ScoredAnswers:
     """The risks that a head gives once its logits are divided by a temperature, without another forward."""
-    risks = [torch.sigmoid(torch.logit(risks_T.double(), eps=1e-9) / temperature) for risks_T in scored.risks]
+    risks = [torch.sigmoid(torch.logit(risks_T.double()) / temperature) for risks_T in scored.risks]
     return ScoredAnswers(scored.examples, risks)
 
 
