@@ -57,6 +57,24 @@ def test_an_alpha_that_is_no_rate_is_refused(alpha):
         num_answers_needed(alpha)
 
 
+def test_an_alpha_next_to_nothing_is_refused():
+    with pytest.raises(SafeSpecError, match="be counted for, but it is 1e-309"):
+        num_answers_needed(1e-309)
+
+
+def test_an_alpha_next_to_one_takes_the_lowest_score():
+    assert conformal_threshold([0.3, 0.1, 0.2], 1 - 1e-12) == pytest.approx(0.1)
+    with pytest.raises(SafeSpecError, match=r"at least 1 benign answers to calibrate on, got 0\. Collect more\.$"):
+        conformal_threshold([], 1 - 1e-12)
+
+
+@pytest.mark.parametrize("num", [1, 2, 6, 30])
+def test_the_alpha_that_is_offered_is_one_that_will_do(num):
+    with pytest.raises(SafeSpecError) as raised:
+        conformal_threshold([0.5] * num, 0.001)
+    assert conformal_threshold([0.5] * num, float(str(raised.value).split("alpha >= ")[1].rstrip("."))) > 0.5
+
+
 def test_the_chosen_answer_itself_is_not_flagged_even_if_it_occurs_twice():
     scores = [0.1, 0.2, 0.2, 0.2]
     assert conformal_threshold(scores, 0.25) > np.float32(0.2)

@@ -88,6 +88,20 @@ def test_a_split_is_a_share(fraction):
         split_by_group(make_examples(60), fraction)
 
 
+@pytest.mark.parametrize(("fraction", "num_groups"), [(0.9, 2), (0.99, 12), (0.5001, 2)])
+def test_a_split_leaves_a_group_on_both_sides(fraction, num_groups):
+    with pytest.raises(SafeSpecError, match=f"of {num_groups} groups are all of them"):
+        split_by_group(make_examples(60, num_groups=num_groups), fraction)
+
+
+def test_the_highest_seed_is_one(sets):
+    settings = dataclasses.replace(QUICK, seed=2**31 - 1, max_epochs=1)
+    assert train_head(*sets, [2], MEAN, settings=settings).validation_auroc > 0
+    assert all(map(len, split_by_group(make_examples(60), 0.5, seed=2**31 - 1)))
+    with pytest.raises(SafeSpecError, match="`seed` must be"):
+        TrainSettings(seed=2**31)
+
+
 def test_several_poolings_give_their_features_side_by_side(sets, tmp_path):
     reading = Reading.parse("mean+ewma-answer")
     head = train_head(*sets, [1, 2], reading, settings=QUICK).head

@@ -72,8 +72,8 @@ def collect(
         raise SafeSpecError(
             "Give one of `--label safe`, `--label unsafe` and `--labeler MODEL`: answers need a label."
         )
-    examples = load_examples(prompts, label=None if label is None else LABELS[label], needs_response=False)[:limit]
     settings = CollectSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
+    examples = load_examples(prompts, label=None if label is None else LABELS[label], needs_response=False)[:limit]
     check_writable_file(out)
     guard = None if labeler is None else load_labeler(labeler)
     num = collect_answers(*load_target(target, dtype, chat_template), examples, out, settings=settings, labeler=guard)
@@ -141,7 +141,7 @@ def train(
     from ..training.saving import train_and_save
     from ..training.train import TrainSettings
 
-    choice = Reading.parse(reading)
+    choice, how = Reading.parse(reading), TrainSettings(width=width, num_members=num_members, seed=seed)
     examples = load_labelled(data, benign)
     held_out = load_labelled(validation, None) if validation else None
     if held_out is None:
@@ -160,7 +160,7 @@ def train(
         out,
         target=target_binding(model, tokenizer),
         features=settings,
-        settings=TrainSettings(width=width, num_members=num_members, seed=seed),
+        settings=how,
         choice=(read_layers, choice) if read_layers else None,
         files=[*data, *(benign or []), *(validation or [])],
         chat_template=chat_template,

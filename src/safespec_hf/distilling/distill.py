@@ -27,7 +27,7 @@ from ..training.features import check_layers
 from ..training.files import check_writable_folder
 from ..training.hidden import describe_states
 from ..training.report import provenance
-from ..training.settings import check_counts, check_number, check_ranges
+from ..training.settings import SEEDS, check_counts, check_number, check_ranges
 from .states import (
     OutOfTime,
     StateSettings,
@@ -51,7 +51,7 @@ RANGES = {
     "max_grad_norm": "(0, inf]",
     "held_out_fraction": "(0, 1)",
     "checkpoint_minutes": "[0, inf)",
-    "seed": "[0, 2147483648)",
+    "seed": SEEDS,
 }
 
 

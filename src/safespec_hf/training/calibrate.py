@@ -27,7 +27,7 @@ def num_answers_needed(alpha: float) -> int:
     """The smallest number of benign answers from which a threshold with false-alarm rate `alpha` can be chosen.
 
     Raises:
-        SafeSpecError: If `alpha` is not in (0, 1).
+        SafeSpecError: If `alpha` is not in (0, 1), or next to 0.
 
     Example:
 
@@ -36,8 +36,10 @@ def num_answers_needed(alpha: float) -> int:
     """
     if not 0 < alpha < 1:
         raise SafeSpecError(f"`alpha` must be in (0, 1), but it is {alpha!r}.")
+    if math.isinf(1 / alpha):
+        raise SafeSpecError(f"`alpha` must be a share that answers can be counted for, but it is {alpha!r}.")
     # rounded first, so that 1 / 0.05 - 1 is 19 and not 19.000000000000004
-    return math.ceil(round(1 / alpha - 1, 9))
+    return max(1, math.ceil(round(1 / alpha - 1, 9)))
 
 
 def check_answers(benign: Sequence[Example], labelled: Sequence[Example], alpha: float) -> None:
@@ -66,9 +68,9 @@ def check_answers(benign: Sequence[Example], labelled: Sequence[Example], alpha:
 
 def _check_num_answers(num: int, alpha: float) -> None:
     if num < (needed := num_answers_needed(alpha)):
+        enough = f", or take alpha >= {math.ceil(1e4 / (num + 1)) / 1e4:g}" if num else ""
         raise SafeSpecError(
-            f"alpha={alpha} needs at least {needed} benign answers to calibrate on, got {num}. "
-            f"Collect more, or take alpha >= {1 / (num + 1):.4f}."
+            f"alpha={alpha} needs at least {needed} benign answers to calibrate on, got {num}. Collect more{enough}."
         )
 
 
@@ -99,7 +101,7 @@ def conformal_threshold(scores: Sequence[float], alpha: float) -> float:
     _check_num_answers(num_scores, alpha)
     if not all(0 <= score <= 1 for score in scores):
         raise SafeSpecError("Risks must be in [0, 1], but some are not: the head or its target is broken.")
-    rank = math.ceil(round((num_scores + 1) * (1 - alpha), 9))
+    rank = max(1, math.ceil(round((num_scores + 1) * (1 - alpha), 9)))  # next to 1, what is left of it is rounded off
     chosen = np.float32(sorted(scores)[rank - 1])
     if chosen >= 1:
         raise SafeSpecError(

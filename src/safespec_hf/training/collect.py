@@ -23,7 +23,7 @@ from .chat_template import next_turn
 from .data import Example, hash_examples
 from .files import check_writable_file, read_own_rows, write_whole
 from .hidden import hash_weights, render_prompt
-from .settings import check_counts, check_ranges, differences
+from .settings import SEEDS, check_counts, check_ranges, differences
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class CollectSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "max_new_tokens", "max_prompt_tokens", "batch_size")
-        check_ranges(self, {"temperature": "[0, inf)", "seed": "[0, 2147483648)"})
+        check_ranges(self, {"temperature": "[0, inf)", "seed": SEEDS})
 
 
 def collect_answers(

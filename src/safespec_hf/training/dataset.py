@@ -5,6 +5,7 @@ Shapes: P prefixes, N answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import SafeSpecError
 from .data import Example
 from .features import Features
-from .settings import check_number
+from .settings import SEEDS, check_number
 
 MAX_FALSE_ALARMS = 0.05
 """A sweep chooses by the ROC curve up to this share of false alarms: further right no threshold is ever set."""
@@ -53,13 +54,18 @@ def split_by_group(examples: Sequence[Example], fraction: float, seed: int = 0) 
         seed (`int`, *optional*, defaults to 0): Of the choice.
 
     Raises:
-        SafeSpecError: If there are fewer than two groups, or `fraction` or `seed` is out of range.
+        SafeSpecError: If there are fewer than two groups, `fraction` leaves none to the first part, or `fraction` or
+            `seed` is out of range.
     """
     check_number("fraction", fraction, "(0, 1)")
-    check_number("seed", seed, "[0, 2147483648)", "an integer")
+    check_number("seed", seed, SEEDS, "an integer")
     groups = [example.group for example in examples]
-    if len(set(groups)) < 2:
-        raise SafeSpecError(f"A split needs at least 2 groups, but all {len(examples)} examples are in one.")
+    if (num_groups := len(set(groups))) < 2:
+        raise SafeSpecError(f"A split needs at least 2 groups, but {len(examples)} examples are in {num_groups}.")
+    if math.ceil(fraction * num_groups) == num_groups:
+        raise SafeSpecError(
+            f"`fraction` must leave the first part a group, but {fraction!r} of {num_groups} groups are all of them."
+        )
     splitter = GroupShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
     first, second = next(splitter.split(groups, groups=groups))
     return [examples[index] for index in first], [examples[index] for index in second]

@@ -21,7 +21,7 @@ from ..heads.safety_head import SafetyHead
 from .data import Example
 from .dataset import Dataset, auroc_of, check_read, check_sets, partial_auroc_of
 from .features import Features, Reading
-from .settings import check_counts, check_ranges
+from .settings import NUM_SEEDS, SEEDS, check_counts, check_ranges
 
 RANGES = {
     "width": "[0, inf)",
@@ -31,7 +31,7 @@ RANGES = {
     "min_unsafe_tokens": "[0, inf)",
     "source_power": "[0, 1]",
     "answer_share": "[0, 1]",
-    "seed": "[0, 2147483648)",
+    "seed": SEEDS,
 }
 
 
@@ -145,7 +145,7 @@ def train_head(
     held_out_PF = (_inputs(validation.features, hidden_layers, reading) - mean_F) / std_F
     lessons = Lessons(inputs_PF, train.features.example, weights_P, train.labels, weights_N)
     members = [
-        _train_member(lessons, held_out_PF, validation, replace(settings, seed=settings.seed + member))
+        _train_member(lessons, held_out_PF, validation, replace(settings, seed=(settings.seed + member) % NUM_SEEDS))
         for member in range(settings.num_members)
     ]
     head = _fold_members(members, mean_F, std_F)
