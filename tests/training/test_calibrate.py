@@ -155,6 +155,15 @@ def test_a_folded_temperature_divides_the_logits(target, num_mlp_layers):
     torch.testing.assert_close(head(inputs).detach(), before / 2.5)
 
 
+def test_a_head_in_16_bits_is_folded_in_32(target):
+    head, inputs = tiny.build_head(target).bfloat16(), torch.randn(50, 32)
+    before = head.float()(inputs).detach()
+    head.bfloat16()
+    fold_temperature(head, 0.7)
+    assert head.dtype == torch.float32
+    torch.testing.assert_close(head(inputs).detach(), before / 0.7)
+
+
 def scored(num, label=0, length=20, seed=0):
     draw = torch.Generator().manual_seed(seed)
     examples = [dataclasses.replace(example, label=label) for example in make_examples(num)]

@@ -78,6 +78,27 @@ def test_risks_are_what_decoding_computes(target, chat_tokenizer, examples):
     torch.testing.assert_close(risks[5], head.risk(torch.stack(states)).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_target_that_was_left_in_training_mode_is_read_without_dropout(chat_tokenizer, examples, tmp_path):
+    target = tiny.build_model("gpt2")
+    head = tiny.build_head(target)
+    expected = dict(score_answers(target, chat_tokenizer, head, examples))
+    states = extract_features(target, chat_tokenizer, examples, tmp_path / "eval", SETTINGS).states["mean-answer"]
+    target.train()
+    for index, risks in score_answers(target, chat_tokenizer, head, examples):
+        assert torch.equal(risks, expected[index])
+    found = extract_features(target, chat_tokenizer, examples, tmp_path / "train", SETTINGS).states["mean-answer"]
+    assert torch.equal(found, states)
+    assert target.training
+
+
+def test_a_head_in_16_bits_has_risks_of_its_own_in_the_cache(target, chat_tokenizer, examples, tmp_path):
+    head = tiny.build_head(target).bfloat16()
+    read_risks(target, chat_tokenizer, [head], examples, tmp_path / "shared")
+    (found,) = read_risks(target, chat_tokenizer, [head.float()], examples, tmp_path / "shared")
+    (fresh,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path / "fresh")
+    assert torch.equal(torch.cat(found), torch.cat(fresh))
+
+
 def test_every_answer_has_its_prefixes_in_order(features, examples):
     assert features.example.unique_consecutive().tolist() == list(range(len(examples)))
     assert int(features.is_last.sum()) == len(examples)

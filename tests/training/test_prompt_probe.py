@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import tiny
@@ -14,7 +15,14 @@ from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.data import Example
 from safespec_hf.training.hidden import render_prompt
 from safespec_hf.training.metrics import ScoredAnswers
-from safespec_hf.training.prompt_probe import check_prompts, fit_probe, prompt_thresholds, read_prompts, with_probe
+from safespec_hf.training.prompt_probe import (
+    check_prompts,
+    fit_probe,
+    prompt_thresholds,
+    read_prompts,
+    train_prompts,
+    with_probe,
+)
 
 HARMFUL, HARMLESS = 38, 12
 
@@ -93,6 +101,21 @@ def test_a_head_with_a_probe_survives_saving(target, tmp_path):
     states = torch.randn(3, 32)
     assert torch.equal(loaded.prompt_risk(states), head.prompt_risk(states))
     assert loaded.config.prompt_threshold == 0.25
+
+
+def test_the_bound_holds_for_the_saved_head_of_a_head_in_16_bits(target, tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    binding = {"tokenizer": tokenizer, "hidden_layers": [1, 2]}
+    tiny.build_head(target, 0.4, **binding).bfloat16().save_pretrained(tmp_path / "head")
+    draw = random.Random(0)
+    texts = {" ".join(f"w{draw.randrange(10, 38)}" for _ in range(6)) for _ in range(400)}
+    asked = [example(text, index % 2) for index, text in enumerate(sorted(texts))]
+    calm = [dataclasses.replace(one, label=0) for one in asked[100:]]
+    train_prompts(target, tokenizer, tmp_path / "head", asked[:100], calm, alpha=0.02, cache_dir=tmp_path)
+    saved = SafetyHead.from_pretrained(tmp_path / "head")
+    risks = saved.prompt_risk(read_prompts(target, tokenizer, [1, 2], calm, tmp_path))
+    assert saved.dtype == torch.float32
+    assert (risks >= saved.config.prompt_threshold).float().mean() <= 0.02
 
 
 def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alone(target):

@@ -204,7 +204,7 @@ def calibrate(
     examples = load_examples(benign, label=0)
     labelled = load_examples(validation) if validation else []
     check_answers(examples, labelled, alpha)
-    safety_head = SafetyHead.from_pretrained(head)
+    safety_head = SafetyHead.from_pretrained(head).float()  # as it will be saved: in 16 bits it has other risks
     check_writable_folder(head)
     read_record(head)  # a record that can't be added to is told now
     check_writable_folder(cache)

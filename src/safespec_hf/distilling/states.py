@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.evaluating import evaluating
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import UnsupportedRequestError
 from ..training.data import Example
@@ -268,7 +269,8 @@ def _check_logits(model: PreTrainedModel, text: Encoded) -> None:
     """A draft shares the target's LM head, so nothing may come after it, such as a scale or a soft cap."""
     last = model.config.get_text_config(decoder=True).num_hidden_layers
     ids = torch.tensor([text.prompt_ids + text.response_ids], device=model.device)
-    outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments([last]))
+    with evaluating([model]):
+        outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments([last]))
     head: Any = model.get_output_embeddings()
     expected = outputs.logits[0, -1].float()
     found = head(read_tap(model, outputs, [last], 1))[0, -1].float()

@@ -166,8 +166,11 @@ def fit_temperature(logits_N: Tensor, labels_N: Tensor) -> float:
 
 @torch.no_grad()
 def fold_temperature(head: SafetyHead, temperature: float) -> None:
-    """Divides a head's logits by a temperature, by way of its last layer. No order of risks changes."""
-    last = head.mlp[-1]
+    """Divides a head's logits by a temperature, by way of its last layer, in float32. No order of risks changes.
+
+    A head in 16 bits is cast: its weights would be rounded, and risks with them, across the threshold.
+    """
+    last = head.float().mlp[-1]
     assert isinstance(last, nn.Linear)
     last.weight.div_(temperature)
     last.bias.div_(temperature)
@@ -179,7 +182,7 @@ def calibrate_head(
     """Folds a temperature into a head and sets its threshold.
 
     Args:
-        head ([`SafetyHead`]): Changed in place.
+        head ([`SafetyHead`]): Changed in place. It is in float32 afterwards, as it must be where it gives the risks.
         benign ([`ScoredAnswers`]): Safe answers that it was not trained on, with their risks.
         labelled ([`ScoredAnswers`], *optional*): Answers of both classes for the temperature; without them it stays 1.
         alpha (`float`): Bound on the share of benign answers that are flagged anywhere, in (0, 1).

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 from transformers.utils import logging
 
+from ..engine.evaluating import evaluating
 from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
 from .chat_template import next_turn
@@ -165,7 +166,7 @@ def continue_texts(
     width, ends = inputs["input_ids"].shape[1], stop_ids(model)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
-    with torch.inference_mode():
+    with torch.inference_mode(), evaluating([model]):
         tokens = generate(
             **inputs,
             max_new_tokens=settings.max_new_tokens,

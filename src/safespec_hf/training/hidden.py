@@ -20,6 +20,7 @@ from ..answer.pooling import pool_block
 from ..answer.segments import Boundaries, Segments, find_boundaries
 from ..config import SafeSpecConfig
 from ..decoding.adapters import describe_adapters
+from ..engine.evaluating import evaluating
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
@@ -171,10 +172,10 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
-    """Hidden states of every answer token, from one forward.
+    """Hidden states of every answer token, from one forward without dropout.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The target.
+        model ([`~transformers.PreTrainedModel`]): The target, in any mode.
         batch (`Sequence[Encoded]`): Texts.
         layers (`Sequence[int]`): As in [`SafetyHeadConfig`].
 
@@ -188,7 +189,7 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     rows = [text.prompt_ids + text.response_ids for text in batch]
     # padded on the right: causal attention then needs no mask, and positions count from 0
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    with first_layers(model, max(layers) + 1):
+    with evaluating([model]), first_layers(model, max(layers) + 1):
         outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
     states = read_tap(model, outputs, layers, width).cpu()
     parts = [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]

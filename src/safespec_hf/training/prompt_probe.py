@@ -132,13 +132,16 @@ def prompt_thresholds(risks: Sequence[float], alpha: float, points: Mapping[str,
 def with_probe(
     head: SafetyHead, weight_F: Tensor, bias: float, threshold: float, at_points: Mapping[str, float] | None = None
 ) -> SafetyHead:
-    """A head that scores answers as another one does, and prompts with this probe."""
+    """A head that scores answers as another one does, and prompts with this probe, in float32.
+
+    In 16 bits a probe would be rounded, and risks with it, across the threshold.
+    """
     config = SafetyHeadConfig.from_dict(head.config.to_dict() | {"prompt_threshold": threshold})
     config.set_prompt_thresholds(at_points or {})
     probed: Any = SafetyHead(config)
     of_probe = {"prompt_probe.weight": weight_F[None], "prompt_probe.bias": torch.tensor([bias])}
     probed.load_state_dict({**head.state_dict(), **of_probe})
-    made: SafetyHead = probed.to(next(head.parameters()).dtype).eval()
+    made: SafetyHead = probed.float().eval()
     return made
 
 

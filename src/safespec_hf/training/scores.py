@@ -64,7 +64,7 @@ def read_risks(
             raise SafeSpecError("The head gives risks that are no numbers: its weights are broken. Train it again.")
         return {str(index): risks_HT for index, risks_HT in scored.items()}
 
-    parts = [*describe_states(model, tokenizer), *map(hash_head, heads)]
+    parts = [*describe_states(model, tokenizer), *([hash_head(head), str(head.dtype)] for head in heads)]
     lengths = {key: text.num_tokens for key, text in texts.items()}
     found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
     return [[found[text.key][number] for text in encoded] for number in range(len(heads))]
