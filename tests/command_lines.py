@@ -1,7 +1,7 @@
 """Command lines that work, and for each of their options and arguments values that are wrong or look it."""
 
 COUNTS = ["0", "-1", "x", "1.5", "", "nan", "1e3", "9" * 30, "--", "0x10", "1,2"]
-SEEDS = ["-1", "x", "1.5", "", "nan", "4294967296", "9" * 30]
+SEEDS = ["-1", "x", "1.5", "", "nan", "2147483648", "9" * 30]
 SHARES = ["0", "1", "-0.1", "2", "nan", "inf", "x", "", "1e400", "0,5"]
 LAYERS = ["99", "-1", "x", "1,", ",", "", "1,1", "1-2", "1.5", "9" * 30, "²"]
 CHOICES = ["foo-bar", "", "mean", "Mean-Answer", "float", "0", "float32,bfloat16", "SAFE"]

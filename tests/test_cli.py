@@ -9,9 +9,10 @@ import pytest
 import tiny
 from command_lines import NO_POLICIES
 from samples import make_examples, run, write_lines
+from typer.testing import CliRunner
 
 from safespec_hf import SafetyHead, __version__, cli
-from safespec_hf.cli import main
+from safespec_hf.cli import app, main
 from safespec_hf.errors import SafeSpecError
 from safespec_hf.heads import hub
 from safespec_hf.training.chat_template import PLAIN_TEMPLATE
@@ -63,6 +64,19 @@ def test_too_few_benign_answers_are_refused_before_a_model_is_loaded(tmp_path):
     benign = write_lines(tmp_path / "x.jsonl", [dataclasses.replace(e, label=0).to_json() for e in make_examples(9)])
     with pytest.raises(SafeSpecError, match="at least 49"):
         run("calibrate", tmp_path, "--benign", benign, "--target", "no/such-model")
+
+
+def test_unsafe_answers_to_calibrate_on_are_refused_before_a_model_is_loaded(tmp_path):
+    mixed = write_lines(tmp_path / "x.jsonl", [example.to_json() for example in make_examples(100)])
+    with pytest.raises(SafeSpecError, match="50 of 100 are labelled unsafe"):
+        run("calibrate", tmp_path, "--benign", mixed, "--target", "no/such-model")
+
+
+@pytest.mark.parametrize("command", ["train x --out y", "make-head --out y", "train-prompts x y --calibration z"])
+def test_seeds_of_all_commands_have_one_bound(command):
+    result = CliRunner().invoke(app, [*command.split(), "--seed", str(2**31)])
+    assert result.exit_code == 2
+    assert "2147483647" in result.output
 
 
 def test_data_is_checked_before_a_model_is_loaded(tmp_path):

@@ -1,5 +1,6 @@
 """Training sees what drafting sees, and a stopped run ends with the weights of one that was not stopped."""
 
+import copy
 import dataclasses
 import json
 import time
@@ -230,6 +231,22 @@ def test_states_of_an_answer_are_read_once(distill, answers, tmp_path, monkeypat
     monkeypatch.setattr(distill_data, "read_hidden", lambda *_: 1 / 0)
     distill(settings=SETTINGS)
     distill([first])
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "template"])
+def test_another_target_does_not_get_the_draft_of_the_first_one(answers, target, chat_tokenizer, tmp_path, change):
+    def distill(model, tokenizer, cache):
+        settings = dataclasses.replace(SETTINGS, num_epochs=1)
+        out = tmp_path / f"{cache}-{model.dtype}"
+        record = distill_draft(model, tokenizer, [answers], out, tmp_path / cache, settings=settings)
+        return record["loss"], (out / "model.safetensors").read_bytes()
+
+    distill(target, chat_tokenizer, "shared")
+    other = build_model(seed=5) if change == "weights" else build_model()
+    other = other.bfloat16() if change == "dtype" else other
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = chat_tokenizer.chat_template + ("w11 " if change == "template" else "")
+    assert distill(other, tokenizer, "shared") == distill(other, tokenizer, "fresh")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import torch
 from samples import make_examples
 
 from safespec_hf import SafeSpecError
+from safespec_hf.heads.shapes import check_shape
 from safespec_hf.training.calibrate import (
     OPERATING_POINTS,
     alarms_per_1000_tokens,
     calibrate_head,
+    check_answers,
     conformal_threshold,
     fit_temperature,
     fold_temperature,
@@ -55,6 +57,24 @@ def test_an_alpha_that_is_no_rate_is_refused(alpha):
         num_answers_needed(alpha)
 
 
+def test_an_alpha_next_to_nothing_is_refused():
+    with pytest.raises(SafeSpecError, match="be counted for, but it is 1e-309"):
+        num_answers_needed(1e-309)
+
+
+def test_an_alpha_next_to_one_takes_the_lowest_score():
+    assert conformal_threshold([0.3, 0.1, 0.2], 1 - 1e-12) == pytest.approx(0.1)
+    with pytest.raises(SafeSpecError, match=r"at least 1 benign answers to calibrate on, got 0\. Collect more\.$"):
+        conformal_threshold([], 1 - 1e-12)
+
+
+@pytest.mark.parametrize("num", [1, 2, 6, 30])
+def test_the_alpha_that_is_offered_is_one_that_will_do(num):
+    with pytest.raises(SafeSpecError) as raised:
+        conformal_threshold([0.5] * num, 0.001)
+    assert conformal_threshold([0.5] * num, float(str(raised.value).split("alpha >= ")[1].rstrip("."))) > 0.5
+
+
 def test_the_chosen_answer_itself_is_not_flagged_even_if_it_occurs_twice():
     scores = [0.1, 0.2, 0.2, 0.2]
     assert conformal_threshold(scores, 0.25) > np.float32(0.2)
@@ -77,11 +97,54 @@ def test_sources_with_too_few_answers_have_no_threshold_of_their_own():
     assert table["kitchen"] == {"num_answers": 8, "risk_threshold": None}
 
 
+def test_a_source_with_a_risk_of_one_costs_its_own_threshold_alone(target):
+    garden, kitchen = scored(200), scored(49, seed=1)
+    kitchen.risks[3][5] = 1.0
+    kitchen = [dataclasses.replace(example, source="kitchen") for example in kitchen.examples], kitchen.risks
+    both = ScoredAnswers([*garden.examples, *kitchen[0]], [*garden.risks, *kitchen[1]])
+    record = calibrate_head(tiny.build_head(target), both, None, 0.02)
+    assert record["by_source"]["kitchen"] == {"num_answers": 49, "risk_threshold": None}
+    assert record["by_source"]["garden"]["risk_threshold"] < 1
+    check_shape({"calibration": record}, "training.json", "training.json")
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_that_made_the_logits_is_found(temperature):
     logits = torch.linspace(-4, 4, 20001)
     labels = (torch.rand(20001, generator=torch.Generator().manual_seed(0)) < torch.sigmoid(logits)).float()
     assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num", [1, 10, 40])
+@pytest.mark.parametrize("margin", [1.0, 3.0, 10.0])
+def test_answers_that_are_all_told_apart_are_as_sure_as_their_number(margin, num, dtype):
+    logits, labels = torch.tensor([-margin, margin] * num, dtype=dtype), torch.tensor([0.0, 1.0] * num)
+    # at the best temperature the risk of an unsafe answer is Platt's target
+    expected = margin / math.log(num + 1)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_head_that_tells_all_labelled_answers_apart_still_has_a_threshold(target):
+    draw = torch.Generator().manual_seed(0)
+    sides = torch.tensor([-3.0, 3.0] * 40) + 0.4 * torch.randn(80, generator=draw)
+    spread = -2 + 2 * torch.randn(300, generator=draw)
+    labelled = ScoredAnswers(make_examples(80), list(torch.sigmoid(sides)[:, None]))
+    benign = ScoredAnswers(scored(300).examples, list(torch.sigmoid(spread)[:, None]))
+    record = calibrate_head(tiny.build_head(target), benign, labelled, 0.02)
+    assert record["risk_threshold"] < 1
+    assert list(record["operating_points"]) == list(OPERATING_POINTS)
+
+
+def test_a_calibration_that_fails_leaves_the_head_as_it_was(target):
+    head, benign = tiny.build_head(target), scored(60)
+    weight = head.mlp[-1].weight.clone()
+    for risks_T in benign.risks:
+        risks_T[3] = 1.0
+    labelled = ScoredAnswers(make_examples(20), [torch.rand(3) for _ in range(20)])
+    with pytest.raises(SafeSpecError, match="risks is 1"):
+        calibrate_head(head, benign, labelled, alpha=0.1)
+    assert torch.equal(head.mlp[-1].weight, weight)
 
 
 @pytest.mark.parametrize("num_mlp_layers", [1, 2])
@@ -90,6 +153,15 @@ def test_a_folded_temperature_divides_the_logits(target, num_mlp_layers):
     before = head(inputs).detach()
     fold_temperature(head, 2.5)
     torch.testing.assert_close(head(inputs).detach(), before / 2.5)
+
+
+def test_a_head_in_16_bits_is_folded_in_32(target):
+    head, inputs = tiny.build_head(target).bfloat16(), torch.randn(50, 32)
+    before = head.float()(inputs).detach()
+    head.bfloat16()
+    fold_temperature(head, 0.7)
+    assert head.dtype == torch.float32
+    torch.testing.assert_close(head(inputs).detach(), before / 0.7)
 
 
 def scored(num, label=0, length=20, seed=0):
@@ -116,6 +188,22 @@ def test_each_operating_point_flags_at_most_as_many_as_it_says(target):
         assert (ScoredAnswers(benign.examples, scale).highest() >= points[name]["risk_threshold"]).mean() <= alpha
     assert points["strict"]["recall"] >= points["balanced"]["recall"] >= points["permissive"]["recall"]
     assert head.config.threshold_at("strict") < head.config.threshold_at("permissive")
+
+
+@pytest.mark.parametrize(
+    ("benign", "labelled", "said"),
+    [
+        ([*scored(60).examples, *scored(1, 1).examples], [], "1 of 61 are labelled unsafe, 'garden:0'"),
+        (scored(48).examples, [], "at least 49 benign"),
+        (scored(49).examples, scored(9, 1).examples, "all 9 labelled ones are of one"),
+    ],
+)
+def test_answers_that_no_head_can_be_calibrated_on_are_refused(target, benign, labelled, said):
+    with pytest.raises(SafeSpecError, match=said):
+        check_answers(benign, labelled, 0.02)
+    sets = [ScoredAnswers(examples, [torch.rand(3)] * len(examples)) for examples in (benign, labelled)]
+    with pytest.raises(SafeSpecError, match=said):
+        calibrate_head(tiny.build_head(target), sets[0], sets[1] if labelled else None, 0.02)
 
 
 @pytest.mark.parametrize(("num", "names"), [(10, None), (60, ["strict", "balanced"]), (199, list(OPERATING_POINTS))])

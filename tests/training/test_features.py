@@ -3,22 +3,25 @@ import subprocess
 import sys
 import time
 
+import peft
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import make_examples, run, write_lines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from safespec_hf import SafeSpecConfig, SafeSpecError
 from safespec_hf.answer.pooling import PooledStates, find_newline_ids, pool, pooling_weights, segment_counts
+from safespec_hf.distilling.states import StateSettings, load_states, read_states
 from safespec_hf.training import features as features_module
 from safespec_hf.training.data import load_examples
+from safespec_hf.training.dataset import split_by_group
 from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.hidden import encode, read_hidden, score_answers
+from safespec_hf.training.prompt_probe import read_prompts
 from safespec_hf.training.scores import read_risks
-from safespec_hf.training.train import split_by_group
 
 SETTINGS = FeatureSettings(layers=(1, 2), prefix_tokens=(1, 4, 8), num_shard_examples=5, num_batch_tokens=64)
 
@@ -73,6 +76,27 @@ def test_risks_are_what_decoding_computes(target, chat_tokenizer, examples):
     states = list(decode_token_by_token(target, chat_tokenizer, examples[5], READINGS[1]))
     # sums in another order: float32 noise
     torch.testing.assert_close(risks[5], head.risk(torch.stack(states)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_was_left_in_training_mode_is_read_without_dropout(chat_tokenizer, examples, tmp_path):
+    target = tiny.build_model("gpt2")
+    head = tiny.build_head(target)
+    expected = dict(score_answers(target, chat_tokenizer, head, examples))
+    states = extract_features(target, chat_tokenizer, examples, tmp_path / "eval", SETTINGS).states["mean-answer"]
+    target.train()
+    for index, risks in score_answers(target, chat_tokenizer, head, examples):
+        assert torch.equal(risks, expected[index])
+    found = extract_features(target, chat_tokenizer, examples, tmp_path / "train", SETTINGS).states["mean-answer"]
+    assert torch.equal(found, states)
+    assert target.training
+
+
+def test_a_head_in_16_bits_has_risks_of_its_own_in_the_cache(target, chat_tokenizer, examples, tmp_path):
+    head = tiny.build_head(target).bfloat16()
+    read_risks(target, chat_tokenizer, [head], examples, tmp_path / "shared")
+    (found,) = read_risks(target, chat_tokenizer, [head.float()], examples, tmp_path / "shared")
+    (fresh,) = read_risks(target, chat_tokenizer, [head], examples, tmp_path / "fresh")
+    assert torch.equal(torch.cat(found), torch.cat(fresh))
 
 
 def test_every_answer_has_its_prefixes_in_order(features, examples):
@@ -162,6 +186,72 @@ def test_a_head_that_speaks_for_safe_has_other_risks_in_the_cache(target, chat_t
 def test_other_weights_have_another_cache(target, chat_tokenizer, examples, features, tmp_path):
     extract_features(tiny.perturb(target), chat_tokenizer, examples, tmp_path, SETTINGS)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def scale_positions(model):
+    """The same weights, with positions that are scaled."""
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    scaled = LlamaForCausalLM(tiny.CONFIGS["llama"](rope_parameters=rope)).eval()
+    scaled.load_state_dict(model.state_dict())
+    return scaled
+
+
+def with_tuners(act):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                act(module)
+        return model
+
+    return change
+
+
+CHANGES = {
+    "positions": scale_positions,
+    "adapter": with_tuners(lambda layer: layer.set_adapter("other")),
+    "no adapter": with_tuners(lambda layer: layer.enable_adapters(False)),
+    "scale": with_tuners(lambda layer: layer.scale_layer(3.0)),
+}
+
+
+@pytest.fixture
+def adapted(target):
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(target, config)
+    wrapped.add_adapter("other", config)
+    return wrapped.get_base_model().eval()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_states_has_another_cache(request, target, chat_tokenizer, examples, tmp_path, change):
+    model = target if change == "positions" else request.getfixturevalue("adapted")
+
+    def read_all_kinds(model, cache):
+        states = extract_features(model, chat_tokenizer, examples, cache, SETTINGS).states["mean-answer"]
+        (risks,) = read_risks(model, chat_tokenizer, [head], examples, cache)
+        prompts = read_prompts(model, chat_tokenizer, [1, 2], examples, cache)
+        texts = read_states(model, chat_tokenizer, examples, cache, StateSettings(layers=(1, 2)))
+        return [states, torch.cat(risks), prompts, torch.cat([load_states(text)[0] for text in texts])]
+
+    head = tiny.build_head(target)
+    before = read_all_kinds(model, tmp_path / "shared")
+    changed = CHANGES[change](model)
+    after = read_all_kinds(changed, tmp_path / "shared")
+    fresh = read_all_kinds(changed, tmp_path / "fresh")
+    assert all(torch.equal(one, other) for one, other in zip(after, fresh, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+
+
+def test_a_model_that_was_saved_and_loaded_has_the_same_cache(
+    target, chat_tokenizer, examples, features, tmp_path, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("saved")
+    target.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    loaded.config.pad_token_id = 3
+    extract_features(loaded, chat_tokenizer, examples, tmp_path, SETTINGS)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_states_that_overflow_are_refused_before_they_are_kept(target, chat_tokenizer, examples, tmp_path):

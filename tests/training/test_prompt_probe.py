@@ -1,6 +1,8 @@
 """The part of a head that scores prompts: trained, calibrated and saved with the head."""
 
+import dataclasses
 import json
+import random
 
 import pytest
 import tiny
@@ -13,7 +15,14 @@ from safespec_hf.training.chat_template import PLAIN_TEMPLATE
 from safespec_hf.training.data import Example
 from safespec_hf.training.hidden import render_prompt
 from safespec_hf.training.metrics import ScoredAnswers
-from safespec_hf.training.prompt_probe import check_prompts, fit_probe, prompt_thresholds, read_prompts, with_probe
+from safespec_hf.training.prompt_probe import (
+    check_prompts,
+    fit_probe,
+    prompt_thresholds,
+    read_prompts,
+    train_prompts,
+    with_probe,
+)
 
 HARMFUL, HARMLESS = 38, 12
 
@@ -94,6 +103,21 @@ def test_a_head_with_a_probe_survives_saving(target, tmp_path):
     assert loaded.config.prompt_threshold == 0.25
 
 
+def test_the_bound_holds_for_the_saved_head_of_a_head_in_16_bits(target, tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    binding = {"tokenizer": tokenizer, "hidden_layers": [1, 2]}
+    tiny.build_head(target, 0.4, **binding).bfloat16().save_pretrained(tmp_path / "head")
+    draw = random.Random(0)
+    texts = {" ".join(f"w{draw.randrange(10, 38)}" for _ in range(6)) for _ in range(400)}
+    asked = [example(text, index % 2) for index, text in enumerate(sorted(texts))]
+    calm = [dataclasses.replace(one, label=0) for one in asked[100:]]
+    train_prompts(target, tokenizer, tmp_path / "head", asked[:100], calm, alpha=0.02, cache_dir=tmp_path)
+    saved = SafetyHead.from_pretrained(tmp_path / "head")
+    risks = saved.prompt_risk(read_prompts(target, tokenizer, [1, 2], calm, tmp_path))
+    assert saved.dtype == torch.float32
+    assert (risks >= saved.config.prompt_threshold).float().mean() <= 0.02
+
+
 def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alone(target):
     points = {name: {"risk_threshold": 0.5, "prompt_threshold": 0.1} for name in ("strict", "permissive", "mine")}
     risks = [index / 1000 for index in range(300)]
@@ -102,7 +126,8 @@ def test_each_operating_point_gets_a_threshold_of_prompts_that_answers_leave_alo
     head = with_probe(tiny.build_head(target, operating_points=points), torch.arange(32.0), 0.0, 0.9, found)
     assert head.config.prompt_thresholds == found
     assert head.config.prompt_threshold_at("permissive") == 0.9
-    benign = ScoredAnswers(make_examples(30), [torch.rand(9) / 2 for _ in range(30)])
+    safe = [dataclasses.replace(one, label=0) for one in make_examples(30)]
+    benign = ScoredAnswers(safe, [torch.rand(9) / 2 for _ in safe])
     calibrate_head(head, benign, None, alpha=0.1)
     assert list(head.config.operating_points) == ["strict"]
     assert head.config.prompt_thresholds == found
@@ -130,6 +155,21 @@ def test_a_head_without_one_says_so(target):
 def test_prompts_that_teach_nothing_are_refused(train, calibration, named):
     with pytest.raises(SafeSpecError, match=named):
         check_prompts(train, calibration, alpha=0.1)
+
+
+@pytest.mark.parametrize("text", ["a", "3"])
+def test_prompts_to_measure_on_are_others(text):
+    train, calibration = [example("a"), example("b", 1)], [example(str(i)) for i in range(9)]
+    with pytest.raises(SafeSpecError, match=f"on and measured on, '{text}' for instance"):
+        check_prompts(train, calibration, 0.1, [example("new"), example(text)])
+    check_prompts(train, calibration, 0.1, [example("new")])
+
+
+def test_leaking_prompts_are_refused_before_a_model_is_loaded(tmp_path, files):
+    command = ["train-prompts", tmp_path, files["harmful"], "--benign", files["harmless"], "--alpha", 0.1]
+    command += ["--calibration", files["calm"], "--validation", files["harmful"], "--target", "no/such-model"]
+    with pytest.raises(SafeSpecError, match="40 prompts are both trained on and measured on"):
+        run(*command)
 
 
 @pytest.mark.parametrize(("row", "named"), [({}, "has no label"), ({"label": 1}, "must be harmless")])

@@ -5,9 +5,9 @@ import torch
 from samples import make_examples
 
 from safespec_hf import SafeSpecError, SafetyHead
+from safespec_hf.training.dataset import Dataset, auroc_of, partial_auroc_of, split_by_group
 from safespec_hf.training.features import READINGS, FeatureSettings, Reading, extract_features
 from safespec_hf.training.train import (
-    Dataset,
     Lessons,
     TrainSettings,
     _balance,
@@ -15,9 +15,6 @@ from safespec_hf.training.train import (
     _inputs,
     _loss,
     _weights,
-    auroc_of,
-    partial_auroc_of,
-    split_by_group,
     sweep_readings,
     train_head,
 )
@@ -89,6 +86,20 @@ def test_a_setting_out_of_range_is_named(fields):
 def test_a_split_is_a_share(fraction):
     with pytest.raises(SafeSpecError, match=r"`fraction` must be a number in \(0, 1\)"):
         split_by_group(make_examples(60), fraction)
+
+
+@pytest.mark.parametrize(("fraction", "num_groups"), [(0.9, 2), (0.99, 12), (0.5001, 2)])
+def test_a_split_leaves_a_group_on_both_sides(fraction, num_groups):
+    with pytest.raises(SafeSpecError, match=f"of {num_groups} groups are all of them"):
+        split_by_group(make_examples(60, num_groups=num_groups), fraction)
+
+
+def test_the_highest_seed_is_one(sets):
+    settings = dataclasses.replace(QUICK, seed=2**31 - 1, max_epochs=1)
+    assert train_head(*sets, [2], MEAN, settings=settings).validation_auroc > 0
+    assert all(map(len, split_by_group(make_examples(60), 0.5, seed=2**31 - 1)))
+    with pytest.raises(SafeSpecError, match="`seed` must be"):
+        TrainSettings(seed=2**31)
 
 
 def test_several_poolings_give_their_features_side_by_side(sets, tmp_path):
@@ -181,6 +192,41 @@ def test_prefixes_before_an_answer_turns_unsafe_are_left_out(sets):
     is_before = (data.features.num_chars < 30) & ~data.features.is_last & is_unsafe
     assert is_before.any()
     assert bool((weights_P[is_before] == 0).all())
+
+
+def cut_short(data, num):
+    """The data, in which the first unsafe answers turn unsafe behind all that was read of them."""
+    unsafe = [index for index, example in enumerate(data.examples) if example.label == 1][:num]
+    chosen = set(unsafe)
+    examples = [
+        dataclasses.replace(example, unsafe_from=10_000 if index in chosen else 0)
+        for index, example in enumerate(data.examples)
+    ]
+    return Dataset(examples, data.features), unsafe
+
+
+def test_an_answer_that_was_cut_before_its_unsafe_part_teaches_nothing(sets):
+    data, cut = cut_short(sets[0], 9)
+    weights_P, weights_N = _weights(data, QUICK)
+    assert weights_N.nonzero().flatten().tolist() == [i for i in range(len(data.examples)) if i not in cut]
+    assert not weights_P[torch.isin(data.features.example, torch.tensor(cut))].any()
+    is_unsafe = data.labels == 1
+    assert weights_N[is_unsafe].sum() == pytest.approx(float(weights_N[~is_unsafe].sum()))
+    # batches of one answer: those of the ones that were cut have no weight at all
+    head = train_head(data, sets[1], [2], MEAN, settings=dataclasses.replace(QUICK, batch_size=1, max_epochs=1)).head
+    assert all(bool(weight.isfinite().all()) for weight in head.parameters())
+
+
+def test_an_answer_that_was_cut_before_its_unsafe_part_counts_for_neither_class(sets):
+    data, cut = cut_short(sets[1], 3)
+    risks_P = data.labels[data.features.example] * ~torch.isin(data.features.example, torch.tensor(cut))
+    assert auroc_of(risks_P, sets[1]) < 1 == auroc_of(risks_P, data) == partial_auroc_of(risks_P, data)
+
+
+def test_a_set_without_anything_unsafe_in_what_was_read_is_refused(sets):
+    data, _ = cut_short(sets[1], 1000)
+    with pytest.raises(SafeSpecError, match=r"unsafe answers in the validation set .*`--max-response-tokens`"):
+        train_head(sets[0], data, [2], MEAN, settings=QUICK)
 
 
 def test_classes_weigh_the_same_and_sources_by_a_power_of_their_size():

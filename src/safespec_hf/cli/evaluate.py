@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SafeSpecError
 from .loading import load_draft, load_target
-from .options import DATA_HELP, MAX_COUNT, ChatTemplate, Dtype, Target, parse_name, parse_path
+from .options import DATA_HELP, MAX_COUNT, MAX_SEED, ChatTemplate, Dtype, Target, parse_name, parse_path
 
 DEFAULT_METHODS = ("target", "assisted", "safespec", "refuse", "self_reminder", "safespec+self_reminder")
 Files = list[str] | None
@@ -74,7 +74,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=2**31, help="Prompts of each set at most, drawn evenly.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**31 - 1, help="Of what methods draw.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of what methods draw.")] = 0,
     dtype: Dtype = "float32",
 ) -> None:
     """Lets methods answer sets of prompts: what `report-evaluation` reports on.

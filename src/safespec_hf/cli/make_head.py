@@ -11,7 +11,18 @@ import typer
 from ..errors import SafeSpecError
 from .loading import load_target
 from .making import Layers, describe_point
-from .options import DATA_HELP, MAX_COUNT, Alpha, ChatTemplate, Dtype, MaxTokens, Validation, parse_name, parse_path
+from .options import (
+    DATA_HELP,
+    MAX_COUNT,
+    MAX_SEED,
+    Alpha,
+    ChatTemplate,
+    Dtype,
+    MaxTokens,
+    Validation,
+    parse_name,
+    parse_path,
+)
 
 if TYPE_CHECKING:
     from ..training.data import Example
@@ -54,7 +65,7 @@ def make_head(
     ] = 128,
     max_response_tokens: MaxTokens = 256,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Prompts answered at once.")] = 32,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=10**9, help="Of everything.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of everything.")] = 0,
     work: Annotated[Path | None, typer.Option(parser=parse_path, metavar="FOLDER", help=WORK_HELP)] = None,
     dtype: Dtype = "float32",
 ) -> None:

@@ -72,8 +72,8 @@ def collect(
         raise SafeSpecError(
             "Give one of `--label safe`, `--label unsafe` and `--labeler MODEL`: answers need a label."
         )
-    examples = load_examples(prompts, label=None if label is None else LABELS[label], needs_response=False)[:limit]
     settings = CollectSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
+    examples = load_examples(prompts, label=None if label is None else LABELS[label], needs_response=False)[:limit]
     check_writable_file(out)
     guard = None if labeler is None else load_labeler(labeler)
     num = collect_answers(*load_target(target, dtype, chat_template), examples, out, settings=settings, labeler=guard)
@@ -135,12 +135,13 @@ def train(
     Example: `safespec train labelled.jsonl --benign answers.jsonl --validation held_out.jsonl --out head`
     """
     from ..heads.safety_head import target_binding
+    from ..training.dataset import Dataset, check_sets, split_by_group
     from ..training.features import Reading, default_settings, extract_features
     from ..training.files import check_writable_folder
     from ..training.saving import train_and_save
-    from ..training.train import Dataset, TrainSettings, check_sets, split_by_group
+    from ..training.train import TrainSettings
 
-    choice = Reading.parse(reading)
+    choice, how = Reading.parse(reading), TrainSettings(width=width, num_members=num_members, seed=seed)
     examples = load_labelled(data, benign)
     held_out = load_labelled(validation, None) if validation else None
     if held_out is None:
@@ -159,7 +160,7 @@ def train(
         out,
         target=target_binding(model, tokenizer),
         features=settings,
-        settings=TrainSettings(width=width, num_members=num_members, seed=seed),
+        settings=how,
         choice=(read_layers, choice) if read_layers else None,
         files=[*data, *(benign or []), *(validation or [])],
         chat_template=chat_template,
@@ -194,7 +195,7 @@ def calibrate(
     Example: `safespec calibrate head --benign held_out_answers.jsonl --validation held_out.jsonl --alpha 0.02`
     """
     from ..heads.safety_head import SafetyHead
-    from ..training.calibrate import OPERATING_POINTS, num_answers_needed
+    from ..training.calibrate import OPERATING_POINTS, check_answers
     from ..training.data import load_examples
     from ..training.files import check_writable_folder
     from ..training.record import read_record
@@ -202,9 +203,8 @@ def calibrate(
 
     examples = load_examples(benign, label=0)
     labelled = load_examples(validation) if validation else []
-    if len(examples) < (needed := num_answers_needed(alpha)):
-        raise SafeSpecError(f"alpha={alpha} needs at least {needed} benign answers, got {len(examples)}.")
-    safety_head = SafetyHead.from_pretrained(head)
+    check_answers(examples, labelled, alpha)
+    safety_head = SafetyHead.from_pretrained(head).float()  # as it will be saved: in 16 bits it has other risks
     check_writable_folder(head)
     read_record(head)  # a record that can't be added to is told now
     check_writable_folder(cache)
@@ -224,8 +224,8 @@ def calibrate(
     typer.echo(f"threshold {safety_head.config.risk_threshold:.6f} from {len(examples)} benign answers")
     for name, alpha_at in OPERATING_POINTS.items():
         point = record["operating_points"].get(name)
-        too_few = f"needs {num_answers_needed(alpha_at)} benign answers"
-        typer.echo(f"{name}: {too_few if point is None else describe_point(point)}")
+        said = why_no_point(alpha_at, len(examples)) if point is None else describe_point(point)
+        typer.echo(f"{name}: {said}")
     if record["lengths"]["p95"] < generated_tokens:
         typer.echo(
             f"Warning: 95 % of the benign answers have at most {record['lengths']['p95']} tokens as they were read. "
@@ -233,6 +233,27 @@ def calibrate(
             "them. Calibrate on longer answers, and raise --max-response-tokens.",
             err=True,
         )
+
+
+def why_no_point(alpha: float, num_answers: int) -> str:
+    """What an operating point lacks, in a line.
+
+    Args:
+        alpha (`float`): Its bound on false alarms.
+        num_answers (`int`): Benign answers that there were.
+
+    Example:
+
+        >>> why_no_point(0.02, 30)
+        'needs 49 benign answers'
+        >>> why_no_point(0.02, 300)
+        'no threshold: too many benign answers have a risk of 1, above which nothing is'
+    """
+    from ..training.calibrate import num_answers_needed
+
+    if num_answers < (needed := num_answers_needed(alpha)):
+        return f"needs {needed} benign answers"
+    return "no threshold: too many benign answers have a risk of 1, above which nothing is"
 
 
 def describe_point(point: Mapping[str, Any]) -> str:

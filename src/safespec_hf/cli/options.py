@@ -9,9 +9,10 @@ import typer
 
 from ..errors import SafeSpecError
 from ..training.chat_template import read_template
+from ..training.settings import NUM_SEEDS
 
 MAX_COUNT = 1_000_000
-MAX_SEED = 2**32 - 1  # of NumPy's generators
+MAX_SEED = NUM_SEEDS - 1
 
 
 def parse_path(text: str | Path) -> Path:  # defaults are parsed, too

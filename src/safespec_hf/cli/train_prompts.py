@@ -75,7 +75,7 @@ def train_prompts(
         raise SafeSpecError(f"Prompt {unlabelled!r} has no label: add it, or pass the file as `--benign`.")
     if any(example.label for example in held_out):
         raise SafeSpecError("Prompts to calibrate on must be harmless, but some are labelled unsafe.")
-    check_prompts(train, held_out, alpha)
+    check_prompts(train, held_out, alpha, measured)
     check_writable_folder(head)
     check_writable_folder(cache)
     read_record(head)  # a record that can't be added to is told now

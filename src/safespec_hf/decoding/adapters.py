@@ -53,6 +53,22 @@ def _adapters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(found)
 
 
+def describe_adapters(model: PreTrainedModel) -> list[list[Any]]:
+    """What acts of the adapters of each layer that has some, as JSON can hold it; their weights are the model's.
+
+    Returns:
+        `list[list]`: Names of those that are merged, of those that act besides, and the scale of each, if it has one.
+    """
+    return [
+        [
+            sorted(layer.merged_adapters),
+            [] if layer.disable_adapters else sorted(layer.active_adapters),
+            dict(getattr(layer, "scaling", {})),  # not every kind of adapter has one
+        ]
+        for layer in _tuned_layers(model)
+    ]
+
+
 def _tuned_layers(model: PreTrainedModel) -> list[Any]:
     peft = sys.modules.get("peft")
     kind = () if peft is None else peft.tuners.tuners_utils.BaseTunerLayer

@@ -25,8 +25,9 @@ from ..heads.safety_head import target_binding
 from ..training.data import Example, hash_examples, hash_file, load_examples
 from ..training.features import check_layers
 from ..training.files import check_writable_folder
+from ..training.hidden import describe_states
 from ..training.report import provenance
-from ..training.settings import check_counts, check_number, check_ranges
+from ..training.settings import SEEDS, check_counts, check_number, check_ranges
 from .states import (
     OutOfTime,
     StateSettings,
@@ -50,7 +51,7 @@ RANGES = {
     "max_grad_norm": "(0, inf]",
     "held_out_fraction": "(0, 1)",
     "checkpoint_minutes": "[0, inf)",
-    "seed": "[0, 2147483648)",
+    "seed": SEEDS,
 }
 
 
@@ -151,7 +152,8 @@ def distill_draft(
     draft.to(model.device).float().bind(model)  # type: ignore[arg-type]  # its stub takes no device
     origin = None if start is None else hash_file(Path(start) / WEIGHTS_FILE)
     steps = {name: value for name, value in asdict(settings).items() if name != "checkpoint_minutes"}
-    key = [target_binding(model, tokenizer), list(map(hash_examples, files)), steps, asdict(reading), origin]
+    told = [*describe_states(model, tokenizer), str(tokenizer.chat_template), find_end_ids(model, tokenizer)]
+    key = [told, list(map(hash_examples, files)), steps, asdict(reading), origin]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     record = Trainer(draft, data.train, data.held_out, settings, cache / f"draft-{digest}.pt").run(deadline)
     record |= {"num_answer_tokens": sum(len(text.answer_ids) for text in data.train), "settings": asdict(settings)}

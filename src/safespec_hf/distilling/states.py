@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.evaluating import evaluating
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import UnsupportedRequestError
-from ..heads.safety_head import target_binding
 from ..training.data import Example
-from ..training.hidden import Encoded, encode, hash_weights, make_batches, read_hidden
+from ..training.hidden import Encoded, describe_states, encode, make_batches, read_hidden
 from ..training.settings import check_counts
 from ..training.shards import Place, compute_shards
 
@@ -229,7 +229,7 @@ def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: StateSettings) -> str:
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), settings.layers]
+    parts = [*describe_states(model, tokenizer), settings.layers]
     return "states-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -269,7 +269,8 @@ def _check_logits(model: PreTrainedModel, text: Encoded) -> None:
     """A draft shares the target's LM head, so nothing may come after it, such as a scale or a soft cap."""
     last = model.config.get_text_config(decoder=True).num_hidden_layers
     ids = torch.tensor([text.prompt_ids + text.response_ids], device=model.device)
-    outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments([last]))
+    with evaluating([model]):
+        outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments([last]))
     head: Any = model.get_output_embeddings()
     expected = outputs.logits[0, -1].float()
     found = head(read_tap(model, outputs, [last], 1))[0, -1].float()

@@ -18,7 +18,7 @@ from ..modeling import GuardedModel
 from ..training.files import check_writable_file
 from ..training.hidden import hash_weights
 from ..training.scores import describe_head
-from ..training.settings import check_counts, check_ranges
+from ..training.settings import SEEDS, check_counts, check_ranges
 from ..training.shards import processes
 from .engine import Engine, Reply, check_guarded
 from .methods import Method, Turn
@@ -43,7 +43,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "batch_size")
-        check_ranges(self, {"seed": "[0, 2147483648)"})
+        check_ranges(self, {"seed": SEEDS})
 
 
 class Unit(NamedTuple):

@@ -25,7 +25,7 @@ from ..errors import SafeSpecError
 from ..training.hidden import hash_weights
 from ..training.refusals import is_refusal
 from ..training.scores import describe_head
-from ..training.settings import check_counts, check_ranges
+from ..training.settings import SEEDS, check_counts, check_ranges
 from ..training.shards import processes
 from .attackers import SUFFIX, rewrite
 from .engine import Engine, Reply, check_guarded
@@ -60,7 +60,7 @@ class SuffixSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_tokens", "num_forwards", "num_at_once", "max_new_tokens")
-        check_ranges(self, {"enough": "[0, 1]", "seed": "[0, 2147483648)"})
+        check_ranges(self, {"enough": "[0, 1]", "seed": SEEDS})
         if self.num_forwards < 2 * self.most_forwards:
             raise SafeSpecError(
                 f"`num_forwards` must be >= {2 * self.most_forwards}, for two answers of {self.max_new_tokens} "

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 from transformers.utils import logging
 
+from ..engine.evaluating import evaluating
 from ..errors import SafeSpecError
 from ..heads.safety_head import target_binding
 from .chat_template import next_turn
 from .data import Example, hash_examples
 from .files import check_writable_file, read_own_rows, write_whole
 from .hidden import hash_weights, render_prompt
-from .settings import check_counts, check_ranges, differences
+from .settings import SEEDS, check_counts, check_ranges, differences
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +68,7 @@ class CollectSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "max_new_tokens", "max_prompt_tokens", "batch_size")
-        check_ranges(self, {"temperature": "[0, inf)", "seed": "[0, 2147483648)"})
+        check_ranges(self, {"temperature": "[0, inf)", "seed": SEEDS})
 
 
 def collect_answers(
@@ -165,7 +166,7 @@ def continue_texts(
     width, ends = inputs["input_ids"].shape[1], stop_ids(model)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
-    with torch.inference_mode():
+    with torch.inference_mode(), evaluating([model]):
         tokens = generate(
             **inputs,
             max_new_tokens=settings.max_new_tokens,

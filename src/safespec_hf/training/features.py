@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..answer.segments import Boundaries, find_boundaries
 from ..config import SafeSpecConfig
 from ..errors import SafeSpecError
-from ..heads.safety_head import target_binding
 from .data import Example
-from .hidden import Encoded, encode, hash_weights, make_batches, pool_answer, read_hidden, span_counts
+from .hidden import Encoded, describe_states, encode, make_batches, pool_answer, read_hidden, span_counts
 from .settings import check_counts, check_number, check_ranges
 from .shards import Place, compute_shards, load_shard
 
@@ -187,8 +186,8 @@ def extract_features(
 
 def cache_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FeatureSettings) -> str:
     """16 hex digits over everything that features depend on besides the text."""
-    parts: list[object] = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype)]
-    parts += [settings.layers, settings.readings, settings.ewma_decay, settings.prefix_tokens]
+    read = [settings.layers, settings.readings, settings.ewma_decay, settings.prefix_tokens]
+    parts = [*describe_states(model, tokenizer), *read]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -19,12 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..answer.pooling import pool_block
 from ..answer.segments import Boundaries, Segments, find_boundaries
 from ..config import SafeSpecConfig
+from ..decoding.adapters import describe_adapters
+from ..engine.evaluating import evaluating
 from ..engine.tap import read_tap, tap_arguments
 from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
-from ..heads.safety_head import SafetyHead
+from ..heads.safety_head import SafetyHead, target_binding
 from .chat_template import check_chat_template
 from .data import Example
+
+NOT_OF_STATES = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Of a config. The class and the data type that a model really has are told by itself."""
 
 
 class Encoded(NamedTuple):
@@ -96,14 +101,37 @@ def encode(
 def hash_weights(model: PreTrainedModel) -> str:
     """16 hex digits over samples of every weight: what was computed with other weights must not be taken for theirs.
 
-    A fine-tune in a local folder has no name to tell it by. Weights that are not in memory are passed over.
+    A fine-tune in a local folder has no name to tell it by. Weights that are not in memory are passed over. Which
+    adapters act is in it, too.
     """
     digest = hashlib.sha256()
+    if adapters := describe_adapters(model):
+        digest.update(json.dumps(adapters, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         if type(tensor) is Tensor and not tensor.is_meta:
             flat = tensor.flatten()
             digest.update(f"{name} {tuple(tensor.shape)} {flat[:8].tolist()} {flat[-8:].tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def hash_config(model: PreTrainedModel) -> str:
+    """16 hex digits over what a model's config says of its states, such as how positions are scaled.
+
+    Names, versions and token ids are not in it: they change no state, and some are set while a program runs.
+    """
+    config = model.config.get_text_config(decoder=True).to_diff_dict()
+    kept = {name: value for name, value in config.items() if name[0] != "_" and not name.endswith("token_id")}
+    kept = {name: value for name, value in kept.items() if name not in NOT_OF_STATES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def describe_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that the hidden states of a text depend on besides its tokens, as JSON can hold it: the key of every cache.
+
+    Args:
+        model, tokenizer: The target and its tokenizer.
+    """
+    return [target_binding(model, tokenizer), hash_weights(model), hash_config(model), str(model.dtype)]
 
 
 def make_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -144,10 +172,10 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequence[int]) -> list[Tensor]:
-    """Hidden states of every answer token, from one forward.
+    """Hidden states of every answer token, from one forward without dropout.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The target.
+        model ([`~transformers.PreTrainedModel`]): The target, in any mode.
         batch (`Sequence[Encoded]`): Texts.
         layers (`Sequence[int]`): As in [`SafetyHeadConfig`].
 
@@ -161,7 +189,7 @@ def read_hidden(model: PreTrainedModel, batch: Sequence[Encoded], layers: Sequen
     rows = [text.prompt_ids + text.response_ids for text in batch]
     # padded on the right: causal attention then needs no mask, and positions count from 0
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    with first_layers(model, max(layers) + 1):
+    with evaluating([model]), first_layers(model, max(layers) + 1):
         outputs = model(ids, use_cache=False, logits_to_keep=1, **tap_arguments(layers))
     states = read_tap(model, outputs, layers, width).cpu()
     parts = [hidden[len(text.prompt_ids) : text.num_tokens] for text, hidden in zip(batch, states, strict=True)]

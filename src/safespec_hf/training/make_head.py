@@ -22,6 +22,7 @@ from ..heads.safety_head import SafetyHead, target_binding
 from .calibrate import scale_risks
 from .collect import CollectSettings, collect_answers, describe_collecting
 from .data import Example, hash_examples, load_examples
+from .dataset import Dataset, check_sets
 from .features import FeatureSettings, default_settings, extract_features
 from .metrics import ScoredAnswers, auroc, flagged_rate, without_refusals
 from .parts import Parts, check_num_calibration
@@ -29,9 +30,9 @@ from .prompt_probe import describe_requests, has_requests, split_requests, train
 from .record import read_record, update_record
 from .report import write_report
 from .saving import calibrate_and_save, score, train_and_save
-from .settings import check_counts, check_ranges
+from .settings import SEEDS, check_counts, check_ranges
 from .steps import STEP_FILE, Step, only_one
-from .train import Dataset, TrainSettings, check_sets
+from .train import TrainSettings
 
 STEPS = ("collect", "features", "train", "calibrate", "prompts", "report")
 ANSWERS, REPORT_FOLDER = "answers.jsonl", "report"
@@ -50,7 +51,7 @@ class MakeSettings:
         max_new_tokens (`int`, defaults to 128): Of the target's own answers.
         max_response_tokens (`int`, defaults to 256): Longer answers are cut.
         batch_size (`int`, defaults to 32): Prompts answered at once.
-        seed (`int`, defaults to 0): Of everything, up to a billion.
+        seed (`int`, defaults to 0): Of everything.
 
     Raises:
         SafeSpecError: If a value is outside of its range.
@@ -65,7 +66,7 @@ class MakeSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "max_new_tokens", "max_response_tokens", "batch_size")
-        check_ranges(self, {"alpha": "(0, 1)", "seed": "[0, 1000000000]"})
+        check_ranges(self, {"alpha": "(0, 1)", "seed": SEEDS})
 
 
 def make_head(

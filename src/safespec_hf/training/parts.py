@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..errors import SafeSpecError
 from .calibrate import num_answers_needed
 from .data import Example
-from .train import check_sets
+from .dataset import check_sets
 
 PROMPT_SHARES = {"train": 0.6, "validation": 0.1, "calibration": 0.3}
 LABELLED_SHARES = {"train": 0.8, "validation": 0.2}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
 from ..heads.hub import refresh_card
 from ..heads.safety_head import SafetyHead, check_binding, target_binding
-from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed
+from .calibrate import OPERATING_POINTS, conformal_threshold, num_answers_needed, threshold_if_any
 from .data import Example
 from .disguises import disguise
-from .hidden import Encoded, hash_weights, make_batches, read_hidden, render_prompt
+from .hidden import Encoded, describe_states, make_batches, read_hidden, render_prompt
 from .parts import Parts
 from .record import update_record
 from .report import provenance
@@ -74,7 +74,7 @@ def read_prompts(
             found |= {str(index): states_1F[0].float() for index, states_1F in zip(batch, states, strict=True)}
         return found
 
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), list(layers), "prompts"]
+    parts = [*describe_states(model, tokenizer), list(layers), "prompts"]
     lengths = {key: text.num_tokens for key, text in by_key.items()}
     found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_PROMPTS, compute, "prompts")
     return torch.stack([found[text.key] for text in texts])
@@ -125,24 +125,23 @@ def prompt_thresholds(risks: Sequence[float], alpha: float, points: Mapping[str,
     """
     usual = OPERATING_POINTS["balanced"]
     alphas = {name: alpha * OPERATING_POINTS[name] / usual for name in points if name in OPERATING_POINTS}
-    found = {}
-    for name, share in alphas.items():
-        if share < 1 and len(risks) >= num_answers_needed(share):
-            with suppress(SafeSpecError):  # a harmless prompt has a risk of 1: no threshold flags so few
-                found[name] = conformal_threshold(risks, share)
-    return found
+    found = {name: threshold_if_any(risks, share) for name, share in alphas.items() if share < 1}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def with_probe(
     head: SafetyHead, weight_F: Tensor, bias: float, threshold: float, at_points: Mapping[str, float] | None = None
 ) -> SafetyHead:
-    """A head that scores answers as another one does, and prompts with this probe."""
+    """A head that scores answers as another one does, and prompts with this probe, in float32.
+
+    In 16 bits a probe would be rounded, and risks with it, across the threshold.
+    """
     config = SafetyHeadConfig.from_dict(head.config.to_dict() | {"prompt_threshold": threshold})
     config.set_prompt_thresholds(at_points or {})
     probed: Any = SafetyHead(config)
     of_probe = {"prompt_probe.weight": weight_F[None], "prompt_probe.bias": torch.tensor([bias])}
     probed.load_state_dict({**head.state_dict(), **of_probe})
-    made: SafetyHead = probed.to(next(head.parameters()).dtype).eval()
+    made: SafetyHead = probed.float().eval()
     return made
 
 
@@ -211,7 +210,8 @@ def train_prompts(
         calibration (`Sequence[Example]`): Harmless prompts that are not among them.
         alpha (`float`): Bound on the share of harmless prompts that are flagged, in (0, 1).
         cache_dir (`str` or `os.PathLike`): For hidden states.
-        validation (`Sequence[Example]`): Labelled prompts to measure on; in a disguise each as well, if any are used.
+        validation (`Sequence[Example]`):
+            Labelled prompts to measure on, others than these; in a disguise each as well, if any are used.
         num_disguises (`int`, defaults to 0): In how many a harmful prompt is trained on besides; see [`disguise`].
         seed (`int`, defaults to 0): Of the disguises.
         files (`Sequence[str]`): The data, for its hashes.
@@ -221,10 +221,10 @@ def train_prompts(
         prompts as they are.
 
     Raises:
-        SafeSpecError: If a class is missing, or there are too few prompts to calibrate on.
+        SafeSpecError: As [`check_prompts`].
         HeadMismatchError: If the head was trained for another target.
     """
-    check_prompts(train, calibration, alpha)
+    check_prompts(train, calibration, alpha, validation)
     head = SafetyHead.from_pretrained(head_dir)
     check_binding(head, target_binding(model, tokenizer))
     train = [*train, *disguise(train, num_disguises, seed=seed)]
@@ -254,18 +254,26 @@ def train_prompts(
     return record
 
 
-def check_prompts(train: Sequence[Example], calibration: Sequence[Example], alpha: float) -> None:
-    """Raises for prompts that can't be learned from, before any model is loaded.
+def check_prompts(
+    train: Sequence[Example], calibration: Sequence[Example], alpha: float, validation: Sequence[Example] = ()
+) -> None:
+    """Raises for prompts that can't be learned from or measured on, before any model is loaded.
 
     Raises:
-        SafeSpecError: If a class is missing, a prompt is on both sides, or there are too few to calibrate on.
+        SafeSpecError: If a class is missing, a prompt is in two of the sets, or there are too few to calibrate on.
     """
     if {example.label for example in train} != {0, 1}:
         raise SafeSpecError("To train on, there must be harmful prompts (label 1) and harmless ones (label 0).")
     if len(calibration) < (needed := num_answers_needed(alpha)):
         raise SafeSpecError(f"alpha={alpha} needs at least {needed} harmless prompts, got {len(calibration)}.")
-    if shared := {str(example.messages) for example in train} & {str(example.messages) for example in calibration}:
-        raise SafeSpecError(f"{len(shared)} prompts are both trained and calibrated on: leave them out of one.")
+    sets = {"trained on": train, "calibrated on": calibration, "measured on": validation}
+    texts = {use: {str(example.messages): example.id for example in part} for use, part in sets.items()}
+    for (use, part), (other, others) in combinations(texts.items(), 2):
+        if shared := sorted(others[text] for text in part.keys() & others.keys()):
+            raise SafeSpecError(
+                f"{len(shared)} prompts are both {use} and {other}, {shared[0]!r} for instance: figures would flatter "
+                "the head. Leave them out of one."
+            )
 
 
 def _shares(examples: Sequence[Example], risks: Sequence[float], threshold: float) -> dict[str, dict[str, Any]]:

@@ -13,12 +13,13 @@ from ..heads.hub import refresh_card
 from ..heads.safety_head import SafetyHead, check_binding, target_binding
 from .calibrate import calibrate_head
 from .data import Example
+from .dataset import Dataset
 from .features import FeatureSettings, Reading
 from .metrics import ScoredAnswers
 from .record import update_record
 from .report import provenance
 from .scores import read_risks
-from .train import Dataset, Trained, TrainSettings, sweep_readings, train_head
+from .train import Trained, TrainSettings, sweep_readings, train_head
 
 
 def train_and_save(

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..answer.segments import find_boundaries
 from ..config import SafeSpecConfig
 from ..errors import SafeSpecError
-from ..heads.safety_head import SafetyHead, target_binding
+from ..heads.safety_head import SafetyHead
 from .data import Example
-from .hidden import encode, hash_weights, score_texts
+from .hidden import describe_states, encode, score_texts
 from .shards import compute_texts
 
 NUM_SHARD_EXAMPLES = 64
@@ -64,7 +64,7 @@ def read_risks(
             raise SafeSpecError("The head gives risks that are no numbers: its weights are broken. Train it again.")
         return {str(index): risks_HT for index, risks_HT in scored.items()}
 
-    parts = [target_binding(model, tokenizer), hash_weights(model), str(model.dtype), *map(hash_head, heads)]
+    parts = [*describe_states(model, tokenizer), *([hash_head(head), str(head.dtype)] for head in heads)]
     lengths = {key: text.num_tokens for key, text in texts.items()}
     found = compute_texts(cache_dir, parts, lengths, NUM_SHARD_EXAMPLES, compute, "risks")
     return [[found[text.key][number] for text in encoded] for number in range(len(heads))]

@@ -8,6 +8,10 @@ from typing import Any
 
 from ..errors import SafeSpecError
 
+NUM_SEEDS = 2**31
+SEEDS = f"[0, {NUM_SEEDS})"
+"""Legal seeds: what is counted up from them is still one to NumPy, which takes 32 bits."""
+
 
 def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
     """Raises unless each field lies in its interval.

@@ -11,8 +11,6 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
@@ -21,8 +19,9 @@ from ..errors import SafeSpecError
 from ..heads.head_config import SafetyHeadConfig
 from ..heads.safety_head import SafetyHead
 from .data import Example
+from .dataset import Dataset, auroc_of, check_read, check_sets, partial_auroc_of
 from .features import Features, Reading
-from .settings import check_counts, check_number, check_ranges
+from .settings import NUM_SEEDS, SEEDS, check_counts, check_ranges
 
 RANGES = {
     "width": "[0, inf)",
@@ -32,10 +31,8 @@ RANGES = {
     "min_unsafe_tokens": "[0, inf)",
     "source_power": "[0, 1]",
     "answer_share": "[0, 1]",
-    "seed": "[0, 2147483648)",
+    "seed": SEEDS,
 }
-MAX_FALSE_ALARMS = 0.05
-"""A sweep chooses by the ROC curve up to this share of false alarms: further right no threshold is ever set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +80,6 @@ class TrainSettings:
         check_ranges(self, RANGES)
 
 
-class Dataset(NamedTuple):
-    """Labelled answers and their features."""
-
-    examples: Sequence[Example]
-    features: Features
-
-    @property
-    def labels(self) -> Tensor:
-        """Of the examples, float32 of shape `(N,)`."""
-        return torch.tensor([float(example.label or 0) for example in self.examples])
-
-
 class Lessons(NamedTuple):
     """What members learn from.
 
@@ -121,27 +106,6 @@ class Trained(NamedTuple):
     sweep: list[dict[str, Any]]
 
 
-def split_by_group(examples: Sequence[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Splits so that no group is on both sides.
-
-    Args:
-        examples (`Sequence[Example]`): All of them.
-        fraction (`float`): Share of the groups that goes to the second part, in (0, 1).
-        seed (`int`, *optional*, defaults to 0): Of the choice.
-
-    Raises:
-        SafeSpecError: If there are fewer than two groups, or `fraction` or `seed` is out of range.
-    """
-    check_number("fraction", fraction, "(0, 1)")
-    check_number("seed", seed, RANGES["seed"], "an integer")
-    groups = [example.group for example in examples]
-    if len(set(groups)) < 2:
-        raise SafeSpecError(f"A split needs at least 2 groups, but all {len(examples)} examples are in one.")
-    splitter = GroupShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
-    first, second = next(splitter.split(groups, groups=groups))
-    return [examples[index] for index in first], [examples[index] for index in second]
-
-
 def train_head(
     train: Dataset,
     validation: Dataset,
@@ -166,11 +130,13 @@ def train_head(
         [`Trained`]: The head in evaluation mode, its threshold still to be calibrated.
 
     Raises:
-        SafeSpecError: If groups leak, a set lacks one of the classes, or the features lack a layer or the reading.
+        SafeSpecError: If groups leak, a set lacks one of the classes, answers are cut so short that it does, or the
+            features lack a layer or the reading.
     """
     settings = settings or TrainSettings()
     _check_features(train.features, hidden_layers, reading)
     check_sets(train.examples, validation.examples)
+    check_read(train, validation)
     inputs_PF = _inputs(train.features, hidden_layers, reading)
     weights_P, weights_N = _weights(train, settings)
     is_used = weights_P > 0
@@ -179,7 +145,7 @@ def train_head(
     held_out_PF = (_inputs(validation.features, hidden_layers, reading) - mean_F) / std_F
     lessons = Lessons(inputs_PF, train.features.example, weights_P, train.labels, weights_N)
     members = [
-        _train_member(lessons, held_out_PF, validation, replace(settings, seed=settings.seed + member))
+        _train_member(lessons, held_out_PF, validation, replace(settings, seed=(settings.seed + member) % NUM_SEEDS))
         for member in range(settings.num_members)
     ]
     head = _fold_members(members, mean_F, std_F)
@@ -242,40 +208,6 @@ def _side_by_side(readings: Sequence[Reading]) -> list[Reading]:
     return [Reading(f"{one.pooling}+{two.pooling}", one.span) for one, two in pairs if one.span == two.span]
 
 
-def auroc_of(risks_P: Tensor, data: Dataset) -> float:
-    """AUROC of whole answers, each scored by its highest risk at any prefix."""
-    return float(roc_auc_score(data.labels, highest_risks(risks_P, data)))
-
-
-def partial_auroc_of(risks_P: Tensor, data: Dataset) -> float:
-    """The same up to [`MAX_FALSE_ALARMS`] only, scaled so that 0.5 is chance and 1 is perfect."""
-    return float(roc_auc_score(data.labels, highest_risks(risks_P, data), max_fpr=MAX_FALSE_ALARMS))
-
-
-def highest_risks(risks_P: Tensor, data: Dataset) -> Tensor:
-    """The highest risk of each answer over its prefixes, of shape `(N,)`."""
-    highest_N = torch.full((len(data.examples),), -torch.inf)
-    return highest_N.scatter_reduce(0, data.features.example, risks_P, "amax")
-
-
-def check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:
-    """Raises if a head can't be trained on these.
-
-    Raises:
-        SafeSpecError: If groups leak, or a set lacks one of the classes.
-    """
-    for name, examples in (("training", train), ("validation", validation)):
-        if len({example.label for example in examples}) < 2:
-            raise SafeSpecError(f"The {name} set has {len(examples)} answers of one class; both are needed.")
-    shared = sorted({example.group for example in train} & {example.group for example in validation})
-    if shared:
-        ids = [example.id for example in validation if example.group == shared[0]]
-        raise SafeSpecError(
-            f"{len(shared)} groups are in both training and validation, the one of {ids[0]!r} for instance. Split by "
-            "group: the prompt, unless rows say otherwise."
-        )
-
-
 def _check_features(features: Features, hidden_layers: Sequence[int], reading: Reading) -> None:
     missing = sorted(set(hidden_layers) - set(features.layers))
     lacks_reading = any(part.name not in features.states for part in reading.parts)
@@ -292,15 +224,18 @@ def _inputs(features: Features, hidden_layers: Sequence[int], reading: Reading) 
 
 
 def _weights(data: Dataset, settings: TrainSettings) -> tuple[Tensor, Tensor]:
-    """Weights of prefixes and of answers; 0 leaves out a prefix whose label isn't known to be true."""
+    """Weights of prefixes and of answers; 0 leaves out those whose label isn't known to be true of what was read."""
     features, labels_N = data.features, data.labels
     starts_N = torch.tensor([example.unsafe_from for example in data.examples])
     targets_P = labels_N[features.example]
     chars_per_token_P = features.num_chars / features.num_tokens
     num_unsafe_P = (features.num_chars - starts_N[features.example]) / chars_per_token_P
     is_true_P = (targets_P == 0) | (num_unsafe_P >= settings.min_unsafe_tokens) | features.is_last
+    is_true_P &= data.is_told[features.example]
     num_used_N = torch.zeros(len(data.examples)).scatter_add(0, features.example, is_true_P.float())
-    weights_N = torch.tensor(_balance(data.examples, settings.source_power))
+    told = [example for example, is_told in zip(data.examples, data.is_told.tolist(), strict=True) if is_told]
+    weights_N = torch.zeros(len(data.examples))
+    weights_N[data.is_told] = torch.tensor(_balance(told, settings.source_power))
     return (weights_N / num_used_N.clamp(min=1))[features.example] * is_true_P, weights_N
 
 
@@ -356,7 +291,7 @@ def _loss(logits_P: Tensor, batch: Lessons, answer_share: float) -> Tensor:
     of_prefixes = (of_prefixes_P * batch.weights_P).sum() / batch.weights_P.sum().clamp(min=1e-9)
     highest_N = torch.full_like(batch.labels_N, -torch.inf).scatter_reduce(0, batch.example_P, logits_P, "amax")
     of_answers_N = binary_cross_entropy_with_logits(highest_N, batch.labels_N, reduction="none")
-    of_answers = (of_answers_N * batch.weights_N).sum() / batch.weights_N.sum()
+    of_answers = (of_answers_N * batch.weights_N).sum() / batch.weights_N.sum().clamp(min=1e-9)
     return (1 - answer_share) * of_prefixes + answer_share * of_answers
 
 
