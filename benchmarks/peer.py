@@ -58,6 +58,7 @@ REASONS = {
     r"generation mode='beam|generation mode='group": "beam search",
     r"generation mode='(\w+)'": "another search mode",
     r"Right padding": "right padding, with recurrent layers or sliding windows",
+    r"Padding inside of a prompt": "padding inside of a prompt, with recurrent layers or sliding windows",
     r"inputs_embeds": "inputs_embeds",
     r"can't be guarded|state can't be rolled back": "the model can't be guarded",
     r"cache_implementation='(\w+)'": "an offloaded or quantized cache",
