@@ -118,7 +118,15 @@ def pool(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
     """
     hidden_TF = hidden_TF.float()
     weights = weights.to(hidden_TF.device)
-    # 0 * inf is nan: a rejected draft's state must not reach the tokens before it
+    pooled_TF = weights[..., 1:] @ hidden_TF
+    pooled_TF = pooled_TF if before_F is None else pooled_TF + weights[..., :1] * before_F
+    # what is finite is right; to look at it would make the host wait for an accelerator
+    is_right = pooled_TF.device.type == "cpu" and bool(pooled_TF.sum().isfinite())
+    return pooled_TF if is_right else _pool_apart(before_F, hidden_TF, weights)
+
+
+def _pool_apart(before_F: Tensor | None, hidden_TF: Tensor, weights: Tensor) -> Tensor:
+    """The same, where 0 * inf would be nan: a rejected draft's state must not reach the tokens before it."""
     is_bad_T = ~hidden_TF.sum(-1).isfinite()
     sound_TF = hidden_TF.masked_fill(is_bad_T[..., None], 0.0)
     counts_bad_T1 = (weights[..., 1:].ne(0) & is_bad_T[..., None, :]).any(-1, keepdim=True)
