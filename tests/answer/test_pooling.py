@@ -8,7 +8,15 @@ import torch
 from tiny import VOCAB_SIZE, build_head, make_row
 
 from safespec_hf import Provenance, SafeSpecConfig
-from safespec_hf.answer.pooling import PooledStates, pool, pool_block, pool_next, pooling_weights, segment_counts
+from safespec_hf.answer.pooling import (
+    PooledStates,
+    _pool_apart,
+    pool,
+    pool_block,
+    pool_next,
+    pooling_weights,
+    segment_counts,
+)
 from safespec_hf.decoding.monitor import RiskMonitor
 from safespec_hf.engine.token_tree import path_to
 
@@ -126,6 +134,15 @@ def test_what_is_not_finite_reaches_the_tokens_after_it_alone(pooling, value):
     # a new segment begins anew, whatever was before it
     assert pool_block(torch.full((2,), value), sound_TF[3:], [0], pooling, DECAY).tolist() == [[5.0, 1.0]]
     assert pool_next(torch.full((1, 2), value), sound_TF[3:], [0], pooling, DECAY).tolist() == [[5.0, 1.0]]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "ewma"])
+def test_where_nothing_may_be_looked_at_states_are_pooled_alike(pooling):
+    hidden_TF, before_F = torch.randn(4, 3), torch.randn(3)
+    weights = pooling_weights([5, 6, 0, 1], pooling, DECAY)
+    expected = pool(before_F, hidden_TF, weights)
+    assert torch.equal(_pool_apart(before_F, hidden_TF, weights), expected)
+    assert torch.equal(_pool_apart(None, hidden_TF, weights), pool(None, hidden_TF, weights))
 
 
 def test_no_tokens_give_no_pooled_states():
