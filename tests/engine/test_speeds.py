@@ -97,6 +97,29 @@ def test_a_broken_file_is_measured_anew(cache, text):
     assert json.loads(path.read_text())["result"] == 9
 
 
+def test_processes_that_measure_at_once_decide_by_what_the_first_of_them_found(cache):
+    def measure():
+        (path,) = [cache / f"{name}.json" for name in names]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"result": 3}))
+        return 4
+
+    measured_times({})
+    names = [path.stem for path in cache.glob("*.json")]
+    (cache / f"{names[0]}.json").unlink()
+    speeds.forget()
+    assert remembered("numbers", {}, measure, int) == 3
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_a_file_system_without_links_remembers_too(cache, monkeypatch):
+    monkeypatch.setattr(speeds.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links")))
+    assert measured_times({}) == (7, 1)
+    speeds.forget()
+    assert measured_times({}, value=8) == (7, 0)
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
 def test_where_nothing_can_be_written_a_process_remembers_by_itself(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAFESPEC_CACHE", str(tmp_path / "file"))

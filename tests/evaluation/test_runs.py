@@ -7,6 +7,7 @@ from evaluated import METHODS, WordGuard, answer_row
 from samples import emulated_processes
 
 from safespec_hf import SafeSpecError, detach_safety_head
+from safespec_hf.decoding import call
 from safespec_hf.evaluation import runs
 from safespec_hf.evaluation.rows import AnswerFile, read_answers
 from safespec_hf.evaluation.runs import RunSettings, run_evaluation
@@ -69,6 +70,13 @@ def test_any_number_of_processes_gives_the_same_rows(evaluate, tmp_path, monkeyp
     assert rows_of(tmp_path / "many.jsonl") == rows_of(tmp_path / "one.jsonl")
     assert {row["processes"] for row in read_answers(tmp_path / "many.jsonl")} == {num_processes}
     assert list(tmp_path.glob("*.part-*")) == []
+
+
+def test_no_clock_decides_what_is_drafted(evaluate, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(call, "make_watch", lambda drafter: made.append(drafter))
+    evaluate(tmp_path / "x.jsonl")
+    assert made == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])

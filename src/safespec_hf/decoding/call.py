@@ -63,6 +63,7 @@ class GuardedCall:
     num_assistant_tokens: int | None = None
     is_monitored: bool = True  # False only to measure what safety costs
     assistant_tokenizer: PreTrainedTokenizerBase | None = None
+    is_watched: bool = True  # False where words may not depend on the clock: drafts move their roundings
     is_heuristic: bool = False  # whether the number of drafts follows what is accepted
     draft: Draft = field(default=Draft(None), init=False)
     has_run: bool = field(default=False, init=False)  # a `generate` that drops `custom_generate` would never tell
@@ -184,7 +185,8 @@ class GuardedCall:
         drafter = make_drafting(model, self.draft, config, self.policy, len(rows), num_context)
         drafter.is_heuristic = self.is_heuristic
         decoder = SegmentDecoder if self.policy.verification == "segment" else Decoder
-        return decoder(model, rows, drafter, plan, self.streamer, make_watch(drafter), prompt)
+        watch = make_watch(drafter) if self.is_watched else None
+        return decoder(model, rows, drafter, plan, self.streamer, watch, prompt)
 
     @contextmanager
     def _fast_forwards(self, model: PreTrainedModel, head: SafetyHead) -> Iterator[None]:

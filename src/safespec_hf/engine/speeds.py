@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,15 +125,24 @@ def remembered(kind: str, about: Mapping[str, Any], measure: Callable[[], Any], 
     key = str(path.parent), name
     if key not in _known:
         try:
-            _known[key] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
+            _known[key] = _read(path, read)
         except (OSError, TypeError, ValueError, LookupError):
+            with suppress(OSError):
+                path.unlink()  # it is no result
             start = time.perf_counter()
             result = measure()
             _spent.seconds = spent() + time.perf_counter() - start
-            _known[key] = read(json.loads(json.dumps(result)))
             _write(path, {"about": about, "result": result})
+            try:
+                _known[key] = _read(path, read)  # of another process, if that was faster: they decide alike
+            except (OSError, TypeError, ValueError, LookupError):
+                _known[key] = read(json.loads(json.dumps(result)))
     known: Value = _known[key]
     return known
+
+
+def _read(path: Path, read: Callable[[Any], Value]) -> Value:
+    return read(json.loads(path.read_text(encoding="utf-8"))["result"])
 
 
 def spent() -> float:
@@ -161,12 +171,19 @@ def folder() -> Path:
 
 
 def _write(path: Path, value: object) -> None:
-    """Writes a file whole or not at all; where nothing can be written, this process remembers by itself."""
+    """Writes a file whole or not at all, and not over that of another process; where nothing can be written, this
+    process remembers by itself."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
             json.dump(value, file)
-        os.replace(file.name, path)
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(file.name, path)
+        Path(file.name).unlink(missing_ok=True)
     except OSError:
         return
 

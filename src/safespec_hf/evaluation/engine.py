@@ -114,7 +114,7 @@ class Engine:
         """
         threshold = find_threshold(policy, check_guarded(self.model).safety.head)
         prompts = self.encode(chats)
-        call = GuardedCall(policy, self.draft, None, self.lookup_tokens, is_monitored)
+        call = GuardedCall(policy, self.draft, None, self.lookup_tokens, is_monitored, is_watched=False)
         lookup = {} if self.lookup_tokens is None else {"prompt_lookup_num_tokens": self.lookup_tokens}
         output, seconds = self._generate(prompts, custom_generate=call, return_dict_in_generate=True, **lookup)
         seconds -= output.statistics.measuring_seconds  # once on a machine
