@@ -33,7 +33,7 @@ from safespec_hf import load_default, load_truncated_draft
 from safespec_hf.cli.loading import load_draft
 from safespec_hf.evaluation.engine import Engine
 from safespec_hf.evaluation.judges import Judge, RefusalPhrases
-from safespec_hf.evaluation.judges_embedding import EMBEDDER_PACKAGE, SentenceEmbedder
+from safespec_hf.evaluation.judges_embedding import EMBEDDER_PACKAGE, default_embedder
 from safespec_hf.evaluation.judges_loading import load_judge
 from safespec_hf.evaluation.judges_offline import CONFIG_NAME
 from safespec_hf.evaluation.judges_training import make_judge
@@ -127,7 +127,7 @@ def load_judges(options: argparse.Namespace) -> list[Judge]:
         labelled, measured_on = ([options.data / name for name in names] for names in (JUDGE_READS, JUDGE_MEASURED_ON))
         parts = [[one for file in of for one in load_examples([file])[:most]] for of in (labelled, measured_on)]
         files = [*labelled, *measured_on]
-        judge = make_judge(parts[0], parts[1], SentenceEmbedder(), files=files, cache=options.work / "embeddings")
+        judge = make_judge(parts[0], parts[1], default_embedder(), files=files, cache=options.work / "embeddings")
         judge.save_pretrained(folder)
     return [load_judge(folder), RefusalPhrases()]
 

@@ -139,8 +139,9 @@ class SafeSpecConfig:
         verification (`"token"` or `"segment"`, defaults to `"token"`):
             How drafts are accepted. `"token"`: one by one, without loss. `"segment"`, as in the paper: a segment that
             the `assistant_model`, a language model, wrote is taken whole if it is safe and the target finds it good
-            enough; else the target writes that segment itself. Faster where the draft is good, but the words are then
-            the draft's; `adaptive_drafts`, `costs` and `lookup_drafts` have no part in it.
+            enough; else the target writes that segment itself, with guesses of the draft's where `adaptive_drafts`
+            finds that they pay. Faster where the draft is good, but the words are then the draft's; `lookup_drafts`
+            has no part in it.
         quality_threshold (`float`, defaults to 9):
             A segment is good enough iff the target's grade for it is >= this, in [0, 9]; 0 takes every safe one.
         quality_prompt (`str`):

@@ -9,6 +9,7 @@ from tiny import FIRST_DIGIT, NO, THANKS, Recorder, build_draft_head, build_mode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safespec_hf import Provenance, SafeSpecConfig, UnsupportedRequestError, attach_safety_head
+from safespec_hf.decoding import drafts
 from safespec_hf.engine.cache import CACHE_NAME
 
 TARGET, DRAFTED, RECOVERED, REFLECTED, REFUSED = Provenance
@@ -85,7 +86,16 @@ def test_what_is_not_good_enough_is_written_by_the_target(tokenizer):
     assert (statistics.num_segments, statistics.num_segments_accepted, statistics.num_segments_by_target) == (3, 2, 1)
     # one for each segment; one says that it is 14 and not 20, and one that it is 15 and then 16
     assert output.model.num_forwards == 3 + 2
-    assert output.provenance.tolist() == [[DRAFTED] * 3 + [TARGET, DRAFTED, TARGET] + [DRAFTED] * 3]
+    assert output.provenance.tolist() == [[DRAFTED] * 3 + [TARGET, DRAFTED, DRAFTED] + [DRAFTED] * 3]
+
+
+def test_a_draft_as_slow_as_the_target_is_not_asked_for_guesses(tokenizer, monkeypatch):
+    monkeypatch.setattr(drafts, "num_read", lambda model: 1)
+    output = judge(tokenizer, **ASTRAY, adaptive_drafts=True)
+    assert tokens_of(output) == list(range(11, 20))
+    assert output.provenance.tolist() == [[DRAFTED] * 3 + [TARGET] * 3 + [DRAFTED] * 3]
+    assert output.statistics.num_draft_tokens == 9
+    assert output.model.num_forwards == 3 + 3
 
 
 def test_the_target_accepts_of_a_bad_segment_what_it_would_have_written(tokenizer):

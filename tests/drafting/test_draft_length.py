@@ -103,6 +103,17 @@ def test_what_was_looked_up_gains_more_the_longer_it_matched():
     assert length.gain([match_kind(8)] * 4) > length.gain([match_kind(1)] * 4) > 0
 
 
+@pytest.mark.parametrize(("cost", "is_worth_it"), [(0.05, True), (0.67, False)])
+def test_without_evidence_no_draft_is_made_that_costs_more_than_it_gains(cost, is_worth_it):
+    length = DraftLength(DraftCosts(draft=cost, verify=0.02))
+    assert (length.num_worth_making(8) > 0) is is_worth_it
+    assert length.num_worth_verifying(8) > 0  # these cost no forward of the draft
+    for _ in range(40):
+        length.record([0], path=[])
+    assert length.num_worth_making(8) == 0
+    assert length.num_worth_verifying(8) <= 1
+
+
 def test_constant_length_finds_every_draft_worth_it():
     length = DraftLength(DraftCosts(draft=9.0, verify=9.0), is_adaptive=False)
     assert length.starts()
@@ -154,6 +165,12 @@ def test_whatever_was_learned_decisions_stay_within_their_bounds(seed):
     assert gains[0] == length.gain([]) == 0
     assert gains == sorted(gains)
     assert any(length.starts() for _ in range(130))
+    made, verified = (
+        [count(most) for most in range(20)] for count in (length.num_worth_making, length.num_worth_verifying)
+    )
+    assert all(num in (0, plan) for num, plan in zip(made, [0, *plans], strict=True))
+    assert verified == sorted(verified)
+    assert all(num <= most for most, num in enumerate(verified))
 
 
 class StepCosts(DraftCosts):

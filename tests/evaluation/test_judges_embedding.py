@@ -45,6 +45,19 @@ def test_what_was_kept_is_not_read_again(embedder, tmp_path, monkeypatch):
     assert embedder.embed(TEXTS, cache=tmp_path / "kept").equal(first)
 
 
+def test_a_text_is_read_once_in_a_process_and_only_so_many_are_known(embedder, monkeypatch):
+    read = []
+    embed = embedder._embed_batch
+    monkeypatch.setattr(embedder, "_embed_batch", lambda texts: read.extend(texts) or embed(texts))
+    monkeypatch.setattr(judges_embedding, "KNOWN_TEXTS", 2)
+    first = embedder.embed(TEXTS[:2])
+    assert embedder.embed([TEXTS[1], TEXTS[0]]).equal(first.flip(0))
+    assert sorted(read) == sorted(TEXTS[:2])
+    embedder.embed(TEXTS)
+    embedder.embed(TEXTS[1:3])
+    assert len(read) == 4
+
+
 def test_a_damaged_file_of_vectors_is_made_again(embedder, tmp_path):
     first = embedder.embed(TEXTS, cache=tmp_path)
     (file,) = tmp_path.glob("*.safetensors")

@@ -76,7 +76,7 @@ def test_saved_and_loaded_it_says_the_same(judge, embedder, tmp_path):
 
 def test_it_is_loaded_by_its_path(judge, embedder, tmp_path, monkeypatch):
     judge.save_pretrained(tmp_path / "judge")
-    monkeypatch.setattr(judges_offline, "SentenceEmbedder", lambda device: embedder)
+    monkeypatch.setattr(judges_offline, "default_embedder", lambda: embedder)
     assert isinstance(load_judge(tmp_path / "judge"), OfflineJudge)
 
 

