@@ -128,6 +128,17 @@ def test_a_judge_reads_an_answer_once_and_a_judge_that_errs_otherwise_is_another
     other = StrictJudge(errors=JudgeErrors(num_unsafe=1, num_caught=1, num_safe=1, num_passed=1))
     judge_rows(other, rows, cache)
     assert len(other.asked) == 2
+    namesake = StrictJudge()
+    namesake.identity = "word guard of other words"
+    judge_rows(namesake, rows, cache)
+    assert len(namesake.asked) == 2
+
+
+def test_two_judges_of_one_name_are_refused_before_any_is_asked(answered, tmp_path):
+    judges = [StrictJudge(), RefusalPhrases(), StrictJudge()]
+    with pytest.raises(SafeSpecError, match=r"Two judges are called 'word guard'.*rename"):
+        write_evaluation_report(answered, judges, tmp_path / "report")
+    assert judges[0].asked == []
 
 
 @pytest.fixture

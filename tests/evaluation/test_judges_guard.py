@@ -9,6 +9,7 @@ import pytest
 
 from safespec_hf import SafeSpecError
 from safespec_hf.evaluation import judges_guard
+from safespec_hf.evaluation.judges import identity_of
 from safespec_hf.evaluation.judges_guard import EndpointJudge, GuardModel
 from safespec_hf.training import labelers
 
@@ -151,5 +152,8 @@ def test_a_guard_on_this_machine_abstains_halfway(target_folder, chat_tokenizer,
     monkeypatch.setattr(labelers, "continue_texts", say)
     judge = GuardModel(target_folder, batch_size=2, device="cpu")
     assert judge.name == "target"
+    assert judge.identity.startswith(str(target_folder))
+    alike = GuardModel(target_folder, device="cpu", reads_request=False)
+    assert identity_of(alike) != judge.identity == identity_of(GuardModel(target_folder, device="cpu"))
     assert judge.judge(["w30"] * 4, ["w20", "", "w11", "w12"]) == [1, 0, 0, 0.5]
     assert asked == [["w30 w20", "w30 w11"], ["w30 w12"]]

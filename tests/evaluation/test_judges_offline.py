@@ -74,6 +74,13 @@ def test_saved_and_loaded_it_says_the_same(judge, embedder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "judge").iterdir()) == ["judge.json", "judge.safetensors"]
 
 
+def test_its_identity_is_that_of_its_weights_whatever_its_name(judge, embedder, tmp_path):
+    judge.save_pretrained(tmp_path / "judge")
+    loaded = OfflineJudge.from_pretrained(tmp_path / "judge", embedder=embedder)
+    other = OfflineJudge(judge.linear._replace(bias=judge.linear.bias + 1), embedder, judge.errors, name=judge.name)
+    assert loaded.identity == judge.identity != other.identity
+
+
 def test_it_is_loaded_by_its_path(judge, embedder, tmp_path, monkeypatch):
     judge.save_pretrained(tmp_path / "judge")
     monkeypatch.setattr(judges_offline, "default_embedder", lambda: embedder)

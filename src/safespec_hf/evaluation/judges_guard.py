@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..errors import SafeSpecError
 from ..training.data import Example
-from ..training.labelers import find_parser, load_scorer
+from ..training.hidden import hash_weights
+from ..training.labelers import find_parser, load_guard
 from .judges import judge_texts
 from .statistics import JudgeErrors
 
@@ -64,7 +65,8 @@ class GuardModel:
         self.threshold = threshold
         self.errors = errors
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._score = load_scorer(str(model_id), device=device, batch_size=batch_size, reads_request=reads_request)
+        guard, self._score = load_guard(str(model_id), device, batch_size, reads_request)
+        self.identity = f"{model_id}, {hash_weights(guard)}, {'request and answer' if reads_request else 'answer'}"
 
     def judge(self, requests: Sequence[str], answers: Sequence[str]) -> list[float]:
         """See [`Judge.judge`]. A blank answer is not harmful, and the guard is not asked."""
@@ -135,6 +137,7 @@ class EndpointJudge:
         self.threshold = threshold
         self.errors = errors
         self._url = url.rstrip("/") + "/chat/completions"
+        self.identity = f"{model} at {self._url}"
         self._model, self._parse, self._key_variable = model, parse, key_variable
         self._num_workers, self._timeout_s, self._num_retries = num_workers, timeout_s, num_retries
 

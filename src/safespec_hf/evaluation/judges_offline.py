@@ -5,6 +5,7 @@ Shapes: N answers, D of a sentence embedding, F = 4 D features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,8 @@ class OfflineJudge:
     ) -> None:
         self.linear, self.embedder, self.errors = linear, embedder, errors
         self.name, self.threshold, self.facts = name, threshold, dict(facts or {})
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in linear)).hexdigest()[:16]
+        self.identity = f"{name}, {digest}, {embedder.hash}"
 
     def judge(self, requests: Sequence[str], answers: Sequence[str]) -> list[float]:
         """See [`Judge.judge`]. A blank answer is not harmful."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .judges import Judge
+from .judges import Judge, identity_of
 from .rows import NUMBER, Row, read_keyed
 
 BATCH_SIZE = 32
@@ -43,7 +43,7 @@ def judge_rows(judge: Judge, rows: Sequence[Row], cache: str | os.PathLike[str])
 
 
 def _key(judge: Judge, row: Row) -> str:
-    """Over who judges and what. A judge of one name that errs otherwise is another one."""
+    """Over who judges and what: judges of one name may be others, and one that errs otherwise is another one."""
     errors = None if judge.errors is None else asdict(judge.errors)
-    content = [judge.name, errors, row["request"], row["answer"]]
+    content = [identity_of(judge), errors, row["request"], row["answer"]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

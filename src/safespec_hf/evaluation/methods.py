@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import SafeSpecConfig
 from ..heads.safety_head import SafetyHead
 from .engine import Engine, Reply, check_guarded
-from .judges import Judge
+from .judges import Judge, identity_of
 from .prompts import Message
 from .screening import screen
 
@@ -179,7 +179,7 @@ class Screened:
     def settings(self) -> dict[str, Any]:
         """All that its answers depend on."""
         errors = None if self.guard.errors is None else asdict(self.guard.errors)
-        return {"guard": self.guard.name, "errors": errors, "threshold": self.threshold, "every": self.every}
+        return {"guard": identity_of(self.guard), "errors": errors, "threshold": self.threshold, "every": self.every}
 
     def answer(self, engine: Engine, turn: Turn) -> list[Reply]:
         """The target's answers, screened."""

@@ -51,12 +51,18 @@ def write_evaluation_report(
         `dict`: The content of `report.json`, with NaN where the file has `null`.
 
     Raises:
-        SafeSpecError: If there is no judge or no answer, or the folder can't be written to.
+        SafeSpecError: If there is no judge or no answer, two judges have one name, or the folder can't be written to.
     """
     from .plots import draw_all
 
     if not judges:
         raise SafeSpecError("Give at least one judge: without one nobody knows which answers are harmful.")
+    names = [judge.name for judge in judges]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SafeSpecError(
+            f"Two judges are called {twice!r}, and a report tells them by their names: rename the folder of one, or "
+            "the `name` in the judge.json of one that `safespec make-judge` made."
+        )
     rows = read_answers(path)
     out = Path(folder)
     check_writable_folder(out)

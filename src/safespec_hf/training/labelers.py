@@ -142,7 +142,7 @@ def load_labeler(model_id: str, *, device: torch.device | str | None = None) -> 
     Raises:
         SafeSpecError: As [`load_scorer`].
     """
-    guard, score = _load_guard(model_id, device, batch_size=1, reads_request=False)
+    guard, score = load_guard(model_id, device, batch_size=1, reads_request=False)
     origin = {"model": model_id, "weights": hash_weights(guard), "dtype": str(guard.dtype)}
     return NamedLabeler(
         lambda examples: [None if risk is None else int(risk > 0.5) for risk in score(examples)], origin
@@ -174,12 +174,13 @@ def load_scorer(
         SafeSpecError: If the model is neither, if weights of it are missing and would be random, or if its classes
             don't say which of them mean unsafe.
     """
-    return _load_guard(model_id, device, batch_size, reads_request)[1]
+    return load_guard(model_id, device, batch_size, reads_request)[1]
 
 
-def _load_guard(
+def load_guard(
     model_id: str, device: torch.device | str | None, batch_size: int, reads_request: bool
 ) -> tuple[PreTrainedModel, Scorer]:
+    """A guard model, and what it says of answers: see [`load_scorer`]."""
     config = AutoConfig.from_pretrained(model_id)
     architecture = (config.architectures or ["a model of no known kind"])[0]
     tokenizer = AutoTokenizer.from_pretrained(model_id)
