@@ -155,7 +155,7 @@ def test_the_default_draft_is_right_about_plain_text():
     attach_safety_head(model, load_default_head(), tokenizer=tokenizer)
     chat = [{"role": "user", "content": "Count from one to thirty in words."}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    policy = SafeSpecConfig(risk_threshold=1.0, lookup_drafts=False)
+    policy = SafeSpecConfig(risk_threshold=1.0, lookup_drafts=False, costs="weights")
     arguments = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True, "safespec": policy}
     output = model.generate(**inputs, **arguments, assistant_model=load_default_draft(model))
     assert output.statistics.num_target_forwards < 0.75 * output.statistics.num_new_tokens
