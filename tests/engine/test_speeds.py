@@ -65,6 +65,11 @@ def test_what_is_made_once_is_not_timed(monkeypatch):
     assert measure_blocks(run, [1, 8, 2], 0.5, num_warm=2).at(8) == pytest.approx(0.008)
 
 
+def test_one_disturbed_measurement_does_not_make_all_longer_blocks_dear():
+    seconds = BlockSeconds(((1, 0.025), (2, 0.046), (4, 0.036), (8, 0.041), (16, 0.053)))
+    assert [seconds.at(num) for num in (1, 2, 4, 8, 16)] == [0.025, 0.036, 0.036, 0.041, 0.053]
+
+
 @pytest.mark.parametrize(("seconds", "most"), [(0.001, 0.5), (0.02, 0.75), (1.0, 10.0)])
 def test_measuring_keeps_to_its_budget_or_to_two_forwards(monkeypatch, seconds, most):
     clock = Clock(monkeypatch, seconds)

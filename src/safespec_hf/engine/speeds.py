@@ -67,11 +67,14 @@ class BlockSeconds:
             raise ValueError(f"Seconds of blocks must be positive, and at least one, but they are {self.points}.")
 
     def at(self, num_tokens: int) -> float:
-        """Seconds for so many tokens, >= 1. More tokens never take less time."""
-        points, most = [], 0.0
-        for num, seconds in sorted(self.points):
-            most = max(most, seconds)
-            points.append((num, most))
+        """Seconds for so many tokens, >= 1. More tokens never take less time.
+
+        What disturbs a measurement makes it longer, so one that is longer than that of more tokens is none.
+        """
+        points, least = [], math.inf
+        for num, seconds in sorted(self.points, reverse=True):
+            least = min(least, seconds)
+            points.insert(0, (num, least))
         if len(points) == 1 or num_tokens <= points[0][0]:
             return points[0][1]
         after = next((index for index, (num, _) in enumerate(points) if num >= num_tokens), len(points) - 1)
