@@ -98,9 +98,12 @@ def test_where_nothing_is_possible_every_draft_is_asked_about(monkeypatch):
 
 
 class Failing(LogitsProcessor):
+    def __init__(self, error=KeyError):
+        self.error = error
+
     def __call__(self, input_ids, scores):
         if input_ids.shape[1] > 2:
-            raise KeyError("a fault")
+            raise self.error("a fault")
         return scores
 
 
@@ -116,3 +119,10 @@ def test_what_a_processor_raises_at_a_text_that_is_possible_is_the_callers(guard
 def test_a_guess_goes_without_processors_that_raise():
     row = make_row([11, 12], processors=LogitsProcessorList([Failing()]))
     assert process_guesses([row], [row.visible_ids([13])], torch.ones(1, 40)).tolist() == [[1.0] * 40]
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_running_out_of_memory_at_a_guess_is_told(error):
+    row = make_row([11, 12], processors=LogitsProcessorList([Failing(error)]))
+    with pytest.raises(error):
+        process_guesses([row], [row.visible_ids([13])], torch.ones(1, 40))

@@ -136,6 +136,8 @@ def process_guesses(rows: Sequence[Row], ids: Sequence[torch.Tensor], scores_BV:
     for row, ids_1L, scores_1V in zip(rows, ids, scores_BV.float().split(1), strict=True):
         try:
             processed.append(_of_context(row, ids_1L, scores_1V))
+        except (MemoryError, torch.OutOfMemoryError):  # no matter of the text
+            raise
         except Exception:  # noqa: BLE001 - code of the caller's, at a text that it need not know
             processed.append(scores_1V)
     return torch.cat(processed)

@@ -71,7 +71,7 @@ class BlockSeconds:
 
         What disturbs a measurement makes it longer, so one that is longer than that of more tokens is none.
         """
-        points, least = [], math.inf
+        points, least = list[tuple[int, float]](), math.inf
         for num, seconds in sorted(self.points, reverse=True):
             least = min(least, seconds)
             points.insert(0, (num, least))
