@@ -78,15 +78,16 @@ def make_drafting(
         draft, ngram_size = Draft(None), config.max_matching_ngram_size or 2
     else:
         ngram_size = LOOKUP_SIZE if draft.model is not None and policy.lookup_drafts and is_by_token else 0
-    is_adaptive = policy.adaptive_drafts and (draft.model is not None or ngram_size > 0)
+    has_costs = policy.adaptive_drafts and (draft.model is not None or ngram_size > 0)
     return DraftRouter(
         draft.model,
         num_rows=num_rows,
         vocab_size=model.config.get_text_config().vocab_size,
         max_matching_ngram_size=ngram_size,
         do_sample=bool(config.do_sample),
-        costs=draft_costs(model, draft, policy, num_rows, num_context) if is_adaptive else None,
-        takes_trees=is_by_token and takes_trees(model),
+        costs=draft_costs(model, draft, policy, num_rows, num_context) if has_costs else None,
+        is_adaptive=is_by_token,  # segments are as long as they are
+        takes_trees=takes_trees(model),
         tokenizers=draft.tokenizers,
         make_drafter=draft.make_drafter,
     )

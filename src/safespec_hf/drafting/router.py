@@ -36,6 +36,7 @@ class DraftRouter:
         max_matching_ngram_size (`int`, *optional*): Turns on prompt lookup, with n-grams of at most this size.
         do_sample (`bool`, defaults to `False`): Sample drafts from the processed distribution instead of its argmax.
         costs ([`DraftCosts`], *optional*): Turns on draft lengths that adapt to how often drafts are accepted.
+        is_adaptive (`bool`, defaults to `True`): `False` leaves it to the caller of `write` to go by the costs.
         takes_trees (`bool`, defaults to `False`): Whether other guesses for a token may be drafted beside it.
         tokenizers ([`TokenizerPair`], *optional*): The target's and the draft's, if they are not the same.
         make_drafter (`Callable`, *optional*): Makes what drafts instead, for so many rows.
@@ -50,13 +51,14 @@ class DraftRouter:
         max_matching_ngram_size: int | None = None,
         do_sample: bool = False,
         costs: DraftCosts | None = None,
+        is_adaptive: bool = True,
         takes_trees: bool = False,
         tokenizers: TokenizerPair | None = None,
         make_drafter: MakeDrafter | None = None,
     ):
         self.vocab_size = vocab_size
         self.num_plain_rounds = 0
-        self.costs, is_adaptive = costs or DraftCosts(), costs is not None
+        self.costs, is_adaptive = costs or DraftCosts(), is_adaptive and costs is not None
         self._pace = Pace(self.costs)
         length = DraftLength(self._pace, is_adaptive)
         num_others = NUM_OTHERS if takes_trees and is_adaptive else 0
